@@ -1,0 +1,32 @@
+"""Exact attention whose keys and values lie on many devices, in any order.
+
+Letters of shapes, everywhere (those of `jax.nn.dot_product_attention`): B batch, T query length, S key
+length, N query heads, K key/value heads (N % K == 0), G = N // K, H head dimension of query and key, V
+head dimension of value, D devices on the axis.
+"""
+
+from distattn import layouts
+from distattn.collectives import all_reduce, reduce_scatter
+from distattn.inside import sharded_attention
+from distattn.local import partial_attention
+from distattn.schedule import ScatterSchedule, Schedule
+from distattn.sharded import dot_product_attention
+from distattn.state import SoftmaxState, finalize, from_lse, identity, merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScatterSchedule",
+    "Schedule",
+    "SoftmaxState",
+    "all_reduce",
+    "dot_product_attention",
+    "finalize",
+    "from_lse",
+    "identity",
+    "layouts",
+    "merge",
+    "partial_attention",
+    "reduce_scatter",
+    "sharded_attention",
+]

@@ -1,0 +1,305 @@
+"""One call over a mesh: forward and backward, each one `shard_map`, with the `custom_vjp` outside both.
+
+An array is sharded in one way *at rest*, as it comes and goes, and in another *at work*, while each device
+computes; a `Movement` is the difference. Collectives stand in the two bodies at the end, and in what
+brings query, key and value from rest to work.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from distattn._manual import manual, place
+from distattn.block import Scoring
+from distattn.collectives import all_reduce, reduce_scatter
+from distattn.local import dense_state, fold, fold_gradients, refuse_second_derivative
+from distattn.mask import Mask
+from distattn.movement import Movement
+from distattn.operands import DIMENSIONS, Operands, map_named
+from distattn.placement import Axes, Placement
+from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
+from distattn.tiles import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All of a call that is not an array."""
+
+    scoring: Scoring
+    implementation: str
+    placement: Placement
+    movement: Movement
+
+    @property
+    def machine(self) -> Machine:
+        """What the local part runs on."""
+        return Machine(self.placement.platform, self.placement.compiler_sharded)
+
+    @property
+    def row_axes(self) -> Axes:
+        """The axes of T at work."""
+        return tuple(a for a in self.placement.query if a not in self.movement.gather_rows)
+
+    @property
+    def key_axes(self) -> Axes:
+        """The axes of S at work."""
+        return tuple(a for a in self.placement.key if a not in self.movement.gather_keys)
+
+    @property
+    def out_axes(self) -> Axes:
+        """The axes of T of the result."""
+        return self.row_axes + self.movement.scatter
+
+    def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
+        """How an operand is sharded as it comes and goes: only query, key and value ever move."""
+        if name in ("query", "key", "value"):
+            return self.placement.spec(DIMENSIONS[name], x.shape)
+        return self.at_work(name, x)
+
+    def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
+        """How an operand is sharded while each device computes."""
+        return self.placement.spec(DIMENSIONS[name], x.shape, T=self.row_axes, S=self.key_axes)
+
+    def result(self, x: jax.Array, letters: str = "BTN.") -> PartitionSpec:
+        """How an array is sharded that has the rows of the result."""
+        return self.placement.spec(letters[: x.ndim], x.shape, T=self.out_axes)
+
+    def missing(self, name: str, x: jax.Array) -> Axes:
+        """The axes of the work that do not shard this operand: its gradient is a sum over them."""
+        used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
+        placement = self.placement
+        work = (*placement.batch, *placement.heads, *self.row_axes, *self.key_axes)
+        return tuple(axis for axis in work if axis not in used)
+
+    def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
+        """body(*arguments), by every device on its shards; plainly where there is no mesh."""
+        if self.placement.mesh is not None:
+            body = manual(
+                body,
+                mesh=self.placement.mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                axis_names=self.placement.manual,
+            )
+        return body(*arguments)
+
+    def place(self, x: Any, specs: Any) -> Any:
+        """x laid out by the specs where layouts are types, that is, over Explicit axes."""
+        if self.placement.mesh is None:
+            return x
+        return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, N, V] in query's dtype and lse f32[B, T, N], of global operands."""
+    query = operands.query
+    operands = _padded(call, _with_repeated_heads(call, operands))
+    operands = call.place(operands, map_named(call.at_rest, operands))
+    if call.implementation == "dense":
+        out, lse = _forward(call, operands)
+    else:
+        out, lse = _attend(call, *_fields(operands))
+    if operands.query.shape[1] != query.shape[1]:
+        rows = query.shape[1]
+        whole = [call.placement.spec("BTN."[: x.ndim], x.shape, T=()) for x in (out, lse)]
+        out, lse = (x[:, :rows] for x in call.place([out, lse], whole))
+    return _laid_out_as(query, out), _laid_out_as(query, lse)
+
+
+def _with_repeated_heads(call: Call, operands: Operands) -> Operands:
+    """Key/value heads repeated as often as the axes of the query's heads need to divide them."""
+    heads, kv_heads = operands.query.shape[2], operands.key.shape[2]
+    shards = call.placement.size(call.placement.heads)
+    if kv_heads == 1 or kv_heads % shards == 0:
+        return operands
+    times = math.lcm(kv_heads, shards) // kv_heads
+    if heads % (kv_heads * times):
+        times = heads // kv_heads
+    key, value = (jnp.repeat(x, times, axis=2) for x in (operands.key, operands.value))
+    return dataclasses.replace(operands, key=key, value=value)
+
+
+def _padded(call: Call, operands: Operands) -> Operands:
+    """T and S brought to multiples of the devices, with empty rows and empty slots."""
+    mask, placement = operands.mask, call.placement
+    rows, keys = operands.query.shape[1], operands.key.shape[1]
+    more = {"T": -rows % placement.size(placement.query), "S": -keys % placement.size(placement.key)}
+    if not any(more.values()):
+        return operands
+    if more["S"] and mask.key_positions is None:
+        mask = dataclasses.replace(mask, key_positions=jnp.arange(keys, dtype=jnp.int32)[None])
+    if more["T"] and mask.query_valid is None:
+        mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
+
+    def pad(name: str, x: jax.Array) -> jax.Array:
+        sizes = {"T": rows, "S": keys}
+        widths = [
+            (0, more[letter] if size == sizes.get(letter) else 0) if letter in more else (0, 0)
+            for letter, size in zip(DIMENSIONS[name], x.shape, strict=True)
+        ]
+        return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
+
+    return map_named(pad, dataclasses.replace(operands, mask=mask))
+
+
+def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
+    """x with the layout of the query, where layouts are types."""
+    sharding = jax.typeof(query).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    spec = [*sharding.spec, None, None, None, None][:3] + [None] * (x.ndim - 3)
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def _fields(operands: Operands) -> tuple:
+    return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, query, key, value, bias, sinks, mask: Mask):
+    return _forward(call, Operands(query, key, value, bias, sinks, mask))
+
+
+def _attend_forward(call, *fields):
+    out, lse = _attend(call, *fields)
+    return (out, lse), (fields, out, lse)
+
+
+def _attend_backward(call, residuals, cotangents):
+    return (*refuse_second_derivative(functools.partial(_backward, call))(residuals, cotangents), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    batch, rows, heads, _ = operands.query.shape
+    valid = operands.mask.query_valid
+    out_like = jax.ShapeDtypeStruct((batch, rows, heads, operands.value.shape[3]), jnp.float32)
+    lse_like = jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32)
+    return call.run(
+        functools.partial(_forward_body, call),
+        (map_named(call.at_work, operands), None if valid is None else call.result(valid)),
+        (call.result(out_like), call.result(lse_like)),
+        operands,
+        valid,
+    )
+
+
+def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
+    fields, out, lse = residuals
+    operands = Operands(*fields)
+    query, sinks = operands.query, operands.sinks
+    d_out, d_lse = cotangents
+    dtype = lse.dtype
+    # A row that attends to nothing is a constant: whatever comes back for it goes nowhere.
+    dead = lse == -jnp.inf
+    d_sum = d_lse - (d_out.astype(dtype) * out.astype(dtype)).sum(axis=-1)
+    d_sum = jnp.where(dead, 0.0, d_sum)
+    d_out = jnp.where(dead[..., None], 0.0, d_out)
+    d_sinks = None
+    if sinks is not None:
+        weights = softmax_weights(sinks.astype(dtype)[None, None], lse)
+        d_sinks = (weights * d_sum).sum(axis=(0, 1)).astype(sinks.dtype)
+    # What goes by rows travels in two messages where rows are gathered: one of 16 bits, one of 32.
+    rows = jnp.stack([lse, d_sum], axis=-1)
+    joined = jnp.concatenate([query, d_out], axis=-1) if call.movement.gather_rows else d_out
+    without_query = dataclasses.replace(operands, query=None if call.movement.gather_rows else query)
+    gradients = {"query": query, "key": operands.key, "value": operands.value}
+    if operands.bias is not None:
+        gradients["bias"] = operands.bias
+    axes = {name: call.missing(name, x) for name, x in gradients.items()}
+    moved = {
+        "query": call.placement.spec("BTN.", query.shape, T=call.out_axes),
+        **{
+            name: call.placement.spec(
+                "BSK.", gradients[name].shape, S=call.key_axes + call.movement.gather_keys
+            )
+            for name in ("key", "value")
+        },
+    }
+    specs = {name: moved.get(name) or call.at_work(name, x) for name, x in gradients.items()}
+    result = call.run(
+        functools.partial(_backward_body, call, axes),
+        (
+            map_named(call.at_work, without_query),
+            call.at_work("query", joined),
+            call.at_work("query", rows),
+        ),
+        specs,
+        without_query,
+        joined,
+        rows,
+    )
+    result = call.place(result, {name: call.at_rest(name, x) for name, x in gradients.items()})
+    return result["query"], result["key"], result["value"], result.get("bias"), d_sinks
+
+
+def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
+    if call.implementation == "dense":
+        state = dense_state(operands, call.scoring)
+    else:
+        state = fold(operands, call.scoring, call.machine)
+    movement = call.movement
+    if movement.all_reduce:
+        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
+    if movement.scatter:
+        state = reduce_scatter(state, movement.scatter)
+    return finish(state, operands.sinks, valid, operands.query.dtype)
+
+
+def finish(
+    state: SoftmaxState, sinks: jax.Array | None, valid: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """out in the given dtype and lse, from the state over all keys; rows that are not valid are empty."""
+    out, lse = finalize(state, sinks)
+    if valid is not None:  # a sink gives no log-sum-exp to a row that is not there
+        out = jnp.where(valid[..., None, None], out, 0.0)
+        lse = jnp.where(valid[..., None], lse, -jnp.inf)
+    return out.astype(dtype), lse
+
+
+def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out, rows):
+    movement = call.movement
+    if movement.gather_rows:
+        query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
+        operands = dataclasses.replace(operands, query=query)
+    query, key, value = operands.query, operands.key, operands.value
+    dtype = state_dtype(query, key, value)
+    d_query, d_key, d_value, d_bias = fold_gradients(
+        operands,
+        call.scoring,
+        call.machine,
+        reference=rows[..., 0],
+        d_sum=rows[..., 1],
+        d_weighted_sum=d_out.astype(dtype),
+        key_dtype=dtype if axes["key"] else None,
+    )
+    result = {
+        "query": _summed(d_query, axes["query"], movement.scatter).astype(query.dtype),
+        "key": _summed(d_key, axes["key"], movement.gather_keys).astype(key.dtype),
+        "value": _summed(d_value, axes["value"], movement.gather_keys).astype(value.dtype),
+    }
+    if operands.bias is not None:
+        result["bias"] = _summed(d_bias, axes["bias"], ()).astype(operands.bias.dtype)
+    return result
+
+
+def _summed(x: jax.Array, axes: Axes, scatter: Axes) -> jax.Array:
+    """The sum over the axes; along dimension 1, each device's part only, for those to scatter over."""
+    if scatter:
+        x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in axes if axis not in scatter)
+    return lax.psum(x, rest) if rest else x
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -1,0 +1,191 @@
+"""One block of attention: its logits, its softmax state, and its part of the gradients.
+
+Layout inside a block: query [b, K, G, q, H], key [b, s, K, H], value [b, s, K, V], logits [b, K, G, q, s],
+all in the state's dtype; lower-case letters are the sizes of the block. In the `flat` form, for few
+queries, logits are [b, s, K, G, q]: XLA:CPU vectorises no reduction over the minor dimension.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distattn.state import SoftmaxState, softmax_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How a logit is made, apart from arrays: cap(scale * q.k + bias)."""
+
+    scale: float
+    soft_cap: float | None = None
+    precision: jax.lax.PrecisionLike = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The operands of one block. `bias` and `allowed` are laid out as the logits are."""
+
+    query: jax.Array  # [b, K, G, q, H], times the scale
+    key: jax.Array  # [b, s, K, H]
+    value: jax.Array  # [b, s, K, V]
+    bias: jax.Array | None  # [b|1, K|1, G|1, q|1, s|1]
+    allowed: jax.Array | None  # bool, the same
+
+
+def block_state(block: Block, scoring: Scoring, flat: bool) -> SoftmaxState:
+    """The state of one block: max and sum [b, K, G, q], weighted_sum [b, K, G, q, V]."""
+    axis = key_axis(flat)
+    logits, _ = block_logits(block, scoring, flat)
+    high = logits.max(axis=axis)
+    weights = softmax_weights(logits, jnp.expand_dims(high, axis))
+    return SoftmaxState(
+        max=high,
+        sum=weights.sum(axis=axis),
+        weighted_sum=_weigh(weights, block.value, block.allowed, scoring, flat),
+    )
+
+
+def block_logits(
+    block: Block, scoring: Scoring, flat: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logits (see the layouts above), -inf where not allowed; and d(logit)/d(uncapped), None for 1."""
+    logits = _scores(block.query, block.key, block.allowed, scoring, flat)
+    if block.bias is not None:
+        logits = logits + block.bias
+    slope = None
+    if scoring.soft_cap is not None:
+        ratio = jnp.tanh(logits / scoring.soft_cap)
+        logits, slope = scoring.soft_cap * ratio, 1 - ratio * ratio
+    if block.allowed is not None:
+        logits = jnp.where(block.allowed, logits, -jnp.inf)
+    return logits, slope
+
+
+def block_gradients(
+    block: Block,
+    scoring: Scoring,
+    reference: jax.Array,
+    d_sum: jax.Array,
+    d_weighted_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), for weights exp(s - reference).
+
+    With reference = max this is the gradient of a state. With reference = log-sum-exp, d_weighted_sum
+    = dout and d_sum = dlse - sum(dout * out) it is the gradient of finished attention
+    (FlashAttention-2, arXiv 2307.08691, section 3.1.2): the same formula.
+
+        p = exp(s - reference),  ds = p * (d_weighted_sum . v + d_sum)
+
+    Args:
+      block: the operands.
+      scoring: how logits are made.
+      reference: [b, K, G, q].
+      d_sum: [b, K, G, q].
+      d_weighted_sum: [b, K, G, q, V].
+
+    Returns:
+      d_query [b, K, G, q, H] with respect to the scaled query, d_key [b, s, K, H], d_value
+      [b, s, K, V], and d_logits before the soft cap [b, K, G, q, s].
+    """
+    logits, slope = block_logits(block, scoring, flat=False)
+    weights = softmax_weights(logits, reference[..., None])
+    einsum = _einsum(scoring)
+    d_value = einsum("bkgqs,bkgqv->bskv", weights, d_weighted_sum)
+    d_weights = einsum("bkgqv,bskv->bkgqs", d_weighted_sum, block.value) + d_sum[..., None]
+    d_logits = weights * d_weights
+    if slope is not None:
+        d_logits = d_logits * slope
+    allowed = block.allowed
+    if allowed is not None:  # the weights are 0 there, but keys and values may be anything: 0 * nan
+        d_logits = jnp.where(allowed, d_logits, 0.0)
+    d_query = _attended_sum(
+        lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, allowed
+    )
+    d_key = _attended_sum(
+        lambda w, x: einsum("bkgqs,bkgqh->bskh", w, x), d_logits, block.query, allowed
+    )
+    return d_query, d_key, d_value, d_logits
+
+
+def key_axis(flat: bool) -> int:
+    """The axis of the keys in a block's logits: [b, s, K, G, q] if flat, else [b, K, G, q, s]."""
+    return 1 if flat else 4
+
+
+def _scores(query, key, allowed, scoring, flat):
+    einsum = _einsum(scoring)
+
+    def batched():
+        return einsum("bkgqh,bskh->bkgqs", query, key)
+
+    if not flat:
+        return batched()
+    # The heads are folded into the contraction: [s, K*H] @ [K*H, K*G*q] with a block-diagonal query.
+    # K times the flops, and no transposed copy of the keys, which XLA:CPU makes for a batch of heads.
+    _, heads, groups, rows, width = query.shape
+    columns = groups * rows
+    diagonal = (
+        jnp.eye(heads, dtype=query.dtype)[:, None, :, None]
+        * query.reshape(heads, columns, width).transpose(0, 2, 1)[:, :, None, :]
+    ).reshape(heads * width, heads * columns)
+    logits = lax.dot(key.reshape(-1, heads * width), diagonal, precision=scoring.precision)
+    logits = logits.reshape(1, -1, heads, groups, rows)
+    if allowed is None:
+        return logits
+    # A head that holds no number (0 * nan) reaches the others' logits; then take the separate form.
+    return lax.cond(
+        jnp.isfinite(logits).all(), lambda: logits, lambda: jnp.moveaxis(batched(), -1, 1)
+    )
+
+
+def _weigh(weights, value, allowed, scoring, flat):
+    if not flat:
+        einsum = _einsum(scoring)
+        return _attended_sum(
+            lambda w, x: einsum("bkgqs,bskv->bkgqv", w, x), weights, value, allowed
+        )
+    _, keys, heads, groups, rows = weights.shape
+
+    def product(w, x):
+        full = lax.dot_general(
+            w.reshape(keys, -1),
+            x.reshape(keys, -1),
+            (((0,), (0,)), ((), ())),
+            precision=scoring.precision,
+        ).reshape(heads, groups * rows, heads, -1)
+        own = jnp.stack([full[k, :, k] for k in range(heads)])
+        return own.reshape(1, heads, groups, rows, -1)
+
+    return _attended_sum(product, weights, value, allowed)
+
+
+def _attended_sum(product, weights, x, allowed):
+    """product(weights, x), to which entries of x that are not allowed contribute nothing.
+
+    Their weight is 0 already, but 0 * nan is nan. So where the plain product is not finite, the finite
+    entries are summed, and what is not finite is added for those who may attend to it.
+    """
+    plain = product(weights, x)
+    if allowed is None:
+        return plain
+
+    def apart():
+        attended = jnp.where(allowed, (weights != 0).astype(weights.dtype), 0.0)
+        total = product(weights, jnp.where(jnp.isfinite(x), x, 0.0))
+        kinds = (jnp.isnan(x), x == jnp.inf, x == -jnp.inf)
+        met = product(attended, jnp.concatenate(kinds, axis=-1).astype(x.dtype)) > 0
+        for value, where in zip((jnp.nan, jnp.inf, -jnp.inf), jnp.split(met, 3, axis=-1), strict=True):
+            total = total + jnp.where(where, value, 0.0)
+        return total
+
+    return lax.cond(jnp.isfinite(plain).all(), lambda: plain, apart)
+
+
+def _einsum(scoring):
+    def einsum(spec, *operands):
+        return jnp.einsum(spec, *operands, precision=scoring.precision)
+
+    return einsum

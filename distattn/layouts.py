@@ -1,0 +1,229 @@
+"""Which position lies at which slot: orders of a sequence over devices, and moving arrays into them.
+
+A layout is a vector of positions, int32[S]: entry i is the position of the token that is stored at slot
+i, and device d of D owns slots d * S / D to (d + 1) * S / D - 1. It is what `key_positions` and
+`query_positions` take. `reorder` puts an array into a layout, `restore` puts it back, and `align`
+brings values to keys where both have come in orders of their own.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from distattn.alignment import align, align_shards
+
+__all__ = ["align", "align_shards", "contiguous", "reorder", "restore", "striped", "zigzag"]
+
+
+def contiguous(seq_len: int, shards: int) -> np.ndarray:
+    """Each device holds one run of the sequence: position i at slot i.
+
+    Args:
+      seq_len: S, a multiple of `shards`.
+      shards: D.
+
+    Returns:
+      int32[S], a numpy array.
+
+    Raises:
+      ValueError: seq_len is not a multiple of shards.
+    """
+    _check_lengths(seq_len, "shards", shards, shards)
+    return np.arange(seq_len, dtype=np.int32)
+
+
+def zigzag(seq_len: int, shards: int) -> np.ndarray:
+    """Device d holds chunks d and 2D - 1 - d of 2D: under a causal mask all have the same work.
+
+    Args:
+      seq_len: S, a multiple of 2 * `shards`.
+      shards: D.
+
+    Returns:
+      int32[S], a numpy array.
+
+    Raises:
+      ValueError: seq_len is not a multiple of 2 * shards.
+
+    Reference: Llama 3, arXiv 2407.21783, section 3.3.2 (context parallelism).
+    """
+    _check_lengths(seq_len, "2 * shards", 2 * shards, shards)
+    chunks = np.arange(seq_len, dtype=np.int32).reshape(2 * shards, -1)
+    device = np.arange(shards)
+    return chunks[np.stack([device, 2 * shards - 1 - device], axis=1)].reshape(-1)
+
+
+def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
+    """Stripes of the sequence are dealt out in turn: device d holds stripes d, d + D, d + 2D, ...
+
+    Args:
+      seq_len: S, a multiple of `shards` * `stripe_size`.
+      shards: D.
+      stripe_size: how many neighbours stay together.
+
+    Returns:
+      int32[S], a numpy array.
+
+    Raises:
+      ValueError: seq_len is not a multiple of shards * stripe_size.
+
+    Reference: Brandon et al., "Striped Attention", arXiv 2311.09431, section 3.
+    """
+    if operator.index(stripe_size) < 1:
+        raise ValueError(f"stripe_size is {stripe_size}; it must be at least 1: pass 1 for single tokens")
+    _check_lengths(seq_len, "shards * stripe_size", shards * stripe_size, shards)
+    stripes = np.arange(seq_len, dtype=np.int32).reshape(-1, shards, stripe_size)
+    return stripes.swapaxes(0, 1).reshape(-1)
+
+
+def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
+    """The array in a layout: what lies at each slot.
+
+        out[..., i, ...] = x[..., positions[i], ...]
+
+    Under jit and outside, differentiable, and laid out on the mesh as x is.
+
+    Args:
+      x: [..., S, ...] in the order of positions, any dtype.
+      positions: int32[S], or int32[B, S] for an order in each row, B the leading axis of x. A negative
+        one is an empty slot, and so, under jit, is one of S or more.
+      axis: of S in x; with int32[B, S] it is 1.
+
+    Returns:
+      [..., S, ...], zero in empty slots.
+
+    Raises:
+      ValueError: positions of a wrong shape or dtype, or, where they are known, of S or more; an axis
+        that x has not.
+    """
+    x = jnp.asarray(x)
+    axis, positions = _check(x, positions, axis, unique=False)
+    return _laid_out_as(x, lambda x, slots: _gather(x, slots, axis), positions)
+
+
+def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
+    """The inverse of `reorder`: from slots back to the order of positions.
+
+        out[..., positions[i], ...] = x[..., i, ...]
+
+    Args:
+      x: [..., S, ...] in the layout, any dtype.
+      positions: as in `reorder`, no position twice. Empty slots are dropped.
+      axis: of S in x; with int32[B, S] it is 1.
+
+    Returns:
+      [..., S, ...], zero where no slot has the position.
+
+    Raises:
+      ValueError: as `reorder`; or, where they are known, positions that are there twice.
+    """
+    x = jnp.asarray(x)
+    axis, positions = _check(x, positions, axis, unique=True)
+    return _laid_out_as(x, lambda x, slots: _gather(x, _inverse(slots), axis), positions)
+
+
+def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
+    """f(x, positions), of the shape of x and with its sharding, as far as that is known here."""
+    shardings = [jax.typeof(y).sharding for y in (x, positions)]
+    mesh = shardings[0 if shardings[1].mesh.empty else 1].mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if explicit:
+        # A gather along a sharded axis is left to the compiler, which is told where the result lies.
+        spec = shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
+        result = NamedSharding(mesh, spec)
+        return jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)(x, positions)
+    out = f(x, positions)
+    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+        return lax.with_sharding_constraint(out, x.sharding)
+    return out
+
+
+def _gather(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    if x.size == 0:
+        return x
+    how = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
+    if index.ndim == 1:
+        taken = x.at[(slice(None),) * axis + (index,)].get(**how)
+        shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
+    else:
+        taken = jax.vmap(lambda row, slots: row.at[slots].get(**how))(x, index)
+        shape = x.shape[:2] + (1,) * (x.ndim - 2)
+    # Inside jit the sharding of x is not known under Auto axes, and the compiler does not carry that of
+    # the gathered axis over. It does through a choice of which x is one case, though never the one.
+    case = jnp.where(index < 0, 1, 0).reshape(shape)
+    return lax.select_n(jnp.broadcast_to(case, x.shape), taken, jnp.zeros_like(x), x)
+
+
+def _inverse(positions: jax.Array) -> jax.Array:
+    """int32, the slot of each position, -1 where there is none."""
+    rows = positions if positions.ndim == 2 else positions[None]
+    slots = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+
+    def invert(row: jax.Array, slots: jax.Array) -> jax.Array:
+        return jnp.full_like(row, -1).at[row].set(slots, mode="drop", wrap_negative_indices=False)
+
+    return jax.vmap(invert)(rows, slots).reshape(positions.shape)
+
+
+def _check(x: jax.Array, positions: Any, axis: int, *, unique: bool) -> tuple[int, jax.Array]:
+    """The axis counted from the front, and positions as int32."""
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis is {axis} and x has shape {x.shape}; pass an axis that x has")
+    axis %= x.ndim
+    dtype, shape = jnp.result_type(positions), np.shape(positions)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"positions is {dtype}; it must be int32: convert with astype('int32')")
+    length = x.shape[axis]
+    if len(shape) == 2 and axis == 1 and shape != (x.shape[0], length):
+        raise ValueError(
+            f"positions has shape {shape} and x has shape {x.shape}; per row it must be int32[B, S] with "
+            f"B, S = {x.shape[0]}, {length}: one position for each slot of each row"
+        )
+    if len(shape) == 2 and axis != 1:
+        raise ValueError(
+            f"positions is given per row, shape {shape}, and axis is {axis}; rows are axis 0 and slots "
+            "axis 1: move the axes of x, or pass int32[S]"
+        )
+    if len(shape) not in (1, 2) or shape[-1] != length:
+        raise ValueError(
+            f"positions has shape {shape}, but x has {length} slots along axis {axis}; pass int32[S] with "
+            f"S={length}, one position for each slot (-1 for an empty one)"
+        )
+    if not isinstance(positions, jax.core.Tracer) and getattr(positions, "is_fully_addressable", True):
+        _check_known(np.asarray(positions), length, unique=unique)
+    return axis, jnp.asarray(positions).astype(jnp.int32)
+
+
+def _check_known(positions: np.ndarray, length: int, *, unique: bool) -> None:
+    if positions.size and positions.max() >= length:
+        raise ValueError(
+            f"positions has {positions.max()}, and there are {length}: give each of 0 ... {length - 1}, "
+            "and -1 for empty slots"
+        )
+    if not unique:
+        return
+    for row in positions.reshape(-1, length):
+        values, counts = np.unique(row[row >= 0], return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"positions has {values[counts > 1][0]} more than once, so its inverse does not exist: "
+                "give each position to one slot, and -1 to empty ones"
+            )
+
+
+def _check_lengths(seq_len: int, unit_name: str, unit: int, shards: int) -> None:
+    if operator.index(shards) < 1:
+        raise ValueError(f"shards is {shards}; it must be at least 1: pass the number of devices")
+    if operator.index(seq_len) < 0 or seq_len % unit:
+        raise ValueError(
+            f"seq_len is {seq_len}; it must be a multiple of {unit_name} = {unit}: pad the sequence to "
+            f"{-(-max(seq_len, 0) // unit) * unit}, with position -1 for the empty slots"
+        )

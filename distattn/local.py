@@ -1,0 +1,331 @@
+"""Attention on one device: keys folded block by block into a `SoftmaxState`, and its gradient.
+
+Memory is O(T + block) in both directions, never T x S: the backward pass makes the weights of a block
+again from the saved maximum or log-sum-exp (FlashAttention-2, arXiv 2307.08691, section 3). It differs
+from the textbook algorithm in: 1. keys come in any order, and a block is skipped by the range of its
+positions, not by its index; 2. the fold is the public `merge`, so that a block's state has a maximum of
+its own; 3. few queries are laid out block-diagonally over the heads (`flat`), which on CPU spares a
+transposed copy of all keys and values.
+"""
+
+import functools
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from distattn._compat import vary, varying_axes
+from distattn.block import Block, Scoring, block_gradients, block_state
+from distattn.mask import Mask, split_heads
+from distattn.operands import (
+    Operands,
+    Window,
+    check_implementation,
+    make_operands,
+    make_scoring,
+)
+from distattn.state import SoftmaxState, merge, state_dtype
+from distattn.tiles import (
+    Machine,
+    Tiles,
+    add,
+    choose_tiling,
+    fresh,
+    loop,
+    put,
+    rows_first,
+    unravel,
+    when,
+)
+
+
+def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+    """The state over all keys, block by block: f32[B, T, N], f32[B, T, N], f32[B, T, N, V]."""
+    tiling = choose_tiling(operands, machine)
+    tiles = Tiles(operands, tiling)
+    whole = tiles.empty_state(tiles.batch, tiles.queries, tiles.kv_heads * tiles.groups)
+    if tiles.is_empty:
+        return whole
+
+    def query_block(index: jax.Array, whole: SoftmaxState) -> SoftmaxState:
+        batch, heads, row = unravel(index, tiles.batches, tiles.head_blocks, tiles.query_blocks)
+        place = tiles.place(batch, heads, row, 0)
+        query = tiles.query(place, scoring.scale)
+
+        def key_block(column: jax.Array, state: SoftmaxState) -> SoftmaxState:
+            place = tiles.place(batch, heads, row, column)
+            mask = tiles.mask(place)
+
+            def attend(state: SoftmaxState) -> SoftmaxState:
+                fresh_keys = fresh(column, place.key, tiles.keys)
+                block = tiles.block(place, query, mask, fresh_keys=fresh_keys)
+                return merge(state, block_state(block, scoring, flat=tiling.flat))
+
+            return when(mask.may_attend(), attend, state)
+
+        empty = tiles.empty_state(tiling.batch, tiling.heads, tiles.groups, tiling.query)
+        state = loop(tiles.key_blocks, key_block, empty)
+        spans = (place.batch, place.query, place.query_heads)
+        return jax.tree.map(lambda x, part: put(x, rows_first(part), *spans), whole, state)
+
+    return loop(tiles.batches * tiles.head_blocks * tiles.query_blocks, query_block, whole)
+
+
+def fold_gradients(
+    operands: Operands,
+    scoring: Scoring,
+    machine: Machine,
+    reference: jax.Array,
+    d_sum: jax.Array,
+    d_weighted_sum: jax.Array,
+    *,
+    key_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), for weights exp(s - reference).
+
+    See `block_gradients` for the formula and for its two uses.
+
+    Args:
+      operands: as in `fold`.
+      scoring: as in `fold`.
+      machine: as in `fold`.
+      reference: f32[B, T, N], the maximum or the log-sum-exp.
+      d_sum: f32[B, T, N].
+      d_weighted_sum: f32[B, T, N, V].
+      key_dtype: of d_key and d_value; None: those of key and value.
+
+    Returns:
+      d_query f32[B, T, N, H], d_key [B, S, K, H], d_value [B, S, K, V], d_bias f32 as bias, or None.
+    """
+    tiling = choose_tiling(operands, machine, backward=True)
+    tiles = Tiles(operands, tiling)
+    key, value, bias = operands.key, operands.value, operands.bias
+    grads = (
+        tiles.zeros(operands.query.shape),
+        None if bias is None else tiles.zeros(bias.shape),
+        tiles.zeros(key.shape, key_dtype or key.dtype),
+        tiles.zeros(value.shape, key_dtype or value.dtype),
+    )
+
+    def key_block(index: jax.Array, carry: tuple) -> tuple:
+        batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
+
+        def query_block(row: jax.Array, carry: tuple) -> tuple:
+            place = tiles.place(batch, heads, row, column)
+            mask = tiles.mask(place)
+
+            def attend(carry: tuple) -> tuple:
+                d_query, d_bias, d_key_block, d_value_block = carry
+                block = tiles.block(
+                    place,
+                    tiles.query(place, scoring.scale),
+                    mask,
+                    fresh_keys=fresh(column, place.key, tiles.keys),
+                    fresh_queries=fresh(row, place.query, tiles.queries),
+                )
+                rows = (tiles.rows(x, place) for x in (reference, d_sum, d_weighted_sum))
+                dq, dk, dv, d_logits = block_gradients(block, scoring, *rows)
+                dq = rows_first(dq * scoring.scale)
+                d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
+                if d_bias is not None:
+                    d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
+                    d_bias = add(
+                        d_bias, d_logits, place.batch, place.query_heads, place.query, place.key
+                    )
+                return d_query, d_bias, d_key_block + dk, d_value_block + dv
+
+            return when(mask.may_attend(), attend, carry)
+
+        d_query, d_bias, d_key, d_value = carry
+        place = tiles.place(batch, heads, 0, column)
+        zeros = [
+            tiles.zeros((tiling.batch, tiling.key, tiling.heads, x.shape[-1])) for x in (key, value)
+        ]
+        d_query, d_bias, *blocks = loop(
+            tiles.query_blocks, query_block, (d_query, d_bias, *zeros)
+        )
+        # Entries that are not fresh are 0 in this block, and final in the array.
+        write = put if fresh(column, place.key, tiles.keys) is None else add
+        d_key, d_value = (
+            write(x, block.astype(x.dtype), place.batch, place.key, place.heads)
+            for x, block in zip((d_key, d_value), blocks, strict=True)
+        )
+        return d_query, d_bias, d_key, d_value
+
+    if not tiles.is_empty:
+        grads = loop(tiles.batches * tiles.head_blocks * tiles.key_blocks, key_block, grads)
+    d_query, d_bias, d_key, d_value = grads
+    return d_query, d_key, d_value, d_bias
+
+
+def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
+    """The same state by plain operations on [B, K, G, T, S]: for forward mode, hessians, and as a check."""
+    kv_heads = operands.key.shape[2]
+    dtype = state_dtype(operands.query, operands.key, operands.value)
+    query, key, value = (
+        x.astype(dtype) for x in (operands.query, operands.key, operands.value)
+    )
+    allowed = operands.mask.allowed(kv_heads)
+    if allowed is not None:
+        # Slots that no query may attend to can hold anything, and 0 * nan is nan in a gradient too.
+        seen = allowed.any(axis=(2, 3))  # [B|1, K|1, S|1]
+        seen = jnp.moveaxis(seen, 1, 2)[..., None]
+        key, value = jnp.where(seen, key, 0.0), jnp.where(seen, value, 0.0)
+    query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
+    bias = operands.bias
+    block = Block(
+        query=jnp.moveaxis(query, 1, 3) * scoring.scale,
+        key=key,
+        value=value,
+        bias=None if bias is None else split_heads(bias, kv_heads).astype(dtype),
+        allowed=allowed,
+    )
+    return jax.tree.map(rows_first, block_state(block, scoring, flat=False))
+
+
+def local_state(
+    operands: Operands, scoring: Scoring, machine: Machine, implementation: str
+) -> SoftmaxState:
+    """The state over this device's keys, differentiable; no communication."""
+    axes = varying_axes(*jax.tree.leaves(operands))
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    if implementation == "dense":
+        return dense_state(operands, scoring)
+    return _blocked(
+        (scoring, machine),
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.bias,
+        operands.mask,
+    )
+
+
+def partial_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window = None,
+    implementation: str | None = None,
+    logits_soft_cap: float | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    block_sizes: tuple[int, int] | None = None,
+) -> SoftmaxState:
+    """Attention over some of the keys, not divided yet: one device's part of a sum that `merge` finishes.
+
+        s = cap(scale * q . k + bias) where allowed, else -inf
+        max = max(s), sum = sum(exp(s - max)), weighted_sum = sum(exp(s - max) * v)
+
+    `finalize(partial_attention(...))` is attention. States over disjoint sets of keys, in any order,
+    `merge` into the state of their union. Sinks are not an argument: they enter once, in `finalize`.
+    Memory is O(T + block) forward and backward. Reverse mode; `implementation='dense'` also forward mode.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
+      key: [B, S, K, H] or [S, K, H]; N must be a multiple of K.
+      value: [B, S, K, V] or [S, K, V].
+      bias: float, broadcasts to [B, N, T, S]; added to the scaled logits. Differentiable.
+      mask: bool, broadcasts to [B, N, T, S]; True = attend.
+      scale: of q . k; default 1 / sqrt(H).
+      is_causal: attend iff key position <= query position.
+      query_seq_lengths: int32[B]; query rows t >= length attend to nothing.
+      key_value_seq_lengths: int32[B]; attend iff key position < length.
+      local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
+      implementation: 'blocked' (None), or 'dense' for plain operations of size [T, S].
+      logits_soft_cap: c in c * tanh(logit / c).
+      precision: of the matrix products, as in `jax.numpy.einsum`.
+      query_positions: int32[T] or int32[B, T]; default 0, 1, 2, ...
+      key_positions: int32[S] or int32[B, S], in any order; negative = empty slot; default 0, 1, 2, ...
+      query_segment_ids: int32[T] or int32[B, T]; attend iff equal.
+      key_value_segment_ids: int32[S] or int32[B, S].
+      block_sizes: queries and keys of one block; chosen if None.
+
+    Returns:
+      SoftmaxState: f32[B, T, N], f32[B, T, N], f32[B, T, N, V] (float64 if an input is); B = 1 where the
+      arrays have none. A row that attends to no key is (-inf, 0, 0), with zero gradients.
+
+    Raises:
+      ValueError: a wrong shape, dtype or combination; the message says what to pass.
+      NotImplementedError: an implementation that is not built.
+
+    Reference: Rabe & Staats, arXiv 2112.05682, sections 2 and 3.
+    """
+    scoring = make_scoring(query, scale, logits_soft_cap, precision)
+    implementation = check_implementation(implementation)
+    operands = make_operands(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+    )
+    if block_sizes is not None and (len(block_sizes) != 2 or min(block_sizes) < 1):
+        raise ValueError(
+            f"block_sizes is {block_sizes}; it must be (queries, keys), both at least 1, or None"
+        )
+    machine = Machine(jax.default_backend(), block_sizes=block_sizes)
+    return local_state(operands, scoring, machine, implementation)
+
+
+def refuse_second_derivative(f):
+    """f, which says what to do instead of being differentiated: it is a gradient already."""
+    f = jax.custom_jvp(f)
+
+    @f.defjvp
+    def _jvp(primals: tuple, tangents: tuple) -> NoReturn:
+        raise NotImplementedError(
+            "a second derivative, or forward mode, of blocked attention is not built; "
+            "pass implementation='dense', which JAX differentiates to any order"
+        )
+
+    return f
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(static, query, key, value, bias, mask: Mask) -> SoftmaxState:
+    scoring, machine = static
+    return fold(Operands(query, key, value, bias, None, mask), scoring, machine)
+
+
+def _blocked_forward(static, *arrays):
+    state = _blocked(static, *arrays)
+    return state, (arrays, state.max)
+
+
+def _blocked_backward(static, residuals, cotangent: SoftmaxState):
+    (query, key, value, bias, mask), reference = residuals
+
+    @refuse_second_derivative
+    def gradients(query, key, value, bias, mask, reference, d_sum, d_weighted_sum):
+        operands = Operands(query, key, value, bias, None, mask)
+        return fold_gradients(operands, *static, reference, d_sum, d_weighted_sum)
+
+    d_query, d_key, d_value, d_bias = gradients(
+        query, key, value, bias, mask, reference, cotangent.sum, cotangent.weighted_sum
+    )
+    if bias is not None:
+        d_bias = d_bias.astype(bias.dtype)
+    return d_query.astype(query.dtype), d_key, d_value, d_bias, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -1,0 +1,162 @@
+"""The mask as a value: which query may attend to which key, decided from positions.
+
+Nothing of shape [T, S] is ever built, unless the caller passes one in: a `Mask` holds vectors, a block
+of it is made where a block of logits is, and whole blocks are skipped by the ranges of their positions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Span(NamedTuple):
+    """Indices start .. start + size - 1 of one dimension; `start` may be a tracer."""
+
+    start: jax.Array | int
+    size: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Who may attend to whom: the AND of what is given; None stands for "no restriction".
+
+    A leading dimension of size 1 holds for every row of the batch. A key whose position is negative is
+    an empty slot. Key lengths are folded into `key_positions` (a key beyond the length is an empty
+    slot), query lengths into `query_valid`.
+    """
+
+    query_positions: jax.Array | None = None  # int32[B|1, T]
+    key_positions: jax.Array | None = None  # int32[B|1, S]; negative: empty slot
+    query_valid: jax.Array | None = None  # bool[B|1, T]
+    query_segment_ids: jax.Array | None = None  # int32[B|1, T]
+    key_segment_ids: jax.Array | None = None  # int32[B|1, S]
+    dense: jax.Array | None = None  # bool[B|1, N|1, T|1, S|1]
+    is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    # Inclusive distances to the left and right of the query's position; None: unbounded.
+    window: tuple[int | None, int | None] = dataclasses.field(
+        default=(None, None), metadata={"static": True}
+    )
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every query attends to every key, known without looking at any value."""
+        return not jax.tree.leaves(self)
+
+    @property
+    def compares_positions(self) -> bool:
+        """Whether the positions of queries matter."""
+        return self.is_causal or self.window != (None, None)
+
+    def block(self, batch: Span, heads: Span, query: Span, key: Span) -> "Mask":
+        """The mask of some rows of the batch, query heads, queries and keys."""
+        return dataclasses.replace(
+            self,
+            query_positions=take(self.query_positions, batch, query),
+            key_positions=take(self.key_positions, batch, key),
+            query_valid=take(self.query_valid, batch, query),
+            query_segment_ids=take(self.query_segment_ids, batch, query),
+            key_segment_ids=take(self.key_segment_ids, batch, key),
+            dense=take(self.dense, batch, heads, query, key),
+        )
+
+    def allowed(self, num_kv_heads: int) -> jax.Array | None:
+        """bool[b, K|1, G|1, q|1, s|1]: True = attend; None where nothing is forbidden."""
+        terms = []
+        if self.key_positions is not None:
+            terms.append(_on_keys(self.key_positions >= 0))
+        if self.query_valid is not None:
+            terms.append(_on_queries(self.query_valid))
+        if self.compares_positions:
+            left, right = self._reach()
+            query = _on_queries(self.query_positions)
+            key = _on_keys(self.key_positions)
+            if right is not None:
+                terms.append(key <= _saturating_add(query, right))
+            if left is not None:
+                terms.append(key >= _saturating_add(query, -left))
+        if self.query_segment_ids is not None:
+            terms.append(_on_queries(self.query_segment_ids) == _on_keys(self.key_segment_ids))
+        if self.dense is not None:
+            terms.append(split_heads(self.dense, num_kv_heads))
+        if not terms:
+            return None
+        result = terms[0]
+        for term in terms[1:]:
+            result = result & term
+        return result
+
+    def may_attend(self) -> jax.Array | None:
+        """bool[]: False only if no query of this block attends to any of its keys.
+
+        Decided by ranges (of positions, of segment ids), so True may be too careful, never False.
+        None where it cannot be known to be False. The dense mask is not read.
+        """
+        terms = []
+        high, low = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
+        if self.key_positions is not None:
+            there = self.key_positions >= 0
+            terms.append(there.any(axis=-1))
+            if self.compares_positions:
+                left, right = self._reach()
+                first = jnp.where(there, self.key_positions, high).min(axis=-1)
+                last = jnp.where(there, self.key_positions, low).max(axis=-1)
+                if right is not None:
+                    terms.append(first <= _saturating_add(self.query_positions.max(axis=-1), right))
+                if left is not None:
+                    terms.append(last >= _saturating_add(self.query_positions.min(axis=-1), -left))
+        if self.query_valid is not None:
+            terms.append(self.query_valid.any(axis=-1))
+        if self.query_segment_ids is not None:
+            query, key = self.query_segment_ids, self.key_segment_ids
+            terms.append(query.min(axis=-1) <= key.max(axis=-1))
+            terms.append(query.max(axis=-1) >= key.min(axis=-1))
+        if not terms:
+            return None
+        result = terms[0]
+        for term in terms[1:]:
+            result = result & term  # bool[B|1] each
+        return result.any()
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        left, right = self.window
+        if self.is_causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
+
+def take(x: jax.Array | None, *spans: Span | None) -> jax.Array | None:
+    """The part of x inside the spans; a dimension of size 1, or with span None, is kept whole."""
+    if x is None:
+        return None
+    for axis, span in enumerate(spans):
+        if span is not None and x.shape[axis] not in (1, span.size):
+            x = lax.dynamic_slice_in_dim(x, span.start, span.size, axis)
+    return x
+
+
+def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[b|1, N|1, q|1, s|1] to [b|1, K|1, G|1, q|1, s|1]."""
+    heads = x.shape[1]
+    groups = (num_kv_heads, heads // num_kv_heads) if heads > 1 else (1, 1)
+    return x.reshape(x.shape[0], *groups, *x.shape[2:])
+
+
+def _on_keys(x: jax.Array) -> jax.Array:
+    return x[:, None, None, None, :]
+
+
+def _on_queries(x: jax.Array) -> jax.Array:
+    return x[:, None, None, :, None]
+
+
+def _saturating_add(x: jax.Array, offset: int) -> jax.Array:
+    # Positions near the ends of int32 must not wrap round: a window reaches as far as int32 does.
+    info = jnp.iinfo(jnp.int32)
+    offset = max(min(offset, info.max), info.min)
+    if offset > 0:
+        return jnp.minimum(x, info.max - offset) + offset
+    return jnp.maximum(x, info.min - offset) + offset

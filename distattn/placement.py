@@ -1,0 +1,245 @@
+"""Where the arrays of a call lie: read from meshes and shardings, or said by the caller."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from distattn.cost import Topology
+
+Axes = tuple[str, ...]
+AxisNames = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which axes of the mesh shard which dimension. No mesh: everything on one device."""
+
+    mesh: Mesh | AbstractMesh | None = None
+    batch: Axes = ()
+    heads: Axes = ()
+    query: Axes = ()  # T
+    key: Axes = ()  # S
+    query_known: bool = True  # False: the layout of the query could not be read
+    manual: Axes = ()  # axes that our shard_map takes: those above, and all whose layout is known
+    compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
+
+    def size(self, axes: Axes) -> int:
+        """The number of devices along the axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
+
+    def spec(self, letters: str, shape: tuple[int, ...], **axes: Axes) -> PartitionSpec:
+        """The PartitionSpec of an array from the letters of its dimensions; size 1 is not sharded."""
+        by_letter = {
+            "B": self.batch, "N": self.heads, "K": self.heads, "T": self.query, "S": self.key
+        } | axes  # fmt: skip
+        return PartitionSpec(
+            *(
+                by_letter.get(letter) or None if size != 1 else None
+                for letter, size in zip(letters, shape, strict=True)
+            )
+        )
+
+    def topology(self, axes: Axes) -> Topology:
+        """The devices along the axes, in the order of the mesh."""
+        sizes = tuple(self.mesh.shape[axis] for axis in self.mesh.axis_names if axis in axes)
+        return Topology(self.platform, sizes, self.processes)
+
+    @property
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu'; of the default backend where the mesh has no devices."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0].platform
+        return jax.default_backend()
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that the mesh spans."""
+        if isinstance(self.mesh, Mesh):
+            return len({device.process_index for device in self.mesh.devices.flat})
+        return jax.process_count()
+
+
+def read_placement(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mesh: Mesh | AbstractMesh | None,
+    axis_name: AxisNames,
+    query_axis_name: AxisNames,
+) -> Placement:
+    """Where the arrays lie.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H], array or tracer.
+      key: [B, S, K, H] or [S, K, H].
+      value: [B, S, K, V] or [S, K, V].
+      mesh: said by the caller, or None.
+      axis_name: axes of S said by the caller, or None.
+      query_axis_name: axes of T said by the caller, None for replicated, 'auto' to read them.
+
+    Returns:
+      Placement.
+
+    Raises:
+      ValueError: no mesh, another mesh, an axis that is not there, is manual, or is used twice; key and
+        value sharded differently.
+    """
+    mesh = _find_mesh(query, key, value, mesh)
+    said = _names("axis_name", axis_name)
+    query_said = () if query_axis_name == "auto" else _names("query_axis_name", query_axis_name)
+    if mesh is None:
+        for name, axes in (("axis_name", said), ("query_axis_name", query_said)):
+            if axes:
+                raise ValueError(
+                    f"{name} is {axes[0] if len(axes) == 1 else axes}, but there is no mesh; pass mesh=, "
+                    "or enter jax.set_mesh(mesh), or pass arrays that lie on one"
+                )
+        return Placement()
+    free = _free_axes(mesh)
+    for name, axes in (("axis_name", said), ("query_axis_name", query_said)):
+        _check_axes(name, axes, mesh, free)
+
+    dims = {"query": "BTNH", "key": "BSKH", "value": "BSKV"}
+    read, known = {}, set(free)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        read[name], readable = _layout(x, dims[name][-x.ndim :], mesh, free)
+        known &= readable
+    key_axes = said
+    for name in ("key", "value"):
+        found = read[name].get("S", ())
+        if said and found and _sized(found, mesh) != _sized(said, mesh):
+            raise ValueError(
+                f"axis_name is {said}, but {name} is sharded over {found} along S; pass "
+                f"axis_name={found if len(found) > 1 else found[0]!r}, or reshard {name} first"
+            )
+    if not said:
+        key_axes = read["key"].get("S", ())
+        if key_axes != read["value"].get("S", ()):
+            raise ValueError(
+                f"key is sharded over {key_axes} along S and value over {read['value'].get('S', ())}; a "
+                "key and its value must lie on one device: reshard one of them, or pass axis_name"
+            )
+    query_axes = read["query"].get("T", ()) if query_axis_name == "auto" else query_said
+    placement = Placement(
+        mesh=mesh,
+        batch=read["key"].get("B", ()) or read["query"].get("B", ()),
+        heads=read["query"].get("N", ()) or read["key"].get("K", ()),
+        query=query_axes,
+        key=key_axes,
+        query_known=query_axis_name != "auto" or known == set(free),
+    )
+    _check_disjoint(placement)
+    used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
+    manual = tuple(axis for axis in free if axis in used)
+    unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
+    if not (placement.batch or placement.heads or query_axes or key_axes):
+        return Placement(compiler_sharded=bool(unseen))
+    return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
+
+
+def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:
+    context = jax.sharding.get_abstract_mesh()
+    found, owner = mesh, "mesh"
+    for name, x in (("key", key), ("value", value), ("query", query)):
+        sharding = _sharding(x)
+        other = getattr(sharding, "mesh", None)
+        if other is None or other.empty:
+            continue
+        if found is None:
+            found, owner = other, name
+        elif _abstract(found) != _abstract(other) and not context.manual_axes:
+            raise ValueError(
+                f"{name} lies on the mesh {_describe(other)}, but {owner} is "
+                f"{'' if owner == 'mesh' else 'on '}{_describe(found)}; use one mesh, with the same axis "
+                "types (Auto or Explicit): jax.device_put or jax.reshard the arrays to it"
+            )
+    if found is None and not context.empty:
+        found = context
+    return None if found is None or found.empty else found
+
+
+def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes], set[str]]:
+    """The axes of each dimension, and the axes of the mesh of which that is the whole truth."""
+    sharding = _sharding(x)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else ()
+    axes = {
+        letter: tuple(
+            a for a in (entry if isinstance(entry, tuple) else (entry,)) if a in free
+        )
+        for letter, entry in zip(letters, spec, strict=False)
+        if entry is not None
+    }
+    if not isinstance(x, jax.core.Tracer):
+        return axes, set(free)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return axes, {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
+def _sharding(x: Any) -> Any:
+    if isinstance(x, jax.core.Tracer):
+        return jax.typeof(x).sharding
+    return x.sharding if isinstance(x, jax.Array) else None
+
+
+def _free_axes(mesh: Mesh | AbstractMesh) -> Axes:
+    """The axes that no shard_map around has taken."""
+    taken = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return tuple(name for name in mesh.axis_names if name not in taken)
+
+
+def _names(argument: str, axes: AxisNames) -> Axes:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names")
+    return names
+
+
+def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{argument} {axis!r} is not an axis of the mesh {_describe(mesh)}; use one of "
+                f"{list(mesh.axis_names)}"
+            )
+        if axis not in free:
+            raise ValueError(
+                f"{argument} {axis!r} is manual here: the call is inside a shard_map over it; use "
+                "distattn.sharded_attention inside, or call dot_product_attention outside"
+            )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{argument} {axes} names an axis twice; name each axis once")
+
+
+def _check_disjoint(placement: Placement) -> None:
+    dims = {"B": placement.batch, "heads": placement.heads, "S": placement.key}
+    for first, second in (("B", "heads"), ("B", "S"), ("heads", "S")):
+        if shared := set(dims[first]) & set(dims[second]):
+            raise ValueError(
+                f"axis {sorted(shared)[0]!r} shards both {first} and {second} among query, key and "
+                "value; an axis can shard one of them: reshard the arrays, or pass another axis_name"
+            )
+    if shared := set(placement.query) & ({*placement.batch, *placement.heads}):
+        raise ValueError(
+            f"axis {sorted(shared)[0]!r} shards T and also B or heads; reshard query, or pass another "
+            "query_axis_name"
+        )
+
+
+def _sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    return mesh.abstract_mesh
+
+
+def _describe(mesh: Mesh | AbstractMesh) -> str:
+    kinds = [str(kind).rpartition(".")[2] for kind in mesh.axis_types]
+    return ", ".join(
+        f"{name}={size} ({kind})"
+        for (name, size), kind in zip(mesh.shape.items(), kinds, strict=True)
+    )

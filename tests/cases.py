@@ -1,0 +1,189 @@
+"""The named calls of which every implementation, combine and mesh must give the oracle's result."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from distattn import reference
+from tests.tolerance import assert_close
+
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+ALL_REDUCES = ("butterfly", "psum", "all_gather")
+QUERY_SHARDED = ("reduce_scatter", "gather_kv")
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of `dot_product_attention`: float64 arrays of one seed, and what is not an array."""
+
+    batch: int = 2
+    queries: int = 6
+    keys: int = 24
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 8
+    value_width: int = 8
+    bias: tuple[str, ...] | None = None  # the dimensions it has: of B, N, T, S
+    mask: tuple[str, ...] | None = None
+    sinks: bool = False
+    permuted: bool = False  # keys in a random order, a different one for each row of the batch
+    empty_slots: int = 0
+    segments: int = 0
+    lengths: bool = False
+    query_lengths: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments, with NaN in every slot of key and value that is empty."""
+        rng = np.random.default_rng(self.seed)
+        sizes = {"B": self.batch, "N": self.heads, "T": self.queries, "S": self.keys}
+        full = tuple(sizes)
+        args: dict[str, Any] = {
+            "query": rng.normal(size=(self.batch, self.queries, self.heads, self.width)),
+            "key": rng.normal(size=(self.batch, self.keys, self.kv_heads, self.width)),
+            "value": rng.normal(size=(self.batch, self.keys, self.kv_heads, self.value_width)),
+        }
+        if self.bias is not None:
+            args["bias"] = rng.normal(size=[sizes[d] if d in self.bias else 1 for d in full])
+        if self.mask is not None:
+            args["mask"] = rng.random([sizes[d] if d in self.mask else 1 for d in full]) < 0.7
+        if self.sinks:
+            args["sinks"] = rng.normal(size=self.heads)
+        if self.permuted:
+            rows = [rng.permutation(self.keys) for _ in range(self.batch)]
+            args["key_positions"] = np.stack(rows).astype(np.int32)
+            start = rng.integers(0, self.keys, size=(self.batch, 1))
+            args["query_positions"] = (start + np.arange(self.queries)).astype(np.int32)
+        if self.empty_slots:
+            for row in range(self.batch):
+                slots = rng.choice(self.keys, self.empty_slots, replace=False)
+                args["key_positions"][row, slots] = -1
+                args["key"][row, slots] = np.nan
+                args["value"][row, slots] = np.inf
+        if self.segments:
+            args["query_segment_ids"] = rng.integers(0, self.segments, (self.batch, self.queries))
+            args["key_value_segment_ids"] = rng.integers(0, self.segments, (self.batch, self.keys))
+        if self.lengths:
+            args["key_value_seq_lengths"] = rng.integers(1, self.keys, self.batch)
+        if self.query_lengths:
+            args["query_seq_lengths"] = rng.integers(0, self.queries, self.batch)
+        for name, x in args.items():
+            if np.issubdtype(np.asarray(x).dtype, np.integer):
+                args[name] = np.asarray(x, np.int32)
+        return args | dict(self.options)
+
+    def cotangents(self) -> tuple[np.ndarray, np.ndarray]:
+        """What comes back for out and lse."""
+        rng = np.random.default_rng(self.seed + 1)
+        rows = (self.batch, self.queries, self.heads)
+        return rng.normal(size=(*rows, self.value_width)), rng.normal(size=rows)
+
+
+CASES = {
+    "plain": Case(),
+    "mha_wide_values": Case(kv_heads=4, value_width=12, queries=5),
+    "mqa_one_query": Case(kv_heads=1, queries=1),
+    "one_query": Case(queries=1, batch=3, heads=6, kv_heads=3),
+    "causal": Case(queries=24, options=(("is_causal", True),)),
+    "causal_top_left": Case(queries=10, options=(("is_causal", True),)),
+    "causal_permuted": Case(permuted=True, empty_slots=5, options=(("is_causal", True),)),
+    "window_pair": Case(permuted=True, options=(("local_window_size", (3, 2)),)),
+    "window_left": Case(queries=24, options=(("local_window_size", (4, -1)),)),
+    "window_right": Case(queries=24, options=(("local_window_size", (None, 2)),)),
+    "window_causal_sinks": Case(
+        permuted=True,
+        sinks=True,
+        empty_slots=3,
+        options=(("is_causal", True), ("local_window_size", 5)),
+    ),
+    "lengths": Case(lengths=True, query_lengths=True, sinks=True),
+    "lengths_permuted": Case(permuted=True, empty_slots=4, lengths=True),
+    "segments": Case(segments=3, permuted=True, options=(("is_causal", True),)),
+    "bias_full": Case(bias=("B", "N", "T", "S")),
+    "bias_heads": Case(bias=("N",), options=(("logits_soft_cap", 2.0),)),
+    "bias_keys_mask_rows": Case(bias=("B", "S"), mask=("T",)),
+    "bias_rows": Case(bias=("T",), mask=("N", "S")),
+    "bias_scalar_cap": Case(bias=(), options=(("logits_soft_cap", 1.5), ("scale", 0.7))),
+    "mask_full": Case(mask=("B", "N", "T", "S"), sinks=True),
+    "mask_batch": Case(mask=("B", "T", "S"), bias=("N", "T", "S")),
+    "everything": Case(
+        bias=("N", "T", "S"),
+        mask=("B", "S"),
+        sinks=True,
+        permuted=True,
+        empty_slots=4,
+        segments=2,
+        lengths=True,
+        query_lengths=True,
+        value_width=10,
+        options=(
+            ("is_causal", True),
+            ("local_window_size", (15, 3)),
+            ("logits_soft_cap", 3.0),
+            ("scale", 0.5),
+        ),
+    ),
+}
+
+
+def as_float32(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with their float64 arrays in float32."""
+    return {
+        name: jnp.asarray(x, jnp.float32) if getattr(x, "dtype", None) == np.float64 else x
+        for name, x in arguments.items()
+    }
+
+
+def mesh_of(devices: int, kind: str) -> Mesh:
+    """A mesh of one axis, 'kv'."""
+    return jax.make_mesh((devices,), ("kv",), (KINDS[kind],), devices=jax.devices()[:devices])
+
+
+def check(
+    case: Case,
+    attention: Callable[..., tuple[jax.Array, jax.Array]],
+    *,
+    dtype: Any = jnp.float32,
+    what: str,
+    jit: bool = True,
+    factor: float = 1.0,
+) -> None:
+    """That `attention` gives the oracle's out, lse and gradients, within tolerance.
+
+    `attention` takes the arguments of the case and returns (out, lse).
+    """
+    arguments = case.arguments()
+    floats = [name for name in DIFFERENTIABLE if name in arguments]
+    cast = {name: jnp.asarray(arguments[name], dtype) for name in floats}
+    rest = {name: x for name, x in arguments.items() if name not in floats}
+    d_out, d_lse = case.cotangents()
+    d_out = jnp.asarray(d_out, dtype)
+
+    def run(cast: dict, d_out: jax.Array, d_lse: jax.Array):
+        (out, lse), pull = jax.vjp(lambda cast: attention(**cast, **rest), cast)
+        return out, lse, pull((d_out, d_lse.astype(lse.dtype)))[0]
+
+    # Half the time to compile, and the same HLO.
+    quick = {"xla_backend_optimization_level": 0}
+    run = jax.jit(run, compiler_options=quick) if jit else run
+    out, lse, grads = run(cast, d_out, jnp.asarray(d_lse, jnp.float32))
+    assert out.dtype == dtype
+    assert lse.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    exact = {name: np.asarray(x, np.float64) for name, x in cast.items()}
+    expected = reference.dot_product_attention(**exact, **rest)
+    assert_close(out, expected[0], dtype, case.keys, factor, what=f"{what}: out")
+    assert_close(lse, expected[1], jnp.float32, case.keys, factor, what=f"{what}: lse")
+    cotangents = {"dout": np.asarray(d_out, np.float64), "dlse": d_lse}
+    expected_grads = reference.attention_gradients(**exact, **rest, **cotangents)
+    for name in floats:
+        assert grads[name].dtype == dtype
+        assert_close(
+            grads[name], expected_grads[f"d{name}"], dtype, case.keys, factor, what=f"{what}: d{name}"
+        )

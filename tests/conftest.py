@@ -1,0 +1,37 @@
+"""Eight fake CPU devices and strict promotion for every test, set before JAX starts."""
+
+import contextlib
+import os
+
+import hypothesis
+import jax
+import pytest
+
+DEVICES = 8
+
+
+def _start_jax() -> None:
+    """Configures JAX and starts its backend, so that no test can find, or make, another one."""
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX has started already: its devices will tell
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+    devices = jax.devices()
+    if [device.platform for device in devices] != ["cpu"] * DEVICES:
+        raise pytest.UsageError(
+            f"the tests need JAX with {DEVICES} CPU devices, but it has started with {devices}: "
+            "let nothing that pytest loads before tests/conftest.py (a plugin, say) use JAX"
+        )
+
+
+_start_jax()
+
+hypothesis.settings.register_profile(
+    "distattn",
+    deadline=None,  # the first example of each shape compiles
+    derandomize="CI" in os.environ,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # arrays are drawn on a busy machine
+)
+hypothesis.settings.load_profile("distattn")

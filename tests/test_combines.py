@@ -1,0 +1,125 @@
+"""Every combine on every number of devices, against the oracle; and replicas equal bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import distattn
+from distattn import schedule
+from tests.cases import ALL_REDUCES, CASES, KINDS, QUERY_SHARDED, check, mesh_of
+from tests.tolerance import assert_close
+
+COMBINES = (*ALL_REDUCES, *QUERY_SHARDED)
+
+
+def on(mesh, combine):
+    return functools.partial(
+        distattn.dot_product_attention,
+        mesh=mesh,
+        axis_name="kv",
+        combine=combine,
+        return_residual=True,
+    )
+
+
+# 24 keys on 5 and 7 devices, 6 rows on 4, 5, 7 and 8: padded inside.
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_devices(devices, combine):
+    mesh = mesh_of(devices, "auto")
+    check(CASES["everything"], on(mesh, combine), what=f"{combine} on {devices}")
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("devices", [3, 8])
+def test_devices_explicit(devices, combine):
+    mesh = mesh_of(devices, "explicit")
+    with jax.set_mesh(mesh):
+        check(CASES["everything"], on(mesh, combine), what=f"{combine} on {devices} explicit")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "everything"])
+def test_cases(name):
+    combine = COMBINES[list(CASES).index(name) % len(COMBINES)]
+    kind = list(KINDS)[list(CASES).index(name) % 2]
+    mesh = mesh_of(4, kind)
+    with jax.set_mesh(mesh):
+        check(CASES[name], on(mesh, combine), what=f"{name} {combine} {kind}")
+
+
+@pytest.mark.parametrize("combine", ["butterfly", "gather_kv"])
+def test_half_precision(combine):
+    # As in test_attention: what enters the gradient is an output that was rounded once.
+    mesh = mesh_of(4, "auto")
+    check(CASES["everything"], on(mesh, combine), dtype=jnp.bfloat16, what=combine, factor=2.0)
+
+
+def test_outside_jit():
+    mesh = mesh_of(4, "auto")
+    check(CASES["causal"], on(mesh, "butterfly"), what="outside jit", jit=False)
+
+
+def test_a_schedule_of_ones_own():
+    # A star: everything to device 0, then from it, in the order of the ranks.
+    devices = 4
+    rounds = [[(rank, 0)] for rank in range(1, devices)] + [[(0, r)] for r in range(1, devices)]
+    star = schedule.Schedule(devices, rounds)
+    check(CASES["causal_permuted"], on(mesh_of(devices, "auto"), star), what="star")
+
+
+@pytest.mark.parametrize("devices", range(2, 9))
+def test_replicas_are_equal_bit_for_bit(devices):
+    mesh = mesh_of(devices, "auto")
+    rng = np.random.default_rng(devices)
+    query = jnp.asarray(rng.normal(size=(1, 4, 8, 16)), jnp.float32)
+    key = jnp.asarray(rng.normal(size=(1, 32 * devices, 2, 16)), jnp.float32)
+
+    @jax.jit
+    def replicas(query, key):
+        def body(query, key):
+            state = distattn.partial_attention(query, key, key)
+            states = [
+                distattn.all_reduce(state, "kv", schedule=name)
+                for name in (*ALL_REDUCES, schedule.butterfly(devices))
+            ]
+            return jax.tree.map(lambda x: x[None], states)
+
+        return jax.shard_map(
+            body, mesh=mesh, in_specs=(P(), P(None, "kv")), out_specs=P("kv"), check_vma=False
+        )(query, key)
+
+    for state in replicas(query, key):
+        for x in jax.tree.leaves(state):
+            x = np.asarray(x)
+            assert x.shape[0] == devices
+            np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+
+
+@pytest.mark.parametrize("form", ["halving", "psum"])
+@pytest.mark.parametrize("devices", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_reduce_scatter_gives_each_device_its_part(devices, form, dimension):
+    mesh = mesh_of(devices, "auto")
+    rng = np.random.default_rng(0)
+    shape = [2, 3, 4]
+    shape[dimension] = 2 * devices
+    batch, rows, heads = shape
+    query = jnp.asarray(rng.normal(size=(batch, rows, heads, 8)), jnp.float32)
+    key = jnp.asarray(rng.normal(size=(batch, 8 * devices, heads, 8)), jnp.float32)
+
+    def body(query, key):
+        state = distattn.partial_attention(query, key, key)
+        part = distattn.reduce_scatter(state, "kv", scatter_dimension=dimension, schedule=form)
+        return distattn.finalize(part)[0]
+
+    out_spec = [None, None, None]
+    out_spec[dimension] = "kv"
+    run = jax.shard_map(
+        body, mesh=mesh, in_specs=(P(), P(None, "kv")), out_specs=P(*out_spec), check_vma=False
+    )
+    whole = distattn.finalize(distattn.partial_attention(query, key, key))[0]
+    assert_close(jax.jit(run)(query, key), whole, jnp.float32, key.shape[1], what=form)
