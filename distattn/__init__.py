@@ -8,14 +8,16 @@ head dimension of value, D devices on the axis.
 from distattn import layouts
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.inside import sharded_attention
-from distattn.local import partial_attention
+from distattn.partial import partial_attention
 from distattn.schedule import ScatterSchedule, Schedule
 from distattn.sharded import dot_product_attention
 from distattn.state import SoftmaxState, finalize, from_lse, identity, merge
+from distattn.streaming import PairJoin
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PairJoin",
     "ScatterSchedule",
     "Schedule",
     "SoftmaxState",

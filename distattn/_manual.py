@@ -17,13 +17,14 @@ def manual(
 ) -> Callable:
     """`f`, run by every device on its own shards, as a function of global arrays.
 
-    Under Explicit axes the arguments are first brought to `in_specs` (see `place`); under Auto axes the
-    compiler does that. Inside somebody's `shard_map` over other axes, their mesh is taken.
+    Under Explicit axes the arguments are first brought to `in_specs` (see `place`); under Auto axes
+    the compiler does that. Inside somebody's `shard_map` over other axes, their mesh is taken.
 
     Args:
       f: function of local shards, with as many arguments as `in_specs` has entries.
       mesh: the mesh.
-      in_specs: for each argument a PartitionSpec, a pytree of them, or None where the argument is None.
+      in_specs: for each argument a PartitionSpec, a pytree of them, or None where the argument is
+        None.
       out_specs: pytree of PartitionSpec.
       axis_names: the axes of the mesh that `f` sees as manual, at least those of the specs.
 
@@ -34,10 +35,11 @@ def manual(
     if context.manual_axes:
         mesh = context
     names = frozenset(axis_names)
-    # check_vma=False: what a permute brings can be equal on all devices by construction (a state merged
-    # up a tree), but JAX can only type it as varying and would refuse an out_spec without the axis.
-    # The price: `f` must not hold a custom_vjp with collectives, whose gradients would come out divided
-    # by the number of devices. A custom_vjp goes outside, and calls `manual` in both directions.
+    # check_vma=False: what a permute brings can be equal on all devices by construction (a state
+    # merged up a tree), but JAX can only type it as varying and would refuse an out_spec without
+    # the axis. The price: `f` must not hold a custom_vjp with collectives, whose gradients would
+    # come out divided by the number of devices. A custom_vjp goes outside, and calls `manual` in
+    # both directions.
     mapped = jax.shard_map(
         f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
     )
@@ -47,9 +49,9 @@ def manual(
 def place(
     arguments: Any, specs: Any, *, mesh: Mesh | AbstractMesh, axis_names: Iterable[str]
 ) -> Any:
-    """The arguments laid out by `specs` over the Explicit axes of the mesh; Auto axes are left alone.
+    """The arguments laid out by `specs` over the Explicit axes of the mesh.
 
-    Explicit axes outside `axis_names` go on sharding what they shard.
+    Auto axes are left alone. Explicit axes outside `axis_names` go on sharding what they shard.
 
     Args:
       arguments: pytree of arrays.

@@ -8,7 +8,6 @@ brings query, key and value from rest to work.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,91 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from distattn._manual import manual, place
-from distattn.block import Scoring
+from distattn._compat import vary, varying_axes
+from distattn.call import Call
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.local import dense_state, fold, fold_gradients, refuse_second_derivative
 from distattn.mask import Mask
-from distattn.movement import Movement
 from distattn.operands import DIMENSIONS, Operands, map_named
-from distattn.placement import Axes, Placement
+from distattn.placement import Axes
 from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
-from distattn.tiles import Machine
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """All of a call that is not an array."""
-
-    scoring: Scoring
-    implementation: str
-    placement: Placement
-    movement: Movement
-
-    @property
-    def machine(self) -> Machine:
-        """What the local part runs on."""
-        return Machine(self.placement.platform, self.placement.compiler_sharded)
-
-    @property
-    def row_axes(self) -> Axes:
-        """The axes of T at work."""
-        return tuple(a for a in self.placement.query if a not in self.movement.gather_rows)
-
-    @property
-    def key_axes(self) -> Axes:
-        """The axes of S at work."""
-        return tuple(a for a in self.placement.key if a not in self.movement.gather_keys)
-
-    @property
-    def out_axes(self) -> Axes:
-        """The axes of T of the result."""
-        return self.row_axes + self.movement.scatter
-
-    def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
-        """How an operand is sharded as it comes and goes: only query, key and value ever move."""
-        if name in ("query", "key", "value"):
-            return self.placement.spec(DIMENSIONS[name], x.shape)
-        return self.at_work(name, x)
-
-    def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
-        """How an operand is sharded while each device computes."""
-        return self.placement.spec(DIMENSIONS[name], x.shape, T=self.row_axes, S=self.key_axes)
-
-    def result(self, x: jax.Array, letters: str = "BTN.") -> PartitionSpec:
-        """How an array is sharded that has the rows of the result."""
-        return self.placement.spec(letters[: x.ndim], x.shape, T=self.out_axes)
-
-    def missing(self, name: str, x: jax.Array) -> Axes:
-        """The axes of the work that do not shard this operand: its gradient is a sum over them."""
-        used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
-        placement = self.placement
-        work = (*placement.batch, *placement.heads, *self.row_axes, *self.key_axes)
-        return tuple(axis for axis in work if axis not in used)
-
-    def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
-        """body(*arguments), by every device on its shards; plainly where there is no mesh."""
-        if self.placement.mesh is not None:
-            body = manual(
-                body,
-                mesh=self.placement.mesh,
-                in_specs=in_specs,
-                out_specs=out_specs,
-                axis_names=self.placement.manual,
-            )
-        return body(*arguments)
-
-    def place(self, x: Any, specs: Any) -> Any:
-        """x laid out by the specs where layouts are types, that is, over Explicit axes."""
-        if self.placement.mesh is None:
-            return x
-        return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse f32[B, T, N], of global operands."""
     query = operands.query
+    axes = varying_axes(*jax.tree.leaves(operands))  # of a shard_map around, if there is one
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
     operands = _padded(call, _with_repeated_heads(call, operands))
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.implementation == "dense":
@@ -109,7 +39,7 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
         out, lse = _attend(call, *_fields(operands))
     if operands.query.shape[1] != query.shape[1]:
         rows = query.shape[1]
-        whole = [call.placement.spec("BTN."[: x.ndim], x.shape, T=()) for x in (out, lse)]
+        whole = [call.placement.spec("BTN."[: x.ndim], x.shape, rows=()) for x in (out, lse)]
         out, lse = (x[:, :rows] for x in call.place([out, lse], whole))
     return _laid_out_as(query, out), _laid_out_as(query, lse)
 
@@ -131,7 +61,10 @@ def _padded(call: Call, operands: Operands) -> Operands:
     """T and S brought to multiples of the devices, with empty rows and empty slots."""
     mask, placement = operands.mask, call.placement
     rows, keys = operands.query.shape[1], operands.key.shape[1]
-    more = {"T": -rows % placement.size(placement.query), "S": -keys % placement.size(placement.key)}
+    more = {
+        "T": -rows % placement.size(placement.query),
+        "S": -keys % placement.size(placement.key),
+    }
     if not any(more.values()):
         return operands
     if more["S"] and mask.key_positions is None:
@@ -163,9 +96,11 @@ def _fields(operands: Operands) -> tuple:
     return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call, query, key, value, bias, sinks, mask: Mask):
+def _attend_fields(call: Call, query, key, value, bias, sinks, mask: Mask):
     return _forward(call, Operands(query, key, value, bias, sinks, mask))
+
+
+_attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
 
 
 def _attend_forward(call, *fields):
@@ -174,7 +109,10 @@ def _attend_forward(call, *fields):
 
 
 def _attend_backward(call, residuals, cotangents):
-    return (*refuse_second_derivative(functools.partial(_backward, call))(residuals, cotangents), None)
+    return (
+        *refuse_second_derivative(functools.partial(_backward, call))(residuals, cotangents),
+        None,
+    )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -212,16 +150,18 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     # What goes by rows travels in two messages where rows are gathered: one of 16 bits, one of 32.
     rows = jnp.stack([lse, d_sum], axis=-1)
     joined = jnp.concatenate([query, d_out], axis=-1) if call.movement.gather_rows else d_out
-    without_query = dataclasses.replace(operands, query=None if call.movement.gather_rows else query)
+    without_query = dataclasses.replace(
+        operands, query=None if call.movement.gather_rows else query
+    )
     gradients = {"query": query, "key": operands.key, "value": operands.value}
     if operands.bias is not None:
         gradients["bias"] = operands.bias
     axes = {name: call.missing(name, x) for name, x in gradients.items()}
     moved = {
-        "query": call.placement.spec("BTN.", query.shape, T=call.out_axes),
+        "query": call.placement.spec("BTN.", query.shape, rows=call.out_axes),
         **{
             name: call.placement.spec(
-                "BSK.", gradients[name].shape, S=call.key_axes + call.movement.gather_keys
+                "BSK.", gradients[name].shape, keys=call.key_axes + call.movement.gather_keys
             )
             for name in ("key", "value")
         },
@@ -299,7 +239,3 @@ def _summed(x: jax.Array, axes: Axes, scatter: Axes) -> jax.Array:
         x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scatter)
     return lax.psum(x, rest) if rest else x
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -1,8 +1,8 @@
 """Keys and values that arrive separately, each in its own order: bring every value to its key.
 
-Attention needs pairs. Where keys and values lie on many devices in two unrelated orders, one exchange
-makes them pairs: the positions go round the devices once (`pair`), then each value goes to the device
-of its key (`exchange`). No device holds more than its share of either, at any time.
+Attention needs pairs. Where keys and values lie on many devices in two unrelated orders, one
+exchange makes them pairs: the positions go round the devices once (`pair`), then each value goes to
+the device of its key (`exchange`). No device holds more than its share of either, at any time.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from distattn._compat import vary, varying_axes
@@ -35,28 +36,28 @@ def align(
 
         value_aligned[b, i] = value[b, j]   where   value_positions[b, j] == key_positions[b, i]
 
-    Positions are any integers; those below zero mark empty slots, which take no part. A position that
-    is missing on one side, or is there twice on one side, has no unique partner. Outside jit that is an
-    error. Under jit its slots become empty slots and are counted, so look at `unmatched`.
-    Differentiable with respect to `value`, any number of times; the gradient is the same exchange
-    backwards. Memory on each device is O(S / D), the index included.
+    Positions are any integers; those below zero mark empty slots, which take no part. A position
+    that is missing on one side, or is there twice on one side, has no unique partner. Outside jit
+    that is an error. Under jit its slots become empty slots and are counted, so look at
+    `unmatched`. Differentiable with respect to `value`, any number of times; the gradient is the
+    same exchange backwards. Memory on each device is O(S / D), the index included.
 
     Args:
       value: [B, S, K, V].
       value_positions: int32[S] or int32[B, S], the position of each value.
       key_positions: int32[S'] or int32[B, S'], the position of each key; S' may differ from S.
       mesh: where the arrays lie; None: read from them. Without any mesh nothing is exchanged.
-      axis_name: the axis, or the axes, over which keys and values are sharded; None: read from them.
-        Under an Auto mesh and inside jit that cannot be read: say it.
+      axis_name: the axis, or the axes, over which keys and values are sharded; None: read from
+        them. Under an Auto mesh and inside jit that cannot be read: say it.
 
     Returns:
-      value_aligned [B, S', K, V], zero in slots without a unique partner; key_positions int32[S'], or
-      int32[B, S'] if any positions are given per row, -1 in those slots; unmatched int32[B], the number
-      of keys and values without a unique partner.
+      value_aligned [B, S', K, V], zero in slots without a unique partner; key_positions int32[S'],
+      or int32[B, S'] if any positions are given per row, -1 in those slots; unmatched int32[B], the
+      number of keys and values without a unique partner.
 
     Raises:
-      ValueError: wrong shapes or dtypes, S or S' not divisible by the devices, an axis that is not of
-        the mesh, or, outside jit, positions that do not pair up.
+      ValueError: wrong shapes or dtypes, S or S' not divisible by the devices, an axis that is not
+        of the mesh, or, outside jit, positions that do not pair up.
 
     Reference: Rabe & Staats, arXiv 2112.05682, section 2, for the index that another order costs.
     """
@@ -65,7 +66,7 @@ def align(
     rows, one_row = _rows(value_positions, key_positions)
     run = _Run.read(value, rows, mesh, axis_name)
     there, back, kept, unmatched = _pair_under_jit(run, *run.place("BS", *rows))
-    if not isinstance(unmatched, jax.core.Tracer) and jnp.any(unmatched):
+    if not isinstance(unmatched, Tracer) and jnp.any(unmatched):
         raise ValueError(_explain(rows, one_row))
     aligned = _move_under_jit(run, *run.place("BSKV", value), there, back)
     return _result(aligned, kept, unmatched, one_row)
@@ -113,14 +114,18 @@ class _Run:
 
     @classmethod
     def read(cls, value: jax.Array, rows: Any, mesh: Any, axis_name: AxisNames) -> "_Run":
-        """Where value lies; that of the keys' positions must be the same, or they are brought there."""
+        """Where value lies; the positions are taken there."""
+        manual_axes = jax.sharding.get_abstract_mesh().manual_axes
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+        if inside := [name for name in names if name in manual_axes]:
+            raise ValueError(f"axis_name {inside[0]!r} is manual here: call align_shards inside")
         placement = read_placement(
             value, value, value, mesh=mesh, axis_name=axis_name, query_axis_name=None
         )
         if mesh is not None and axis_name is None and not placement.key:
             raise ValueError(
-                f"mesh is given and axis_name is None, but value (shape {value.shape}) does not tell "
-                f"over which axes S is sharded; pass axis_name, of {list(mesh.axis_names)}"
+                f"mesh is given and axis_name is None, but value (shape {value.shape}) does not "
+                f"tell over which axes S is sharded; pass axis_name, of {list(mesh.axis_names)}"
             )
         devices = placement.size(placement.key)
         for name, x in zip(("value_positions", "key_positions"), rows, strict=True):
@@ -189,7 +194,8 @@ def _move_backward(run: _Run, index: tuple, cotangent: jax.Array) -> tuple:
 
 
 _move.defvjp(_move_forward, _move_backward)
-# Outside jit the loops are compiled once, and up to JAX 0.10 a partly manual shard_map needs jit anyway.
+# Outside jit the loops are compiled once, and up to JAX 0.10 a partly manual shard_map needs jit
+# anyway.
 _pair_under_jit = jax.jit(_pair, static_argnums=0)
 _move_under_jit = jax.jit(_move, static_argnums=0)
 
@@ -214,32 +220,35 @@ def _check(value: Any, value_positions: Any, key_positions: Any) -> None:
     shape = np.shape(value)
     if len(shape) != 4:
         raise ValueError(
-            f"value has shape {shape}; it must be [B, S, K, V]: for one row without B pass value[None]"
+            f"value has shape {shape}; it must be [B, S, K, V]: for one row without B pass "
+            "value[None]"
         )
     for name, x, length in (
         ("value_positions", value_positions, shape[1]),
         ("key_positions", key_positions, None),
     ):
-        dtype, got = jnp.result_type(x), np.shape(x)
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        dtype, got = x.dtype, x.shape
         if not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(
                 f"{name} is {dtype}; positions are int32: convert with astype('int32')"
             )
         if len(got) not in (1, 2) or (len(got) == 2 and got[0] != shape[0]):
             raise ValueError(
-                f"{name} has shape {got}; it must be [S] or [B, S] with B={shape[0]} as in value: give "
-                "one position for each slot, the same for all rows or row by row"
+                f"{name} has shape {got}; it must be [S] or [B, S] with B={shape[0]} as in value: "
+                "give one position for each slot, the same for all rows or row by row"
             )
         if length is not None and got[-1] != length:
             raise ValueError(
-                f"{name} has shape {got}, and value has S={length}: give one position for each value"
+                f"{name} has shape {got}, and value has S={length}: give one position for each "
+                "value"
             )
 
 
 def _explain(rows: list[jax.Array], one_row: bool) -> str:
     remedy = (
-        "give each position once on either side and -1 to slots that are to be ignored, or call align "
-        "under jit, where such slots become empty ones and are counted"
+        "give each position once on either side and -1 to slots that are to be ignored, or call "
+        "align under jit, where such slots become empty ones and are counted"
     )
     if not all(x.is_fully_addressable for x in rows):
         return f"value_positions and key_positions do not pair up: {remedy}"

@@ -6,6 +6,8 @@ queries, logits are [b, s, K, G, q]: XLA:CPU vectorises no reduction over the mi
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +35,28 @@ class Block:
     value: jax.Array  # [b, s, K, V]
     bias: jax.Array | None  # [b|1, K|1, G|1, q|1, s|1]
     allowed: jax.Array | None  # bool, the same
+    flat: bool = dataclasses.field(default=False, metadata={"static": True})
+    # Whether the program may branch on data. Not where the compiler may have sharded batch or heads:
+    # a condition on all of them would be a collective.
+    branch: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
-def block_state(block: Block, scoring: Scoring, flat: bool) -> SoftmaxState:
+def block_state(block: Block, scoring: Scoring) -> SoftmaxState:
     """The state of one block: max and sum [b, K, G, q], weighted_sum [b, K, G, q, V]."""
-    axis = key_axis(flat)
-    logits, _ = block_logits(block, scoring, flat)
+    axis = 1 if block.flat else -1
+    logits, _ = block_logits(block, scoring)
     high = logits.max(axis=axis)
     weights = softmax_weights(logits, jnp.expand_dims(high, axis))
     return SoftmaxState(
         max=high,
         sum=weights.sum(axis=axis),
-        weighted_sum=_weigh(weights, block.value, block.allowed, scoring, flat),
+        weighted_sum=_weigh(weights, block, scoring),
     )
 
 
-def block_logits(
-    block: Block, scoring: Scoring, flat: bool
-) -> tuple[jax.Array, jax.Array | None]:
+def block_logits(block: Block, scoring: Scoring) -> tuple[jax.Array, jax.Array | None]:
     """Logits (see the layouts above), -inf where not allowed; and d(logit)/d(uncapped), None for 1."""
-    logits = _scores(block.query, block.key, block.allowed, scoring, flat)
+    logits = _scores(block, scoring)
     if block.bias is not None:
         logits = logits + block.bias
     slope = None
@@ -90,7 +94,7 @@ def block_gradients(
       d_query [b, K, G, q, H] with respect to the scaled query, d_key [b, s, K, H], d_value
       [b, s, K, V], and d_logits before the soft cap [b, K, G, q, s].
     """
-    logits, slope = block_logits(block, scoring, flat=False)
+    logits, slope = block_logits(block, scoring)
     weights = softmax_weights(logits, reference[..., None])
     einsum = _einsum(scoring)
     d_value = einsum("bkgqs,bkgqv->bskv", weights, d_weighted_sum)
@@ -98,30 +102,26 @@ def block_gradients(
     d_logits = weights * d_weights
     if slope is not None:
         d_logits = d_logits * slope
-    allowed = block.allowed
-    if allowed is not None:  # the weights are 0 there, but keys and values may be anything: 0 * nan
-        d_logits = jnp.where(allowed, d_logits, 0.0)
+    if (
+        block.allowed is not None
+    ):  # the weights are 0 there, but keys and values may be anything: 0 * nan
+        d_logits = jnp.where(block.allowed, d_logits, 0.0)
     d_query = _attended_sum(
-        lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, allowed
+        lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, block
     )
     d_key = _attended_sum(
-        lambda w, x: einsum("bkgqs,bkgqh->bskh", w, x), d_logits, block.query, allowed
+        lambda w, x: einsum("bkgqs,bkgqh->bskh", w, x), d_logits, block.query, block
     )
     return d_query, d_key, d_value, d_logits
 
 
-def key_axis(flat: bool) -> int:
-    """The axis of the keys in a block's logits: [b, s, K, G, q] if flat, else [b, K, G, q, s]."""
-    return 1 if flat else 4
+def _scores(block: Block, scoring: Scoring) -> jax.Array:
+    query, key = block.query, block.key
 
+    def batched() -> jax.Array:
+        return _einsum(scoring)("bkgqh,bskh->bkgqs", query, key)
 
-def _scores(query, key, allowed, scoring, flat):
-    einsum = _einsum(scoring)
-
-    def batched():
-        return einsum("bkgqh,bskh->bkgqs", query, key)
-
-    if not flat:
+    if not block.flat:
         return batched()
     # The heads are folded into the contraction: [s, K*H] @ [K*H, K*G*q] with a block-diagonal query.
     # K times the flops, and no transposed copy of the keys, which XLA:CPU makes for a batch of heads.
@@ -133,7 +133,7 @@ def _scores(query, key, allowed, scoring, flat):
     ).reshape(heads * width, heads * columns)
     logits = lax.dot(key.reshape(-1, heads * width), diagonal, precision=scoring.precision)
     logits = logits.reshape(1, -1, heads, groups, rows)
-    if allowed is None:
+    if block.allowed is None:
         return logits
     # A head that holds no number (0 * nan) reaches the others' logits; then take the separate form.
     return lax.cond(
@@ -141,15 +141,12 @@ def _scores(query, key, allowed, scoring, flat):
     )
 
 
-def _weigh(weights, value, allowed, scoring, flat):
-    if not flat:
-        einsum = _einsum(scoring)
-        return _attended_sum(
-            lambda w, x: einsum("bkgqs,bskv->bkgqv", w, x), weights, value, allowed
-        )
-    _, keys, heads, groups, rows = weights.shape
+def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
+    def batched(w: jax.Array, x: jax.Array) -> jax.Array:
+        return _einsum(scoring)("bkgqs,bskv->bkgqv", w, x)
 
-    def product(w, x):
+    def flat(w: jax.Array, x: jax.Array) -> jax.Array:
+        _, keys, heads, groups, rows = weights.shape
         full = lax.dot_general(
             w.reshape(keys, -1),
             x.reshape(keys, -1),
@@ -159,33 +156,41 @@ def _weigh(weights, value, allowed, scoring, flat):
         own = jnp.stack([full[k, :, k] for k in range(heads)])
         return own.reshape(1, heads, groups, rows, -1)
 
-    return _attended_sum(product, weights, value, allowed)
+    return _attended_sum(flat if block.flat else batched, weights, block.value, block)
 
 
-def _attended_sum(product, weights, x, allowed):
+# Codes whose sums over the keys of a block tell which kinds of non-numbers were met.
+_POSITIVE, _NEGATIVE, _NAN = 1.0, 2.0**12, 2.0**24
+
+
+def _attended_sum(product: Callable, weights: jax.Array, x: jax.Array, block: Block) -> jax.Array:
     """product(weights, x), to which entries of x that are not allowed contribute nothing.
 
     Their weight is 0 already, but 0 * nan is nan. So where the plain product is not finite, the finite
     entries are summed, and what is not finite is added for those who may attend to it.
     """
-    plain = product(weights, x)
+    allowed = block.allowed
     if allowed is None:
-        return plain
+        return product(weights, x)
 
-    def apart():
+    def apart() -> jax.Array:
         attended = jnp.where(allowed, (weights != 0).astype(weights.dtype), 0.0)
-        total = product(weights, jnp.where(jnp.isfinite(x), x, 0.0))
-        kinds = (jnp.isnan(x), x == jnp.inf, x == -jnp.inf)
-        met = product(attended, jnp.concatenate(kinds, axis=-1).astype(x.dtype)) > 0
-        for value, where in zip((jnp.nan, jnp.inf, -jnp.inf), jnp.split(met, 3, axis=-1), strict=True):
-            total = total + jnp.where(where, value, 0.0)
-        return total
+        code = jnp.where(x == jnp.inf, _POSITIVE, jnp.where(x == -jnp.inf, _NEGATIVE, 0.0))
+        code = jnp.where(jnp.isnan(x), _NAN, code).astype(x.dtype)
+        met = product(attended, code)
+        positive, negative = met % _NEGATIVE != 0, met % _NAN >= _NEGATIVE
+        odd = jnp.where(positive, jnp.inf, 0.0) - jnp.where(negative, jnp.inf, 0.0)
+        odd = jnp.where(met >= _NAN, jnp.nan, odd)
+        return product(weights, jnp.where(jnp.isfinite(x), x, 0.0)) + odd
 
+    if not block.branch:
+        return apart()
+    plain = product(weights, x)
     return lax.cond(jnp.isfinite(plain).all(), lambda: plain, apart)
 
 
-def _einsum(scoring):
-    def einsum(spec, *operands):
+def _einsum(scoring: Scoring) -> Callable[..., jax.Array]:
+    def einsum(spec: str, *operands: Any) -> jax.Array:
         return jnp.einsum(spec, *operands, precision=scoring.precision)
 
     return einsum

@@ -147,8 +147,10 @@ def topology_of(axes: tuple[str, ...]) -> Topology:
 
 
 def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
-    """The axes in the order of the mesh: `ppermute` over a tuple in another order permutes wrongly
-    (JAX up to 0.10.2), and a merge does not care in which order devices are counted.
+    """The axes in the order of the mesh.
+
+    `ppermute` over a tuple in another order permutes wrongly (JAX up to 0.10.2), and a merge does not
+    care in which order devices are counted.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     mesh = jax.sharding.get_abstract_mesh()
@@ -198,8 +200,9 @@ def _named(name: str, state: SoftmaxState, axes: tuple[str, ...]) -> str | Sched
         )
     if name != "butterfly":
         return name
-    sizes = tuple(axes_size((axis,)) for axis in axes)
-    return hierarchical(sizes) if len(sizes) > 1 else butterfly(sizes[0])
+    if len(axes) == 1:
+        return butterfly(axes_size(axes))
+    return hierarchical(tuple(axes_size((axis,)) for axis in axes))
 
 
 def _run(schedule: Schedule, state: SoftmaxState, axes: tuple[str, ...]) -> SoftmaxState:
@@ -229,7 +232,9 @@ def _run_scatter(schedule, state, axes, names, dimension):
     packed = pack(state)
     shape = packed.shape
     parts = packed.reshape(*shape[:dimension], size, -1, *shape[dimension + 1 :])
-    parts = jnp.moveaxis(parts, dimension, 0)  # [D, ...]: by the owner, counted in the order of names
+    parts = jnp.moveaxis(
+        parts, dimension, 0
+    )  # [D, ...]: by the owner, counted in the order of names
     if names != axes:
         sizes = [axes_size((name,)) for name in names]
         parts = parts.reshape(*sizes, *parts.shape[1:])

@@ -1,8 +1,8 @@
 """Who belongs to whom when keys and values arrive separately, and the exchange that joins them.
 
-Everything here is what one device does, on its own shards; with `axes = ()` it is one device alone. No
-array is longer than the shards by more than a constant factor: not the values on their way, and not
-the index, whose entries are "which item is it": an integer of log n bits each, and no more.
+Everything here is what one device does, on its own shards; with `axes = ()` it is one device alone.
+No array is longer than the shards by more than a constant factor: not the values on their way, and
+not the index, whose entries are "which item is it": an integer of log n bits each, and no more.
 
 A *slot* is a place in the global array: `rank * length + index`, `length` being that of a shard.
 """
@@ -36,9 +36,9 @@ def pair(
       axes: the axes over which values and keys are sharded.
 
     Returns:
-      there int32[R, L], the slot of the key of each value; back int32[R, M], the slot of the value of
-      each key; -1 where there is no unique partner. unmatched int32[R], how many positions, of keys
-      and values, over all devices, have none; the same on all devices.
+      there int32[R, L], the slot of the key of each value; back int32[R, M], the slot of the value
+      of each key; -1 where there is no unique partner. unmatched int32[R], how many positions, of
+      keys and values, over all devices, have none; the same on all devices.
     """
     values, keys = value_positions.shape[1], key_positions.shape[1]
     rank, size = _rank(axes)
@@ -66,15 +66,18 @@ def pair(
     home = visit(0, travellers) if size == 1 else lax.fori_loop(0, size, hop, travellers)
     partners = jnp.where((positions < 0) | (home[1] < 0), -1, home[1])
     unmatched = jnp.sum((positions >= 0) & (partners < 0), axis=1, dtype=jnp.int32)
-    return *jnp.split(partners, [values], axis=1), lax.psum(unmatched, axes) if axes else unmatched
+    if size > 1 or varying_axes(unmatched):
+        unmatched = lax.psum(unmatched, axes)
+    there, back = jnp.split(partners, [values], axis=1)
+    return there, back, unmatched
 
 
 def exchange(x: jax.Array, there: jax.Array, back: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Every item at its partner's slot; zero where a slot has no partner.
 
-    One all_to_all moves the items, with room for what a random order sends from one device to another.
-    An order that sends more to one device takes more rounds, in the same memory. What stays on its
-    device takes none.
+    One all_to_all moves the items, with room for what a random order sends from one device to
+    another. An order that sends more to one device takes more rounds, in the same memory. What
+    stays on its device takes none.
 
     Args:
       x: [B, L, ...].
@@ -94,7 +97,7 @@ def exchange(x: jax.Array, there: jax.Array, back: jax.Array, axes: tuple[str, .
     # Both sides list the items of one pair of devices in the order of the receiver's slots.
     sends = _Parcels.of(there // received, there, rank, size)
     receives = _Parcels.of(back // sent, _index(back), rank, size)
-    room = _room(min(sent, received), size)
+    room = room_for_pair(min(sent, received), size)
     rounds = lax.pmax(jnp.max(-(-sends.counts // room)), axes)
 
     def one_round(index: jax.Array, result: jax.Array) -> jax.Array:
@@ -156,7 +159,7 @@ class _Parcels:
         return _take(self.order, at.reshape(at.shape[0], -1), fill=-1)
 
 
-def _room(items: int, size: int) -> int:
+def room_for_pair(items: int, size: int) -> int:
     """Slots for one pair of devices: a random order needs more about once in 10^8 pairs."""
     mean = items / size
     return min(items, math.ceil(mean + 6 * math.sqrt(mean) + 4))
@@ -172,11 +175,11 @@ def _index(like: jax.Array) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, like.shape, 1)
 
 
-def _sort(*arrays: jax.Array, keys: int = 1) -> list[jax.Array]:
-    # Each output of a sort is typed as varying only where its own input is, which is wrong (argsort is
-    # typed replicated inside shard_map), so the inputs are made alike.
+def _sort(*arrays: jax.Array, keys: int = 1) -> tuple[jax.Array, ...]:
+    # Each output of a sort is typed as varying only where its own input is, which is wrong (argsort
+    # is typed replicated inside shard_map), so the inputs are made alike.
     axes = varying_axes(*arrays)
-    return lax.sort([vary(x, axes) for x in arrays], dimension=1, num_keys=keys)
+    return tuple(lax.sort([vary(x, axes) for x in arrays], dimension=1, num_keys=keys))
 
 
 def _take(x: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:

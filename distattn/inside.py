@@ -154,7 +154,9 @@ def sharded_attention(
     return (out, lse) if return_residual else out
 
 
-def _fitting(combine: Combine, query_sharded: bool, axes: Axes, query, key, value, bias, mask) -> Combine:
+def _fitting(
+    combine: Combine, query_sharded: bool, axes: Axes, query, key, value, bias, mask
+) -> Combine:
     """The combine to use; ValueError where the one that is named does not fit the query."""
     size = axes_size(axes)
     if isinstance(combine, str) and combine == "ring" and query_sharded:
@@ -167,9 +169,17 @@ def _fitting(combine: Combine, query_sharded: bool, axes: Axes, query, key, valu
     if combine == "auto":
         # A bias or a mask is cut for one of the two: it has all rows, or all keys.
         for x in (bias, mask):
-            if x is not None and jnp.ndim(x) and jnp.shape(x)[-1] == size * jnp.shape(key)[-3] != jnp.shape(key)[-3]:
+            if (
+                x is not None
+                and jnp.ndim(x)
+                and jnp.shape(x)[-1] == size * jnp.shape(key)[-3] != jnp.shape(key)[-3]
+            ):
                 return "gather_kv"
-            if x is not None and jnp.ndim(x) > 1 and jnp.shape(x)[-2] not in (1, jnp.shape(query)[-3]):
+            if (
+                x is not None
+                and jnp.ndim(x) > 1
+                and jnp.shape(x)[-2] not in (1, jnp.shape(query)[-3])
+            ):
                 return "reduce_scatter"
         batch = query.shape[0] if query.ndim == 4 else 1
         shape = Shape(

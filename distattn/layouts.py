@@ -1,9 +1,9 @@
-"""Which position lies at which slot: orders of a sequence over devices, and moving arrays into them.
+"""Which position lies at which slot: orders of a sequence over devices, and arrays put into them.
 
-A layout is a vector of positions, int32[S]: entry i is the position of the token that is stored at slot
-i, and device d of D owns slots d * S / D to (d + 1) * S / D - 1. It is what `key_positions` and
-`query_positions` take. `reorder` puts an array into a layout, `restore` puts it back, and `align`
-brings values to keys where both have come in orders of their own.
+A layout is a vector of positions, int32[S]: entry i is the position of the token that is stored at
+slot i, and device d of D owns slots d * S / D to (d + 1) * S / D - 1. It is what `key_positions`
+and `query_positions` take. `reorder` puts an array into a layout, `restore` puts it back, and
+`align` brings values to keys where both have come in orders of their own.
 """
 
 import operator
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -77,7 +78,9 @@ def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
     Reference: Brandon et al., "Striped Attention", arXiv 2311.09431, section 3.
     """
     if operator.index(stripe_size) < 1:
-        raise ValueError(f"stripe_size is {stripe_size}; it must be at least 1: pass 1 for single tokens")
+        raise ValueError(
+            f"stripe_size is {stripe_size}; it must be at least 1: pass 1 for single tokens"
+        )
     _check_lengths(seq_len, "shards * stripe_size", shards * stripe_size, shards)
     stripes = np.arange(seq_len, dtype=np.int32).reshape(-1, shards, stripe_size)
     return stripes.swapaxes(0, 1).reshape(-1)
@@ -92,16 +95,16 @@ def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
 
     Args:
       x: [..., S, ...] in the order of positions, any dtype.
-      positions: int32[S], or int32[B, S] for an order in each row, B the leading axis of x. A negative
-        one is an empty slot, and so, under jit, is one of S or more.
+      positions: int32[S], or int32[B, S] for an order in each row, B the leading axis of x. A
+        negative one is an empty slot, and so, under jit, is one of S or more.
       axis: of S in x; with int32[B, S] it is 1.
 
     Returns:
       [..., S, ...], zero in empty slots.
 
     Raises:
-      ValueError: positions of a wrong shape or dtype, or, where they are known, of S or more; an axis
-        that x has not.
+      ValueError: positions of a wrong shape or dtype, or, where they are known, of S or more; an
+        axis that x has not.
     """
     x = jnp.asarray(x)
     axis, positions = _check(x, positions, axis, unique=False)
@@ -136,12 +139,13 @@ def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     if explicit:
-        # A gather along a sharded axis is left to the compiler, which is told where the result lies.
+        # A gather along a sharded axis is left to the compiler: it is told where the result lies.
         spec = shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
         result = NamedSharding(mesh, spec)
-        return jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)(x, positions)
+        run: Callable = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
+        return run(x, positions)
     out = f(x, positions)
-    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         return lax.with_sharding_constraint(out, x.sharding)
     return out
 
@@ -156,8 +160,9 @@ def _gather(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     else:
         taken = jax.vmap(lambda row, slots: row.at[slots].get(**how))(x, index)
         shape = x.shape[:2] + (1,) * (x.ndim - 2)
-    # Inside jit the sharding of x is not known under Auto axes, and the compiler does not carry that of
-    # the gathered axis over. It does through a choice of which x is one case, though never the one.
+    # Inside jit the sharding of x is not known under Auto axes, and the compiler does not carry
+    # that of the gathered axis over. It does through a choice of which x is one case, though never
+    # the one.
     case = jnp.where(index < 0, 1, 0).reshape(shape)
     return lax.select_n(jnp.broadcast_to(case, x.shape), taken, jnp.zeros_like(x), x)
 
@@ -178,26 +183,27 @@ def _check(x: jax.Array, positions: Any, axis: int, *, unique: bool) -> tuple[in
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis is {axis} and x has shape {x.shape}; pass an axis that x has")
     axis %= x.ndim
-    dtype, shape = jnp.result_type(positions), np.shape(positions)
+    if not isinstance(positions, jax.Array):
+        positions = np.asarray(positions)
+    shape, dtype, length = positions.shape, positions.dtype, x.shape[axis]
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"positions is {dtype}; it must be int32: convert with astype('int32')")
-    length = x.shape[axis]
     if len(shape) == 2 and axis == 1 and shape != (x.shape[0], length):
         raise ValueError(
-            f"positions has shape {shape} and x has shape {x.shape}; per row it must be int32[B, S] with "
-            f"B, S = {x.shape[0]}, {length}: one position for each slot of each row"
+            f"positions has shape {shape} and x has shape {x.shape}; per row it must be "
+            f"int32[B, S] with B, S = {x.shape[0]}, {length}: a position for each slot of each row"
         )
     if len(shape) == 2 and axis != 1:
         raise ValueError(
-            f"positions is given per row, shape {shape}, and axis is {axis}; rows are axis 0 and slots "
-            "axis 1: move the axes of x, or pass int32[S]"
+            f"positions is given per row, shape {shape}, and axis is {axis}; rows are axis 0 and "
+            "slots axis 1: move the axes of x, or pass int32[S]"
         )
     if len(shape) not in (1, 2) or shape[-1] != length:
         raise ValueError(
-            f"positions has shape {shape}, but x has {length} slots along axis {axis}; pass int32[S] with "
-            f"S={length}, one position for each slot (-1 for an empty one)"
+            f"positions has shape {shape}, but x has {length} slots along axis {axis}; pass "
+            f"int32[S] with S={length}, one position for each slot (-1 for an empty one)"
         )
-    if not isinstance(positions, jax.core.Tracer) and getattr(positions, "is_fully_addressable", True):
+    if not isinstance(positions, Tracer) and getattr(positions, "is_fully_addressable", True):
         _check_known(np.asarray(positions), length, unique=unique)
     return axis, jnp.asarray(positions).astype(jnp.int32)
 
@@ -205,8 +211,8 @@ def _check(x: jax.Array, positions: Any, axis: int, *, unique: bool) -> tuple[in
 def _check_known(positions: np.ndarray, length: int, *, unique: bool) -> None:
     if positions.size and positions.max() >= length:
         raise ValueError(
-            f"positions has {positions.max()}, and there are {length}: give each of 0 ... {length - 1}, "
-            "and -1 for empty slots"
+            f"positions has {positions.max()}, and x has {length} slots: give 0 to {length - 1}, "
+            "and -1 to empty slots"
         )
     if not unique:
         return
@@ -214,16 +220,18 @@ def _check_known(positions: np.ndarray, length: int, *, unique: bool) -> None:
         values, counts = np.unique(row[row >= 0], return_counts=True)
         if (counts > 1).any():
             raise ValueError(
-                f"positions has {values[counts > 1][0]} more than once, so its inverse does not exist: "
-                "give each position to one slot, and -1 to empty ones"
+                f"positions has {values[counts > 1][0]} more than once, so its inverse does not "
+                "exist: give each position to one slot, and -1 to empty ones"
             )
 
 
 def _check_lengths(seq_len: int, unit_name: str, unit: int, shards: int) -> None:
     if operator.index(shards) < 1:
         raise ValueError(f"shards is {shards}; it must be at least 1: pass the number of devices")
-    if operator.index(seq_len) < 0 or seq_len % unit:
+    if operator.index(seq_len) < 0:
+        raise ValueError(f"seq_len is {seq_len}; it must not be negative: pass the number of slots")
+    if seq_len % unit:
         raise ValueError(
-            f"seq_len is {seq_len}; it must be a multiple of {unit_name} = {unit}: pad the sequence to "
-            f"{-(-max(seq_len, 0) // unit) * unit}, with position -1 for the empty slots"
+            f"seq_len is {seq_len}; it must be a multiple of {unit_name} = {unit}: pad the "
+            f"sequence to {-(-seq_len // unit) * unit}, with -1 for empty slots"
         )

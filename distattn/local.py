@@ -8,23 +8,16 @@ its own; 3. few queries are laid out block-diagonally over the heads (`flat`), w
 transposed copy of all keys and values.
 """
 
-import functools
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
 from distattn.mask import Mask, split_heads
-from distattn.operands import (
-    Operands,
-    Window,
-    check_implementation,
-    make_operands,
-    make_scoring,
-)
+from distattn.operands import Operands
 from distattn.state import SoftmaxState, merge, state_dtype
 from distattn.tiles import (
     Machine,
@@ -60,9 +53,9 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
             def attend(state: SoftmaxState) -> SoftmaxState:
                 fresh_keys = fresh(column, place.key, tiles.keys)
                 block = tiles.block(place, query, mask, fresh_keys=fresh_keys)
-                return merge(state, block_state(block, scoring, flat=tiling.flat))
+                return merge(state, block_state(block, scoring))
 
-            return when(mask.may_attend(), attend, state)
+            return when(tiles.may_attend(mask), attend, state)
 
         empty = tiles.empty_state(tiling.batch, tiling.heads, tiles.groups, tiling.query)
         state = loop(tiles.key_blocks, key_block, empty)
@@ -135,16 +128,14 @@ def fold_gradients(
                     )
                 return d_query, d_bias, d_key_block + dk, d_value_block + dv
 
-            return when(mask.may_attend(), attend, carry)
+            return when(tiles.may_attend(mask), attend, carry)
 
         d_query, d_bias, d_key, d_value = carry
         place = tiles.place(batch, heads, 0, column)
         zeros = [
             tiles.zeros((tiling.batch, tiling.key, tiling.heads, x.shape[-1])) for x in (key, value)
         ]
-        d_query, d_bias, *blocks = loop(
-            tiles.query_blocks, query_block, (d_query, d_bias, *zeros)
-        )
+        d_query, d_bias, *blocks = loop(tiles.query_blocks, query_block, (d_query, d_bias, *zeros))
         # Entries that are not fresh are 0 in this block, and final in the array.
         write = put if fresh(column, place.key, tiles.keys) is None else add
         d_key, d_value = (
@@ -163,9 +154,7 @@ def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
     """The same state by plain operations on [B, K, G, T, S]: for forward mode, hessians, and as a check."""
     kv_heads = operands.key.shape[2]
     dtype = state_dtype(operands.query, operands.key, operands.value)
-    query, key, value = (
-        x.astype(dtype) for x in (operands.query, operands.key, operands.value)
-    )
+    query, key, value = (x.astype(dtype) for x in (operands.query, operands.key, operands.value))
     allowed = operands.mask.allowed(kv_heads)
     if allowed is not None:
         # Slots that no query may attend to can hold anything, and 0 * nan is nan in a gradient too.
@@ -181,7 +170,7 @@ def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
         bias=None if bias is None else split_heads(bias, kv_heads).astype(dtype),
         allowed=allowed,
     )
-    return jax.tree.map(rows_first, block_state(block, scoring, flat=False))
+    return jax.tree.map(rows_first, block_state(block, scoring))
 
 
 def local_state(
@@ -202,109 +191,26 @@ def local_state(
     )
 
 
-def partial_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Window = None,
-    implementation: str | None = None,
-    logits_soft_cap: float | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    query_positions: ArrayLike | None = None,
-    key_positions: ArrayLike | None = None,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    block_sizes: tuple[int, int] | None = None,
-) -> SoftmaxState:
-    """Attention over some of the keys, not divided yet: one device's part of a sum that `merge` finishes.
-
-        s = cap(scale * q . k + bias) where allowed, else -inf
-        max = max(s), sum = sum(exp(s - max)), weighted_sum = sum(exp(s - max) * v)
-
-    `finalize(partial_attention(...))` is attention. States over disjoint sets of keys, in any order,
-    `merge` into the state of their union. Sinks are not an argument: they enter once, in `finalize`.
-    Memory is O(T + block) forward and backward. Reverse mode; `implementation='dense'` also forward mode.
-
-    Args:
-      query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
-      key: [B, S, K, H] or [S, K, H]; N must be a multiple of K.
-      value: [B, S, K, V] or [S, K, V].
-      bias: float, broadcasts to [B, N, T, S]; added to the scaled logits. Differentiable.
-      mask: bool, broadcasts to [B, N, T, S]; True = attend.
-      scale: of q . k; default 1 / sqrt(H).
-      is_causal: attend iff key position <= query position.
-      query_seq_lengths: int32[B]; query rows t >= length attend to nothing.
-      key_value_seq_lengths: int32[B]; attend iff key position < length.
-      local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
-      implementation: 'blocked' (None), or 'dense' for plain operations of size [T, S].
-      logits_soft_cap: c in c * tanh(logit / c).
-      precision: of the matrix products, as in `jax.numpy.einsum`.
-      query_positions: int32[T] or int32[B, T]; default 0, 1, 2, ...
-      key_positions: int32[S] or int32[B, S], in any order; negative = empty slot; default 0, 1, 2, ...
-      query_segment_ids: int32[T] or int32[B, T]; attend iff equal.
-      key_value_segment_ids: int32[S] or int32[B, S].
-      block_sizes: queries and keys of one block; chosen if None.
-
-    Returns:
-      SoftmaxState: f32[B, T, N], f32[B, T, N], f32[B, T, N, V] (float64 if an input is); B = 1 where the
-      arrays have none. A row that attends to no key is (-inf, 0, 0), with zero gradients.
-
-    Raises:
-      ValueError: a wrong shape, dtype or combination; the message says what to pass.
-      NotImplementedError: an implementation that is not built.
-
-    Reference: Rabe & Staats, arXiv 2112.05682, sections 2 and 3.
-    """
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
-    implementation = check_implementation(implementation)
-    operands = make_operands(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-    )
-    if block_sizes is not None and (len(block_sizes) != 2 or min(block_sizes) < 1):
-        raise ValueError(
-            f"block_sizes is {block_sizes}; it must be (queries, keys), both at least 1, or None"
-        )
-    machine = Machine(jax.default_backend(), block_sizes=block_sizes)
-    return local_state(operands, scoring, machine, implementation)
-
-
-def refuse_second_derivative(f):
+def refuse_second_derivative(f: Callable) -> Callable:
     """f, which says what to do instead of being differentiated: it is a gradient already."""
-    f = jax.custom_jvp(f)
+    guarded = jax.custom_jvp(f)
 
-    @f.defjvp
+    @guarded.defjvp
     def _jvp(primals: tuple, tangents: tuple) -> NoReturn:
         raise NotImplementedError(
             "a second derivative, or forward mode, of blocked attention is not built; "
             "pass implementation='dense', which JAX differentiates to any order"
         )
 
-    return f
+    return guarded
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(static, query, key, value, bias, mask: Mask) -> SoftmaxState:
+def _blocked_fold(static, query, key, value, bias, mask: Mask) -> SoftmaxState:
     scoring, machine = static
     return fold(Operands(query, key, value, bias, None, mask), scoring, machine)
+
+
+_blocked: Any = jax.custom_vjp(_blocked_fold, nondiff_argnums=(0,))
 
 
 def _blocked_forward(static, *arrays):
@@ -314,11 +220,12 @@ def _blocked_forward(static, *arrays):
 
 def _blocked_backward(static, residuals, cotangent: SoftmaxState):
     (query, key, value, bias, mask), reference = residuals
+    scoring, machine = static
 
     @refuse_second_derivative
     def gradients(query, key, value, bias, mask, reference, d_sum, d_weighted_sum):
         operands = Operands(query, key, value, bias, None, mask)
-        return fold_gradients(operands, *static, reference, d_sum, d_weighted_sum)
+        return fold_gradients(operands, scoring, machine, reference, d_sum, d_weighted_sum)
 
     d_query, d_key, d_value, d_bias = gradients(
         query, key, value, bias, mask, reference, cotangent.sum, cotangent.weighted_sum

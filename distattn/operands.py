@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from distattn.block import Scoring
@@ -142,7 +143,7 @@ def make_scoring(
     if scale is None:
         scale = 1.0 / math.sqrt(max(np.shape(query)[-1], 1))
     for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
-        if isinstance(number, jax.core.Tracer):
+        if isinstance(number, Tracer):
             raise ValueError(
                 f"{name} is a traced value; it must be a Python number, a constant of the program. "
                 "To learn a scale, multiply query by it and pass scale=1.0"
@@ -278,7 +279,8 @@ def _window(window: Window) -> tuple[int | None, int | None]:
             f"local_window_size is {window!r}; it must be an int or a pair (left, right) of ints >= 0; "
             "-1 or None leaves a side unbounded"
         )
-    return tuple(None if side is None else int(side) for side in sides)
+    left, right = (None if side is None else int(side) for side in sides)
+    return left, right
 
 
 def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn.cost import Topology
@@ -30,11 +31,25 @@ class Placement:
         """The number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
 
-    def spec(self, letters: str, shape: tuple[int, ...], **axes: Axes) -> PartitionSpec:
-        """The PartitionSpec of an array from the letters of its dimensions; size 1 is not sharded."""
+    def spec(
+        self,
+        letters: str,
+        shape: tuple[int, ...],
+        *,
+        rows: Axes | None = None,
+        keys: Axes | None = None,
+    ) -> PartitionSpec:
+        """The PartitionSpec of an array from the letters of its dimensions; size 1 is not sharded.
+
+        `rows` and `keys` stand in for the axes of T and S.
+        """
         by_letter = {
-            "B": self.batch, "N": self.heads, "K": self.heads, "T": self.query, "S": self.key
-        } | axes  # fmt: skip
+            "B": self.batch,
+            "N": self.heads,
+            "K": self.heads,
+            "T": self.query if rows is None else rows,
+            "S": self.key if keys is None else keys,
+        }
         return PartitionSpec(
             *(
                 by_letter.get(letter) or None if size != 1 else None
@@ -167,20 +182,18 @@ def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes
     sharding = _sharding(x)
     spec = sharding.spec if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else ()
     axes = {
-        letter: tuple(
-            a for a in (entry if isinstance(entry, tuple) else (entry,)) if a in free
-        )
+        letter: tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a in free)
         for letter, entry in zip(letters, spec, strict=False)
         if entry is not None
     }
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         return axes, set(free)
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return axes, {name for name, kind in kinds if kind == AxisType.Explicit}
 
 
 def _sharding(x: Any) -> Any:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jax.typeof(x).sharding
     return x.sharding if isinstance(x, jax.Array) else None
 
@@ -194,7 +207,9 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> Axes:
 def _names(argument: str, axes: AxisNames) -> Axes:
     names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names")
+        raise ValueError(
+            f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names"
+        )
     return names
 
 

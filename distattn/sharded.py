@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from distattn.across import Call, attend
+from distattn.across import attend
+from distattn.call import Call
 from distattn.movement import Combine, check_combine, choose_movement
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames, read_placement

@@ -96,9 +96,7 @@ def merge_stacked(states: SoftmaxState) -> SoftmaxState:
     return SoftmaxState(high, states.sum.sum(axis=0), states.weighted_sum.sum(axis=0))
 
 
-def finalize(
-    state: SoftmaxState, sinks: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def finalize(state: SoftmaxState, sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Divide once: the attention output, and the log-sum-exp of the logits.
 
         out = weighted_sum / sum,  lse = max + log(sum)
@@ -162,16 +160,12 @@ def pack(state: SoftmaxState) -> jax.Array:
 
 def unpack(packed: jax.Array) -> SoftmaxState:
     """The inverse of `pack`."""
-    return SoftmaxState(
-        max=packed[..., -1], sum=packed[..., -2], weighted_sum=packed[..., :-2]
-    )
+    return SoftmaxState(max=packed[..., -1], sum=packed[..., -2], weighted_sum=packed[..., :-2])
 
 
 def _sink_state(state: SoftmaxState, sinks: jax.Array) -> SoftmaxState:
     # (sink, 1, 0), with the gradient of the sink in its sum, since max has none.
     sinks = jnp.broadcast_to(sinks.astype(state.max.dtype), state.max.shape)
     high = lax.stop_gradient(sinks)
-    total = jnp.where(
-        high == -jnp.inf, 0.0, softmax_weights(sinks, high)
-    )
+    total = jnp.where(high == -jnp.inf, 0.0, softmax_weights(sinks, high))
     return SoftmaxState(high, total, jnp.zeros_like(state.weighted_sum))

@@ -46,6 +46,7 @@ class Tiling:
     # XLA:CPU lifts the conversion of a 16-bit block out of the loop, that is, makes a float32 copy of
     # the whole array. It does not where the block is cut from integers that seem to change each time.
     as_bits: bool = False
+    branch: bool = True  # see `Block`
 
 
 def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = False) -> Tiling:
@@ -61,7 +62,11 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
     one_by_one = cpu and not machine.compiler_sharded
     flat = one_by_one and not backward and heads * queries <= FLAT_COLUMNS
     few = groups * queries <= 64
-    elements = BLOCK_ELEMENTS_BY_POSITION if backward or operands.mask.key_positions is not None else BLOCK_ELEMENTS
+    elements = (
+        BLOCK_ELEMENTS_BY_POSITION
+        if backward or operands.mask.key_positions is not None
+        else BLOCK_ELEMENTS
+    )
     query_block = min(queries, max(512 // groups, 16) if one_by_one else 256)
     if flat:
         key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
@@ -76,6 +81,7 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
         key=_even(keys, key_block),
         flat=flat,
         as_bits=cpu,
+        branch=not machine.compiler_sharded,
     )
 
 
@@ -126,6 +132,10 @@ class Tiles:
         """The mask of the block."""
         return self.operands.mask.block(place.batch, place.query_heads, place.query, place.key)
 
+    def may_attend(self, mask: Mask) -> jax.Array | None:
+        """Whether the block needs work; None where that is not known, or must not be asked."""
+        return mask.may_attend() if self.tiling.branch else None
+
     def block(
         self,
         place: Place,
@@ -150,7 +160,9 @@ class Tiles:
                 allowed = fresh if allowed is None else allowed & fresh
         if self.tiling.flat:
             bias, allowed = (None if x is None else jnp.moveaxis(x, -1, 1) for x in (bias, allowed))
-        return Block(query, key, value, bias, allowed)
+        return Block(
+            query, key, value, bias, allowed, flat=self.tiling.flat, branch=self.tiling.branch
+        )
 
     def rows(self, x: jax.Array, place: Place) -> jax.Array:
         """[B, T, N, ...] to the rows of the block, [b, K, G, q, ...]."""
@@ -186,7 +198,7 @@ def loop(count: int, body: Callable, init: Any) -> Any:
 
 
 def when(predicate: jax.Array | None, f: Callable, x: Any) -> Any:
-    """f(x) where the predicate holds (None: it does), else x."""
+    """f(x) where the predicate holds (None: it does, as far as is known), else x."""
     return f(x) if predicate is None else lax.cond(predicate, f, lambda x: x, x)
 
 

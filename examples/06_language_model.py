@@ -143,9 +143,7 @@ def answer(
         tokens = np.asarray([allowed.argmax()], np.int32)
         chosen.append(int(tokens[0]))
         text = tokenizer.decode(chosen)
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # else the character's other bytes follow
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a part of a character: wait
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print("\n", flush=True)
@@ -212,7 +210,8 @@ def report(config: smollm2.Config, one: Answer, many: Answer, mesh: Mesh, combin
     moved = config.layers * sent_bytes(attention)
     gather = config.layers * sent_bytes(attention_hlo(config, slots, mesh, gathered(mesh)))
     own, whole = collectives(attention), collectives(many.hlo)
-    # The step's text has the loop over layers once; what is outside of it is small.
+    # The step's text has the body of the loop over layers once, and the embedding's sum outside of
+    # it: taking all of it for the body gives a bound.
     rest = config.layers * (sent_bytes(many.hlo) - sent_bytes(attention))
     top_two = np.partition(one.logits, -2, axis=-1)[:, -2:]
     shards = many.cache["positions"].addressable_shards
@@ -231,7 +230,7 @@ Collectives, one token, HLO
   the weights of a layer       {listed(whole - own)} (the embedding's one included)
 Each device sends per token, all {config.layers} layers
   the states of attention      {moved / 1e6:.3f} MB
-  activations, split weights   {rest / 1e6:.3f} MB
+  activations, split weights   {rest / 1e6:.3f} MB at most
   not sent: K and V gathered   {gather / 1e6:.3f} MB, {gather / moved:.0f} times the states
 Time                           one device  {DEVICES} fake devices
   reading the prompt           {one.prefill_s:8.2f} s  {many.prefill_s:8.2f} s

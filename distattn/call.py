@@ -1,0 +1,94 @@
+"""All of a call over a mesh that is not an array, and how its arrays are sharded, at rest and at work."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from distattn._compat import vary, varying_axes
+from distattn._manual import manual, place
+from distattn.block import Scoring
+from distattn.movement import Movement
+from distattn.operands import DIMENSIONS
+from distattn.placement import Axes, Placement
+from distattn.tiles import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All of a call that is not an array."""
+
+    scoring: Scoring
+    implementation: str
+    placement: Placement
+    movement: Movement
+
+    @property
+    def machine(self) -> Machine:
+        """What the local part runs on."""
+        return Machine(self.placement.platform, self.placement.compiler_sharded)
+
+    @property
+    def row_axes(self) -> Axes:
+        """The axes of T at work."""
+        return tuple(a for a in self.placement.query if a not in self.movement.gather_rows)
+
+    @property
+    def key_axes(self) -> Axes:
+        """The axes of S at work."""
+        return tuple(a for a in self.placement.key if a not in self.movement.gather_keys)
+
+    @property
+    def out_axes(self) -> Axes:
+        """The axes of T of the result."""
+        return self.row_axes + self.movement.scatter
+
+    def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
+        """How an operand is sharded as it comes and goes: only query, key and value ever move."""
+        if name in ("query", "key", "value"):
+            return self.placement.spec(DIMENSIONS[name], x.shape)
+        return self.at_work(name, x)
+
+    def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
+        """How an operand is sharded while each device computes."""
+        return self.placement.spec(
+            DIMENSIONS[name], x.shape, rows=self.row_axes, keys=self.key_axes
+        )
+
+    def result(self, x: jax.Array, letters: str = "BTN.") -> PartitionSpec:
+        """How an array is sharded that has the rows of the result."""
+        return self.placement.spec(letters[: x.ndim], x.shape, rows=self.out_axes)
+
+    def missing(self, name: str, x: jax.Array) -> Axes:
+        """The axes of the work that do not shard this operand: its gradient is a sum over them."""
+        used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
+        placement = self.placement
+        work = (*placement.batch, *placement.heads, *self.row_axes, *self.key_axes)
+        return tuple(axis for axis in work if axis not in used)
+
+    def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
+        """body(*arguments), by every device on its shards; plainly where there is no mesh."""
+        if self.placement.mesh is None:
+            return body(*arguments)
+        mapped = manual(
+            body,
+            mesh=self.placement.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=self.placement.manual,
+        )
+        # A shard_map that tracks no types forgets over which axes of one around it its values vary.
+        axes = varying_axes(*jax.tree.leaves(arguments))
+        return jax.tree.map(lambda x: vary(x, axes), mapped(*arguments))
+
+    def place(self, x: Any, specs: Any) -> Any:
+        """x laid out by the specs where layouts are types, that is, over Explicit axes."""
+        if self.placement.mesh is None:
+            return x
+        return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
