@@ -205,12 +205,12 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> Axes:
 
 
 def _names(argument: str, axes: AxisNames) -> Axes:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    names = axes if isinstance(axes, tuple | list) else () if axes is None else (axes,)
     if not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names"
         )
-    return names
+    return tuple(names)
 
 
 def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:

@@ -177,7 +177,9 @@ def check(
     # Half the time to compile, and the same HLO.
     quick = {"xla_backend_optimization_level": 0}
     run = jax.jit(run, compiler_options=quick) if jit else run
-    out, lse, grads = run(cast, d_out, jnp.asarray(d_lse, jnp.float32))
+    out, lse, grads = run(
+        cast, d_out, jnp.asarray(d_lse, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    )
     assert out.dtype == dtype
     assert lse.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
     exact = {name: np.asarray(x, np.float64) for name, x in cast.items()}

@@ -1,0 +1,165 @@
+"""What crosses between devices, counted in the compiled program; and what memory that program takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import distattn
+from distattn.testing import collective_bytes, collectives
+from tests.cases import KINDS, mesh_of
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+
+
+def shapes(mesh, queries, keys, *, rows=None, dtype=jnp.float32):
+    query = jax.ShapeDtypeStruct(
+        (1, queries, HEADS, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, rows))
+    )
+    key = jax.ShapeDtypeStruct(
+        (1, keys, KV_HEADS, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, "kv"))
+    )
+    return query, key, key
+
+
+def hlo(f, mesh, *arguments):
+    with jax.set_mesh(mesh):
+        return jax.jit(f).lower(*arguments).compile().as_text()
+
+
+def call(mesh, combine, **options):
+    def f(query, key, value):
+        return distattn.dot_product_attention(
+            query, key, value, is_causal=True, mesh=mesh, axis_name="kv", combine=combine, **options
+        )
+
+    return f
+
+
+def gradient(f):
+    return jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("combine", "devices", "expected"),
+    [
+        ("butterfly", 8, {"collective-permute": 3}),
+        ("butterfly", 6, {"collective-permute": 4}),
+        ("butterfly", 5, {"collective-permute": 4}),
+        ("butterfly", 2, {"collective-permute": 1}),
+        ("psum", 8, {"all-reduce": 2}),
+        ("all_gather", 8, {"all-gather": 1}),
+    ],
+)
+def test_forward_of_a_replicated_query(combine, devices, expected, kind):
+    mesh = mesh_of(devices, kind)
+    text = hlo(call(mesh, combine), mesh, *shapes(mesh, 4, 8 * devices * 5))
+    assert collectives(text) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_is_one_all_reduce_of_the_query_gradient(kind):
+    mesh = mesh_of(8, kind)
+    text = hlo(gradient(call(mesh, "butterfly")), mesh, *shapes(mesh, 4, 320))
+    assert collectives(text) == {"collective-permute": 3, "all-reduce": 1}
+    assert (
+        collective_bytes(text)["all-reduce"] == 4 * HEADS * WIDTH * 4
+    )  # dq in float32, nothing else
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("combine", "forward", "backward"),
+    [
+        # The query is gathered, then states are halved; back, the rows are gathered in two messages (16
+        # bits apart from 32), and dq is scattered.
+        (
+            "reduce_scatter",
+            {"all-gather": 1, "collective-permute": 3},
+            {"all-gather": 3, "collective-permute": 3, "reduce-scatter": 1},
+        ),
+        # Keys and values apart: packed, they would be copied twice. Back they are gathered again, or
+        # kept from the forward pass where XLA sees both.
+        ("gather_kv", {"all-gather": 2}, {"all-gather": 2, "reduce-scatter": 2}),
+    ],
+)
+def test_a_query_sharded_along_t(combine, forward, backward, kind):
+    mesh = mesh_of(8, kind)
+    arguments = shapes(mesh, 64, 64, rows="kv")
+    assert collectives(hlo(call(mesh, combine), mesh, *arguments)) == forward
+    assert collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)) == backward
+
+
+def test_bytes_of_a_round_are_those_of_the_packed_state():
+    mesh = mesh_of(8, "auto")
+    for keys in (320, 3200):  # independent of S
+        text = hlo(call(mesh, "butterfly"), mesh, *shapes(mesh, 4, keys))
+        assert collective_bytes(text) == {"collective-permute": 3 * 4 * 4 * HEADS * (WIDTH + 2)}
+
+
+def test_batch_and_heads_on_other_axes_add_no_collective():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["explicit"],) * 3)
+    query = jax.ShapeDtypeStruct(
+        (2, 4, HEADS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P("data", None, "heads"))
+    )
+    key = jax.ShapeDtypeStruct(
+        (2, 64, KV_HEADS, WIDTH),
+        jnp.float32,
+        sharding=NamedSharding(mesh, P("data", "kv", "heads")),
+    )
+    f = functools.partial(distattn.dot_product_attention, combine="butterfly")
+    assert collectives(hlo(f, mesh, query, key, key)) == {"collective-permute": 1}
+    assert collectives(hlo(gradient(f), mesh, query, key, key)) == {
+        "collective-permute": 1,
+        "all-reduce": 1,
+    }
+
+
+def test_a_tuple_of_axes_goes_level_by_level():
+    mesh = jax.make_mesh((2, 4), ("host", "chip"), (KINDS["auto"],) * 2)
+    spec = NamedSharding(mesh, P(None, ("host", "chip")))
+    query = jax.ShapeDtypeStruct((1, 4, HEADS, WIDTH), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 64, KV_HEADS, WIDTH), jnp.float32, sharding=spec)
+    f = functools.partial(
+        distattn.dot_product_attention, mesh=mesh, axis_name=("host", "chip"), combine="butterfly"
+    )
+    assert collectives(hlo(f, mesh, query, key, key)) == {"collective-permute": 3}
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_memory_does_not_grow_with_the_keys(queries):
+    def temp_bytes(keys, dtype):
+        query = jax.ShapeDtypeStruct((1, queries, HEADS, WIDTH), dtype)
+        key = jax.ShapeDtypeStruct((1, keys, KV_HEADS, WIDTH), dtype)
+        f = functools.partial(distattn.dot_product_attention, is_causal=True)
+        compiled = jax.jit(f).lower(query, key, key).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        # Beyond the blocks, only the default positions: 4 bytes a key, of which XLA may hold two.
+        grown = temp_bytes(2**16, dtype) - temp_bytes(2**14, dtype)
+        assert grown <= 2 * 4 * (2**16 - 2**14)
+
+
+def test_no_quadratic_memory_with_a_gradient():
+    length = 4096
+    x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+    f = gradient(functools.partial(distattn.dot_product_attention, is_causal=True))
+    temp = jax.jit(f).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    assert temp < length * length * 4 / 4  # a quarter of one [T, S] of float32
+
+
+def test_a_whole_pod_lowers_without_devices():
+    mesh = jax.sharding.AbstractMesh((4096,), ("kv",), (KINDS["auto"],))
+    query = jax.ShapeDtypeStruct((1, 1, HEADS, WIDTH), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 4096 * 8, KV_HEADS, WIDTH), jnp.float32)
+    f = functools.partial(
+        distattn.dot_product_attention, mesh=mesh, axis_name="kv", combine="butterfly"
+    )
+    text = jax.jit(f).trace(query, key, key).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.collective_permute") == np.log2(4096)

@@ -1,0 +1,185 @@
+"""`sharded_attention` in a user's own `shard_map`: check_vma True and False, every combine, gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import distattn
+from distattn import schedule
+from tests.cases import ALL_REDUCES, CASES, KINDS, QUERY_SHARDED, Case, as_float32, check, mesh_of
+from tests.tolerance import assert_close
+
+DEVICES = 4
+# How each argument lies: by its name, the dimension of S, or of T for a sharded query.
+KEY_SPECS = {
+    "key": P(None, "kv"),
+    "value": P(None, "kv"),
+    "bias": P(None, None, None, "kv"),
+    "mask": P(None, None, None, "kv"),
+    "key_positions": P(None, "kv"),
+    "key_value_segment_ids": P(None, "kv"),
+}
+ROW_SPECS = {name: P(None, "kv") for name in ("query", "query_positions", "query_segment_ids")}
+
+
+def own_shard_map(mesh, check_vma, *, query_sharded=False, combine="auto"):
+    """The call as a user writes it: a shard_map over the axis of the keys."""
+
+    def attention(**arguments):
+        fixed = {k: x for k, x in arguments.items() if not hasattr(x, "shape")}
+        arrays = {k: jnp.asarray(x) for k, x in arguments.items() if k not in fixed}
+        specs = {}
+        for name, x in arrays.items():
+            spec = KEY_SPECS.get(name, P())
+            if name in ("bias", "mask") and x.shape[3] == 1:
+                spec = P()
+            if query_sharded and name in ROW_SPECS:
+                spec = ROW_SPECS[name]
+            if combine == "gather_kv" and name in ("bias", "mask"):
+                spec = P(None, None, "kv") if x.shape[2] > 1 else P()
+            specs[name] = spec
+        out_spec = P(None, "kv") if query_sharded else P()
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=(out_spec, out_spec),
+            check_vma=check_vma,
+        )
+        def body(arrays):
+            return distattn.sharded_attention(
+                **arrays,
+                **fixed,
+                axis_name="kv",
+                query_sharded=query_sharded,
+                combine=combine,
+                return_residual=True,
+            )
+
+        if jax.typeof(arrays["query"]).sharding.mesh.are_all_axes_explicit:
+            arrays = {
+                k: jax.reshard(x, jax.sharding.NamedSharding(mesh, specs[k]))
+                for k, x in arrays.items()
+            }
+        return body(arrays)
+
+    return attention
+
+
+EVERYTHING = Case(**{**vars(CASES["everything"]), "queries": 8})
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("combine", ("auto", *ALL_REDUCES))
+def test_replicated_query(combine, check_vma):
+    mesh = mesh_of(DEVICES, "auto")
+    run = own_shard_map(mesh, check_vma, combine=combine)
+    check(EVERYTHING, run, what=f"inside {combine} {check_vma}")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("combine", QUERY_SHARDED)
+def test_sharded_query(combine, check_vma):
+    mesh = mesh_of(DEVICES, "auto")
+    run = own_shard_map(mesh, check_vma, combine=combine, query_sharded=True)
+    check(EVERYTHING, run, what=f"inside {combine} {check_vma}")
+
+
+def test_auto_takes_the_combine_for_which_a_bias_is_cut():
+    mesh = mesh_of(DEVICES, "auto")
+    case = Case(queries=8, keys=16, bias=("N", "T", "S"))
+    for cut in QUERY_SHARDED:
+        arguments = as_float32(case.arguments())
+        spec = P(None, None, None, "kv") if cut == "reduce_scatter" else P(None, None, "kv")
+        rows = P(None, "kv")
+
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(rows, rows, rows, spec), out_specs=rows
+        )
+        def run(query, key, value, bias):
+            return distattn.sharded_attention(
+                query, key, value, bias, axis_name="kv", query_sharded=True
+            )
+
+        out = jax.jit(run)(*(arguments[n] for n in ("query", "key", "value", "bias")))
+        assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_default_positions_count_over_the_shards(check_vma, kind):
+    mesh = mesh_of(DEVICES, kind)
+    with jax.set_mesh(mesh):
+        check(CASES["causal"], own_shard_map(mesh, check_vma), what=f"{kind} {check_vma}")
+
+
+def test_a_tuple_of_axes():
+    mesh = jax.make_mesh((2, 4), ("host", "chip"), (KINDS["auto"],) * 2)
+    case = Case(queries=16, keys=16, options=(("is_causal", True),))
+    arguments = as_float32(case.arguments())
+    arguments.pop("is_causal")
+    expected = distattn.dot_product_attention(**arguments, is_causal=True)
+    for names in (("host", "chip"), ("chip", "host")):
+        for query_sharded, combine in ((False, "butterfly"), (True, "reduce_scatter")):
+            rows = P(None, names) if query_sharded else P()
+
+            @functools.partial(
+                jax.shard_map,
+                mesh=mesh,
+                in_specs=(rows, P(None, names), P(None, names)),
+                out_specs=rows,
+            )
+            def run(query, key, value):
+                return distattn.sharded_attention(
+                    query,
+                    key,
+                    value,
+                    is_causal=True,
+                    axis_name=names,
+                    query_sharded=query_sharded,
+                    combine=combine,
+                )
+
+            out = jax.jit(run)(*arguments.values())
+            assert_close(out, expected, jnp.float32, case.keys, what=f"{names} {combine}")
+
+
+def test_only_some_axes_are_manual():
+    mesh = jax.make_mesh((2, 4), ("data", "kv"), (KINDS["auto"],) * 2)
+    arguments = as_float32(CASES["causal"].arguments())
+    arguments.pop("is_causal")
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P(None, "kv"), P(None, "kv")),
+        out_specs=P(),
+        axis_names={"kv"},
+    )
+    def run(query, key, value):
+        return distattn.sharded_attention(query, key, value, is_causal=True, axis_name="kv")
+
+    batch = jax.sharding.NamedSharding(mesh, P("data"))
+    placed = [jax.device_put(x, batch) for x in arguments.values()]
+    expected = distattn.dot_product_attention(**arguments, is_causal=True)
+    assert_close(jax.jit(run)(*placed), expected, jnp.float32, 24, what="partly manual")
+
+
+def test_a_schedule_and_an_unbatched_call():
+    mesh = mesh_of(DEVICES, "auto")
+    arguments = as_float32(CASES["plain"].arguments())
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("kv"), P("kv")), out_specs=P())
+    def run(query, key, value):
+        return distattn.sharded_attention(
+            query, key, value, axis_name="kv", combine=schedule.butterfly(DEVICES)
+        )
+
+    out = jax.jit(run)(*(arguments[name][0] for name in ("query", "key", "value")))
+    whole = distattn.dot_product_attention(**arguments)
+    assert_close(out, np.asarray(whole[0]), jnp.float32, 24, what="unbatched")

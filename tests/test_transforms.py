@@ -1,0 +1,193 @@
+"""Under JAX's transformations and their compositions, with and without a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import distattn
+from tests.cases import CASES, Case, as_float32, check, mesh_of
+from tests.tolerance import assert_close
+
+CASE = Case(queries=8, keys=16, options=(("is_causal", True),))
+
+
+def arrays(case=CASE):
+    arguments = as_float32(case.arguments())
+    return tuple(arguments[name] for name in ("query", "key", "value"))
+
+
+def attention(mesh, implementation=None, combine="butterfly"):
+    where = {} if mesh is None else {"mesh": mesh, "axis_name": "kv", "combine": combine}
+    return functools.partial(
+        distattn.dot_product_attention, is_causal=True, implementation=implementation, **where
+    )
+
+
+def loss_of(f):
+    return lambda *x: (f(*x) ** 2).sum()
+
+
+def grads_of(f):
+    return jax.grad(loss_of(f), argnums=(0, 1, 2))
+
+
+def close(got, want, what):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Both sides are float32 results: each may be off by the tolerance.
+        assert_close(x, y, jnp.float32, CASE.keys * CASE.queries, 2.0, what=what)
+
+
+@pytest.fixture(params=[None, "auto", "explicit"])
+def mesh(request):
+    if request.param is None:
+        yield None
+        return
+    mesh = mesh_of(4, request.param)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def exact():
+    return grads_of(attention(None, "dense"))(*arrays())
+
+
+def test_grad_of_jit_and_jit_of_grad(mesh):
+    f = attention(mesh)
+    close(jax.jit(grads_of(f))(*arrays()), exact(), "jit of grad")
+    close(grads_of(jax.jit(f))(*arrays()), exact(), "grad of jit")
+
+
+def test_vmap_and_its_gradient(mesh):
+    f = attention(mesh)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x[::-1]]), arrays())
+    got = jax.jit(jax.vmap(f))(*stacked)
+    grads = jax.jit(jax.vmap(grads_of(f)))(*stacked)
+    for i in range(3):
+        one = [x[i] for x in stacked]
+        close(got[i], attention(None, "dense")(*one), "vmap")
+        close([g[i] for g in grads], grads_of(attention(None, "dense"))(*one), "vmap of grad")
+
+
+def test_vmap_over_the_query_alone(mesh):
+    query, key, value = arrays()
+    queries = jnp.stack([query, -query])
+    got = jax.jit(jax.vmap(attention(mesh), in_axes=(0, None, None)))(queries, key, value)
+    for x, y in zip(got, queries, strict=True):
+        close(x, attention(None, "dense")(y, key, value), "vmap over queries")
+
+
+def test_scan_over_layers_with_remat(mesh):
+    query, key, value = arrays()
+
+    def model(f, query, key, value):
+        def layer(x, scale):
+            return x + f(x * scale, key, value), None
+
+        scales = jnp.array([0.5, 1.0, 1.5])
+        x, _ = jax.lax.scan(jax.checkpoint(layer), query, scales)
+        return x
+
+    got, want = (
+        jax.jit(grads_of(functools.partial(model, f)))(query, key, value)
+        for f in (attention(mesh), attention(None, "dense"))
+    )
+    close(got, want, "grad of scan of checkpoint")
+
+
+def test_vjp_gives_the_value_of_the_call(mesh):
+    f = jax.jit(attention(mesh))
+    value, _ = jax.vjp(f, *arrays())
+    np.testing.assert_array_equal(value, f(*arrays()))
+
+
+@pytest.mark.parametrize("combine", ["butterfly", "reduce_scatter"])
+def test_dense_has_forward_mode_and_hessians(mesh, combine):
+    f = attention(mesh, "dense", combine)
+    plain = attention(None, "dense")
+    primals = arrays()
+    tangents = jax.tree.map(jnp.cos, primals)
+    close(
+        jax.jit(lambda p, t: jax.jvp(f, p, t))(primals, tangents),
+        jax.jvp(plain, primals, tangents),
+        "jvp",
+    )
+
+    def along(f):  # forward over reverse: a product with the hessian
+        return jax.jit(lambda p, t: jax.jvp(grads_of(f), p, t)[1])(primals, tangents)
+
+    close(along(f), along(plain), "hessian")
+
+
+def test_dense_against_jax_nn_to_second_order():
+    primals = arrays()
+    tangents = jax.tree.map(jnp.cos, primals)
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    got, want = (
+        jax.jvp(grads_of(f), primals, tangents)[1] for f in (attention(None, "dense"), theirs)
+    )
+    close(got, want, "hessian")
+
+
+@pytest.mark.parametrize("transform", ["jvp", "hessian"])
+def test_blocked_says_what_to_do_instead(transform):
+    f = attention(None)
+    with pytest.raises((NotImplementedError, TypeError), match="dense|custom_vjp"):
+        if transform == "jvp":
+            jax.jvp(f, arrays(), arrays())
+        else:
+            jax.grad(lambda *x: grads_of(f)(*x)[0].sum())(*arrays())
+
+
+def test_a_second_derivative_names_the_implementation_to_pass():
+    with pytest.raises(NotImplementedError, match="implementation='dense'"):
+        jax.grad(lambda *x: grads_of(attention(None))(*x)[0].sum())(*arrays())
+
+
+def test_float64_states_under_x64():
+    with jax.enable_x64(True):
+        check(
+            CASES["everything"],
+            functools.partial(distattn.dot_product_attention, return_residual=True),
+            dtype=jnp.float64,
+            what="float64",
+        )
+
+
+def test_float64_on_a_mesh():
+    mesh = mesh_of(4, "auto")
+    with jax.enable_x64(True):
+        check(
+            CASES["everything"],
+            functools.partial(
+                distattn.dot_product_attention,
+                return_residual=True,
+                mesh=mesh,
+                axis_name="kv",
+                combine="butterfly",
+            ),
+            dtype=jnp.float64,
+            what="float64 on a mesh",
+        )
+
+
+def test_the_states_are_pytrees_under_transformations():
+    query, key, value = arrays()
+
+    def run(query, key, value):
+        first = distattn.partial_attention(query, key[:, :8], value[:, :8])
+        second = distattn.partial_attention(query, key[:, 8:], value[:, 8:])
+        state, _ = jax.lax.scan(
+            lambda state, part: (distattn.merge(state, part), None),
+            distattn.identity(first),
+            jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second),
+        )
+        return distattn.finalize(state)[0]
+
+    want = functools.partial(jax.nn.dot_product_attention)
+    close(run(query, key, value), want(query, key, value), "scan of merge")
+    close(
+        jax.jit(grads_of(run))(query, key, value), grads_of(want)(query, key, value), "its gradient"
+    )
