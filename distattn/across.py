@@ -147,12 +147,15 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     if sinks is not None:
         weights = softmax_weights(sinks.astype(dtype)[None, None], lse)
         d_sinks = (weights * d_sum).sum(axis=(0, 1)).astype(sinks.dtype)
-    # What goes by rows travels in two messages where rows are gathered: one of 16 bits, one of 32.
+    # Where the result's rows are scattered, what goes by rows travels in two messages: what has the
+    # query's dtype, and what has the state's.
+    joins = bool(call.movement.scatter)
     rows = jnp.stack([lse, d_sum], axis=-1)
-    joined = jnp.concatenate([query, d_out], axis=-1) if call.movement.gather_rows else d_out
-    without_query = dataclasses.replace(
-        operands, query=None if call.movement.gather_rows else query
-    )
+    joined = d_out
+    if joins:
+        like_query = call.place(d_out, call.at_rest("query", query))
+        joined = jnp.concatenate([query, like_query], axis=-1)
+    without_query = dataclasses.replace(operands, query=None if joins else query)
     gradients = {"query": query, "key": operands.key, "value": operands.value}
     if operands.bias is not None:
         gradients["bias"] = operands.bias
@@ -209,7 +212,7 @@ def finish(
 
 def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out, rows):
     movement = call.movement
-    if movement.gather_rows:
+    if movement.scatter:
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
         operands = dataclasses.replace(operands, query=query)
     query, key, value = operands.query, operands.key, operands.value

@@ -91,7 +91,10 @@ def faulty(slots, rows, seed=0):
 @every_count
 @pytest.mark.parametrize("rows", [1, BATCH])
 def test_each_value_comes_to_its_key(devices, kind, rows):
-    slots = 48
+    slots = 480
+    share = slots // devices
+    # So that the orders that send a share to one device take more than one round.
+    assert devices == 1 or room_for_pair(share, devices) < share
     run = jit(functools.partial(align, mesh=mesh_of(devices, kind), axis_name="kv"))
     value = random_value(slots)
     for positions in orders(slots, devices, rows):
@@ -164,7 +167,7 @@ def _align_on_four(*arrays):
 @every_kind
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_gradient_goes_back_the_same_way(devices, kind):
-    slots = 24
+    slots = 240
     mesh = mesh_of(devices, kind)
     value, weight = random_value(slots), random_value(slots, seed=1)
 
@@ -207,7 +210,7 @@ def test_gradient_outside_jit(kind):
 @pytest.mark.parametrize("rows", [1, BATCH])
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_inside_a_shard_map(devices, rows, check_vma):
-    slots = 24
+    slots = 240
     index = P("kv") if rows == 1 else P(None, "kv")
     run = jax.shard_map(
         functools.partial(align_shards, axis_name="kv"),
@@ -297,6 +300,19 @@ def test_other_axes_of_the_mesh_pass_through(kind, under_jit, said):
         assert_aligned(aligned, value, *positions)
         if said or kind == "explicit" or not under_jit:
             assert aligned[0].sharding.is_equivalent_to(placed.sharding, 4)
+
+
+@every_kind
+def test_groups_of_devices_take_rounds_of_their_own(kind):
+    """Rows of the batch on different devices: one stays, one takes one round, one takes several."""
+    mesh = jax.make_mesh((2, 4), ("b", "kv"), (KINDS[kind],) * 2)
+    value = np.concatenate([random_value(480, seed) for seed in range(2)])
+    pairs = orders(480, 4, 1)
+    # In pairs, since both rows of a group share its rounds.
+    positions = [np.stack([pairs[i][side] for i in (1, 1, 0, 2)]) for side in (0, 1)]
+    placed = [jax.device_put(x, NamedSharding(mesh, P("b", "kv"))) for x in (value, *positions)]
+    run = jax.jit(functools.partial(align, mesh=mesh, axis_name="kv"))
+    assert_aligned(run(*placed), value, *positions)
 
 
 @every_kind

@@ -23,19 +23,40 @@ WRONG = {
     "rank": ({"query": jnp.ones((T, N, H))}, ["key has 4 dimensions", "(3, 4, 6)", "reshape"]),
     "rank_2": ({"query": jnp.ones((N, H))}, ["query has 2 dimensions", "reshape or broadcast"]),
     "integers": ({"key": jnp.ones((B, S, K, H), jnp.int32)}, ["key has dtype int32", ".astype"]),
-    "batch": ({"key": jnp.ones((3, S, K, H)), "value": jnp.ones((3, S, K, H))}, ["(3, 8, 2, 6)", "broadcast"]),
+    "batch": (
+        {"key": jnp.ones((3, S, K, H)), "value": jnp.ones((3, S, K, H))},
+        ["(3, 8, 2, 6)", "broadcast"],
+    ),
     "lengths_of_key_and_value": ({"value": jnp.ones((B, 9, K, H))}, ["S=8", "S=9", "align"]),
     "heads_of_key_and_value": ({"value": jnp.ones((B, S, 4, H))}, ["K=2", "K=4"]),
     "head_dim": ({"query": jnp.ones((B, T, N, 5))}, ["H=5", "H=6", "must be equal"]),
     "groups": ({"query": jnp.ones((B, T, 3, H))}, ["N=3", "K=2", "multiple"]),
-    "int_mask": ({"mask": jnp.ones((B, 1, T, S), jnp.int32)}, ["mask has dtype int32", "mask != 0"]),
+    "int_mask": (
+        {"mask": jnp.ones((B, 1, T, S), jnp.int32)},
+        ["mask has dtype int32", "mask != 0"],
+    ),
     "float_mask": ({"mask": jnp.ones((B, 1, T, S))}, ["mask has dtype float32", "as bias"]),
-    "mask_shape": ({"mask": jnp.ones((B, 1, S, T), bool)}, ["mask has shape (2, 1, 8, 3)", "[2, 4, 3, 8]"]),
-    "mask_rank": ({"mask": jnp.ones((1, B, 1, T, S), bool)}, ["mask has shape (1, 2, 1, 3, 8)", "broadcast"]),
+    "mask_shape": (
+        {"mask": jnp.ones((B, 1, S, T), bool)},
+        ["mask has shape (2, 1, 8, 3)", "[2, 4, 3, 8]"],
+    ),
+    "mask_rank": (
+        {"mask": jnp.ones((1, B, 1, T, S), bool)},
+        ["mask has shape (1, 2, 1, 3, 8)", "broadcast"],
+    ),
     "bool_bias": ({"bias": jnp.ones((B, 1, T, S), bool)}, ["bias has dtype bool", "goes to mask"]),
-    "bias_shape": ({"bias": jnp.ones((B, 3, T, S))}, ["bias has shape (2, 3, 3, 8)", "[2, 4, 3, 8]"]),
-    "positions_shape": ({"key_positions": POSITIONS[:5]}, ["key_positions has shape (5,)", "int32[S]"]),
-    "positions_float": ({"key_positions": jnp.ones(S)}, ["key_positions has dtype float32", ".astype(jnp.int32)"]),
+    "bias_shape": (
+        {"bias": jnp.ones((B, 3, T, S))},
+        ["bias has shape (2, 3, 3, 8)", "[2, 4, 3, 8]"],
+    ),
+    "positions_shape": (
+        {"key_positions": POSITIONS[:5]},
+        ["key_positions has shape (5,)", "int32[S]"],
+    ),
+    "positions_float": (
+        {"key_positions": jnp.ones(S)},
+        ["key_positions has dtype float32", ".astype(jnp.int32)"],
+    ),
     "query_positions_shape": (
         {"query_positions": POSITIONS, "is_causal": True},
         ["query_positions has shape (8,)", "int32[T]"],
@@ -57,13 +78,25 @@ WRONG = {
         ["key_value_segment_ids is given", "pass query_segment_ids"],
     ),
     "segments_shape": (
-        {"query_segment_ids": jnp.zeros(5, jnp.int32), "key_value_segment_ids": jnp.zeros(S, jnp.int32)},
+        {
+            "query_segment_ids": jnp.zeros(5, jnp.int32),
+            "key_value_segment_ids": jnp.zeros(S, jnp.int32),
+        },
         ["query_segment_ids has shape (5,)", "int32[T]"],
     ),
-    "lengths_shape": ({"key_value_seq_lengths": jnp.ones(3, jnp.int32)}, ["key_value_seq_lengths has shape (3,)", "[2]"]),
-    "lengths_float": ({"query_seq_lengths": jnp.ones(B)}, ["query_seq_lengths has dtype float32", ".astype"]),
+    "lengths_shape": (
+        {"key_value_seq_lengths": jnp.ones(3, jnp.int32)},
+        ["key_value_seq_lengths has shape (3,)", "[2]"],
+    ),
+    "lengths_float": (
+        {"query_seq_lengths": jnp.ones(B)},
+        ["query_seq_lengths has dtype float32", ".astype"],
+    ),
     "window": ({"local_window_size": -3}, ["local_window_size is -3", "None"]),
-    "window_triple": ({"local_window_size": (1, 2, 3)}, ["local_window_size is (1, 2, 3)", "(left, right)"]),
+    "window_triple": (
+        {"local_window_size": (1, 2, 3)},
+        ["local_window_size is (1, 2, 3)", "(left, right)"],
+    ),
     "window_float": ({"local_window_size": 2.5}, ["local_window_size is 2.5", "ints"]),
     "sinks": ({"sinks": jnp.ones(3)}, ["sinks is float32[3]", "[4]"]),
     "soft_cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap is 0.0", "positive"]),
@@ -71,7 +104,7 @@ WRONG = {
     "implementation": ({"implementation": "flash"}, ["'flash'", "'blocked'"]),
     "combine": ({"combine": "tree"}, ["'tree'", "butterfly"]),
     "axis_without_mesh": ({"axis_name": "kv"}, ["axis_name is kv", "no mesh", "mesh="]),
-}  # fmt: skip
+}
 
 
 def call(**overrides):
@@ -111,7 +144,10 @@ def test_dropout_is_not_an_argument():
 
 MESH_ERRORS = {
     "unknown_axis": ({"axis_name": "seq"}, ["'seq' is not an axis", "kv=4", "['kv']"]),
-    "unknown_query_axis": ({"axis_name": "kv", "query_axis_name": "q"}, ["query_axis_name 'q'", "['kv']"]),
+    "unknown_query_axis": (
+        {"axis_name": "kv", "query_axis_name": "q"},
+        ["query_axis_name 'q'", "['kv']"],
+    ),
     "axis_twice": ({"axis_name": ("kv", "kv")}, ["twice", "once"]),
     "not_a_name": ({"axis_name": 3}, ["axis_name is 3", "axis name"]),
     "schedule_size": ({"axis_name": "kv", "combine": butterfly(8)}, ["8 devices", "4", "build it"]),
@@ -123,7 +159,7 @@ MESH_ERRORS = {
         {"axis_name": "kv", "combine": "reduce_scatter", "query_axis_name": None},
         ["'reduce_scatter'", "query_axis_name is None", "'auto'"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MESH_ERRORS)

@@ -75,7 +75,7 @@ EVERYTHING = Case(**{**vars(CASES["everything"]), "queries": 8})
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("combine", ("auto", *ALL_REDUCES))
+@pytest.mark.parametrize("combine", ["auto", *ALL_REDUCES])
 def test_replicated_query(combine, check_vma):
     mesh = mesh_of(DEVICES, "auto")
     run = own_shard_map(mesh, check_vma, combine=combine)
@@ -118,35 +118,37 @@ def test_default_positions_count_over_the_shards(check_vma, kind):
         check(CASES["causal"], own_shard_map(mesh, check_vma), what=f"{kind} {check_vma}")
 
 
-def test_a_tuple_of_axes():
+@pytest.mark.parametrize(
+    ("query_sharded", "combine"), [(False, "butterfly"), (True, "reduce_scatter")]
+)
+@pytest.mark.parametrize("names", [("host", "chip"), ("chip", "host")])
+def test_a_tuple_of_axes(names, query_sharded, combine):
     mesh = jax.make_mesh((2, 4), ("host", "chip"), (KINDS["auto"],) * 2)
     case = Case(queries=16, keys=16, options=(("is_causal", True),))
     arguments = as_float32(case.arguments())
     arguments.pop("is_causal")
+    rows = P(None, names) if query_sharded else P()
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(rows, P(None, names), P(None, names)),
+        out_specs=rows,
+    )
+    def run(query, key, value):
+        return distattn.sharded_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            axis_name=names,
+            query_sharded=query_sharded,
+            combine=combine,
+        )
+
     expected = distattn.dot_product_attention(**arguments, is_causal=True)
-    for names in (("host", "chip"), ("chip", "host")):
-        for query_sharded, combine in ((False, "butterfly"), (True, "reduce_scatter")):
-            rows = P(None, names) if query_sharded else P()
-
-            @functools.partial(
-                jax.shard_map,
-                mesh=mesh,
-                in_specs=(rows, P(None, names), P(None, names)),
-                out_specs=rows,
-            )
-            def run(query, key, value):
-                return distattn.sharded_attention(
-                    query,
-                    key,
-                    value,
-                    is_causal=True,
-                    axis_name=names,
-                    query_sharded=query_sharded,
-                    combine=combine,
-                )
-
-            out = jax.jit(run)(*arguments.values())
-            assert_close(out, expected, jnp.float32, case.keys, what=f"{names} {combine}")
+    out = jax.jit(run)(*arguments.values())
+    assert_close(out, expected, jnp.float32, case.keys, what=f"{names} {combine}")
 
 
 def test_only_some_axes_are_manual():

@@ -59,6 +59,7 @@ LAYOUTS = {
     "rows_both_backwards": (P(None, ("b", "a")), P(None, ("b", "a"))),
     "rows_part": (P(None, "a"), P(None, ("a", "b"))),
     "rows_more": (P(None, ("b", "a")), P(None, "a")),
+    "rows_more_backwards": (P(None, ("a", "b")), P(None, "a")),
     "batch_and_rows": (P("b", "a"), P("b", "a")),
     "heads_of_the_query": (P(None, None, "a"), P(None, "b")),
     "nothing": (P(), P()),
@@ -89,7 +90,9 @@ def test_gradients_under_explicit_axes(name):
 
 
 @pytest.mark.parametrize("combine", ["reduce_scatter", "gather_kv"])
-@pytest.mark.parametrize("name", ["rows_part", "rows_more", "rows_both_backwards"])
+@pytest.mark.parametrize(
+    "name", ["rows_part", "rows_more", "rows_more_backwards", "rows_both_backwards"]
+)
 def test_gradients_of_sharded_queries(name, combine):
     mesh = mesh_of((2, 2), ("a", "b"), "explicit")
     query_spec, key_spec = LAYOUTS[name]
@@ -101,6 +104,41 @@ def test_gradients_of_sharded_queries(name, combine):
 
     with jax.set_mesh(mesh):
         check(CASE, on_mesh, what=f"{name} {combine}")
+
+
+@pytest.mark.parametrize("combine", ["butterfly", "psum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_combine_of_replicated_queries_gathers_a_sharded_one(kind, combine):
+    mesh = mesh_of((4,), ("kv",), kind)
+
+    def on_mesh(*, query, key, value, **rest):
+        spread = NamedSharding(mesh, P(None, "kv"))
+        if kind == "explicit":
+            query, key, value = (jax.reshard(x, spread) for x in (query, key, value))
+        return attention(
+            query,
+            key,
+            value,
+            mesh=mesh,
+            axis_name="kv",
+            query_axis_name="kv",
+            combine=combine,
+            **rest,
+        )
+
+    with jax.set_mesh(mesh):
+        check(CASE, on_mesh, what=f"{kind} {combine}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_that_are_sharded_as_the_keys(kind):
+    mesh = mesh_of((4,), ("kv",), kind)
+    case = CASES["lengths_permuted"]
+    arguments = placed(mesh, P(), P(None, "kv"), case)
+    along = NamedSharding(mesh, P(None, "kv"))
+    arguments["key_positions"] = jax.device_put(arguments["key_positions"], along)
+    with jax.set_mesh(mesh):
+        agrees(attention(**arguments), case, what=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

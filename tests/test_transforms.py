@@ -131,14 +131,9 @@ def test_dense_against_jax_nn_to_second_order():
     close(got, want, "hessian")
 
 
-@pytest.mark.parametrize("transform", ["jvp", "hessian"])
-def test_blocked_says_what_to_do_instead(transform):
-    f = attention(None)
-    with pytest.raises((NotImplementedError, TypeError), match="dense|custom_vjp"):
-        if transform == "jvp":
-            jax.jvp(f, arrays(), arrays())
-        else:
-            jax.grad(lambda *x: grads_of(f)(*x)[0].sum())(*arrays())
+def test_forward_mode_of_blocked_is_refused():
+    with pytest.raises(TypeError, match="custom_vjp"):  # JAX's own words
+        jax.jvp(attention(None), arrays(), arrays())
 
 
 def test_a_second_derivative_names_the_implementation_to_pass():

@@ -148,10 +148,8 @@ def compile_time():
             compiled = lowered.compile()
             end = time.perf_counter()
             counts = dict(collectives(compiled.as_text()))
-            print(
-                f"causal={causal!s:6}{name:22}trace {traced - start:.2f} s, compile {end - traced:.2f} s, {counts}",
-                flush=True,
-            )
+            seconds = f"trace {traced - start:.2f} s, compile {end - traced:.2f} s"
+            print(f"causal={causal!s:6}{name:22}{seconds}, {counts}", flush=True)
 
 
 def devices(repeats):
