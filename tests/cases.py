@@ -192,7 +192,8 @@ def check(
     rows_of_a_key = case.queries * case.heads // case.kv_heads
     for name in floats:
         assert grads[name].dtype == dtype
-        # How many terms each gradient sums, beside the keys of a row.
+        # How many terms each gradient sums, beside the keys of a row and the products of two vectors:
+        # a logit is a sum over H, and its gradient one over V.
         more = {
             "query": 0,
             "key": rows_of_a_key,
@@ -204,7 +205,7 @@ def check(
             grads[name],
             expected_grads[f"d{name}"],
             dtype,
-            case.keys + more,
+            case.keys + case.width + case.value_width + more,
             factor,
             what=f"{what}: d{name}",
         )

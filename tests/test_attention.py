@@ -1,5 +1,6 @@
 """One device: every argument, alone and together, against the oracle; forward and every gradient."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,22 @@ def test_nothing_at_all(shape):
     assert lse.shape == query.shape[:3]
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, -np.inf)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "dense"])
+def test_precision_reaches_every_product(implementation):
+    query, key = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 6, 2, 8))
+
+    def loss(query, key):
+        out = distattn.dot_product_attention(
+            query, key, key, precision="highest", implementation=implementation
+        )
+        return out.sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(query, key).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)
 
 
 def test_the_order_of_keys_does_not_matter():

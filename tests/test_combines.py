@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import schedule
-from tests.cases import ALL_REDUCES, CASES, KINDS, QUERY_SHARDED, check, mesh_of
+from tests.cases import ALL_REDUCES, CASES, KINDS, QUERY_SHARDED, Case, check, mesh_of
 from tests.tolerance import assert_close
 
 COMBINES = (*ALL_REDUCES, *QUERY_SHARDED)
@@ -49,6 +49,55 @@ def test_cases(name):
     mesh = mesh_of(4, kind)
     with jax.set_mesh(mesh):
         check(CASES[name], on(mesh, combine), what=f"{name} {combine} {kind}")
+
+
+def drawn(seed):
+    """A case with each feature by the toss of a coin, and where to run it."""
+    rng = np.random.default_rng(seed)
+
+    def coin():
+        return bool(rng.integers(2))
+
+    def dimensions():
+        return tuple(d for d in "BNTS" if coin()) if coin() else None
+
+    kv_heads = int(rng.choice([1, 2, 3]))
+    options = {}
+    permuted = coin()
+    if coin():
+        options["is_causal"] = True
+    if coin():
+        sides = [int(rng.integers(12)), -1, None]
+        options["local_window_size"] = (sides[rng.integers(3)], sides[rng.integers(3)])
+    if coin():
+        options["logits_soft_cap"] = 2.5
+    if coin():
+        options["scale"] = 0.4
+    case = Case(
+        batch=int(rng.integers(1, 4)),
+        queries=int(rng.choice([1, 3, 8])),
+        keys=int(rng.choice([5, 24, 31])),
+        heads=kv_heads * int(rng.choice([1, 2, 4])),
+        kv_heads=kv_heads,
+        value_width=int(rng.choice([4, 8])),
+        bias=dimensions(),
+        mask=dimensions(),
+        sinks=coin(),
+        permuted=permuted,
+        empty_slots=int(rng.integers(4)) if permuted else 0,
+        segments=2 if coin() else 0,
+        lengths=coin(),
+        query_lengths=coin(),
+        options=tuple(options.items()),
+        seed=seed,
+    )
+    return case, int(rng.choice([2, 3, 4])), COMBINES[rng.integers(len(COMBINES))]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_arguments_in_any_combination(seed):
+    case, devices, combine = drawn(seed)
+    check(case, on(mesh_of(devices, "auto"), combine), what=f"{case} {devices} {combine}")
 
 
 @pytest.mark.parametrize("combine", ["butterfly", "gather_kv"])
