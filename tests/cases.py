@@ -15,6 +15,7 @@ from tests.tolerance import assert_close
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
 QUERY_SHARDED = ("reduce_scatter", "gather_kv")
+FULLY_OPTIMIZED = {"xla_backend_optimization_level": 3}  # XLA's default; see conftest.py
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
@@ -174,9 +175,7 @@ def check(
         grads, (out, lse) = jax.grad(paired, has_aux=True)(cast)
         return out, lse, grads
 
-    # Half the time to compile, and the same HLO.
-    quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(run, compiler_options=quick) if jit else run
+    run = jax.jit(run) if jit else run
     out, lse, grads = run(
         cast, d_out, jnp.asarray(d_lse, jnp.float64 if dtype == jnp.float64 else jnp.float32)
     )
