@@ -15,6 +15,11 @@ from jax import lax
 
 from distattn.state import SoftmaxState, softmax_weights
 
+# XLA:CPU makes a transposed copy of the keys and values for a product with a batch of heads. Few queries
+# are spared that by one product for each head; or, with so few heads, by one product in which the heads
+# are folded into the contraction: [s, K*H] @ [K*H, K*G*q], the query block-diagonal, K times the flops.
+DIAGONAL_HEADS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
@@ -123,15 +128,24 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
 
     if not block.flat:
         return batched()
-    # The heads are folded into the contraction: [s, K*H] @ [K*H, K*G*q] with a block-diagonal query.
-    # K times the flops, and no transposed copy of the keys, which XLA:CPU makes for a batch of heads.
     _, heads, groups, rows, width = query.shape
     columns = groups * rows
+    flat_key = key.reshape(-1, heads * width)
+    if heads > DIAGONAL_HEADS:
+        parts = jnp.split(flat_key, heads, axis=1)
+        logits = jnp.concatenate(
+            [
+                lax.dot_general(part, own, (((1,), (1,)), ((), ())), precision=scoring.precision)
+                for part, own in zip(parts, query.reshape(heads, columns, width), strict=True)
+            ],
+            axis=1,
+        )
+        return logits.reshape(1, -1, heads, groups, rows)
     diagonal = (
         jnp.eye(heads, dtype=query.dtype)[:, None, :, None]
         * query.reshape(heads, columns, width).transpose(0, 2, 1)[:, :, None, :]
     ).reshape(heads * width, heads * columns)
-    logits = lax.dot(key.reshape(-1, heads * width), diagonal, precision=scoring.precision)
+    logits = lax.dot(flat_key, diagonal, precision=scoring.precision)
     logits = logits.reshape(1, -1, heads, groups, rows)
     if block.allowed is None:
         return logits
@@ -147,14 +161,17 @@ def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
 
     def flat(w: jax.Array, x: jax.Array) -> jax.Array:
         _, keys, heads, groups, rows = weights.shape
-        full = lax.dot_general(
-            w.reshape(keys, -1),
-            x.reshape(keys, -1),
-            (((0,), (0,)), ((), ())),
-            precision=scoring.precision,
-        ).reshape(heads, groups * rows, heads, -1)
-        own = jnp.stack([full[k, :, k] for k in range(heads)])
+        w, x = w.reshape(keys, -1), x.reshape(keys, -1)
+        if heads > DIAGONAL_HEADS:
+            pairs = zip(jnp.split(w, heads, axis=1), jnp.split(x, heads, axis=1), strict=True)
+            own = jnp.stack([by_keys(*pair) for pair in pairs])
+        else:
+            full = by_keys(w, x).reshape(heads, groups * rows, heads, -1)
+            own = jnp.stack([full[k, :, k] for k in range(heads)])
         return own.reshape(1, heads, groups, rows, -1)
+
+    def by_keys(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.dot_general(w, x, (((0,), (0,)), ((), ())), precision=scoring.precision)
 
     return _attended_sum(flat if block.flat else batched, weights, block.value, block)
 

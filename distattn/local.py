@@ -4,8 +4,8 @@ Memory is O(T + block) in both directions, never T x S: the backward pass makes 
 again from the saved maximum or log-sum-exp (FlashAttention-2, arXiv 2307.08691, section 3). It differs
 from the textbook algorithm in: 1. keys come in any order, and a block is skipped by the range of its
 positions, not by its index; 2. the fold is the public `merge`, so that a block's state has a maximum of
-its own; 3. few queries are laid out block-diagonally over the heads (`flat`), which on CPU spares a
-transposed copy of all keys and values.
+its own; 3. few queries meet the keys head by head (`flat`), which on CPU spares a transposed copy of
+all keys and values.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
-from distattn.block import Block
+from distattn.block import DIAGONAL_HEADS, Block
 from distattn.mask import Mask, Span, split_heads, take
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, identity, state_dtype
@@ -19,9 +19,10 @@ from distattn.state import SoftmaxState, identity, state_dtype
 # Where positions decide, smaller blocks let more of them be skipped.
 BLOCK_ELEMENTS = 2**18
 BLOCK_ELEMENTS_BY_POSITION = 2**17
-# Up to so many columns of the block-diagonal query, K times the flops cost less than a transposed copy
-# of the keys and values.
-FLAT_COLUMNS = 48
+# Up to so many query heads times queries, the flat form of a block costs less than a transposed copy of
+# the keys and values: with a product for each head, and with a block-diagonal one (`DIAGONAL_HEADS`).
+FLAT_COLUMNS = 1024
+FLAT_COLUMNS_DIAGONAL = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
     groups = heads // kv_heads
     cpu = machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
-    flat = one_by_one and not backward and heads * queries <= FLAT_COLUMNS
+    columns = FLAT_COLUMNS if kv_heads > DIAGONAL_HEADS else FLAT_COLUMNS_DIAGONAL
+    flat = one_by_one and not backward and heads * queries <= columns
     few = groups * queries <= 64
     elements = (
         BLOCK_ELEMENTS_BY_POSITION
