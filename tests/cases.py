@@ -179,7 +179,8 @@ def check(
     def run(cast: dict, d_out: jax.Array, d_lse: jax.Array):
         def paired(cast: dict):
             out, lse = attention(**cast, **rest)
-            return (out * d_out).sum() + (lse * d_lse.astype(lse.dtype)).sum(), (out, lse)
+            rows = (out.astype(lse.dtype) * d_out.astype(lse.dtype)).sum()
+            return rows + (lse * d_lse.astype(lse.dtype)).sum(), (out, lse)
 
         grads, (out, lse) = jax.grad(paired, has_aux=True)(cast)
         return out, lse, grads
