@@ -97,20 +97,24 @@ def test_the_stream_of_pairs_is_one_state_long():
 def test_gradient_of_a_stream_of_pairs():
     query, key, value = arrays(6)
     weight = np.random.default_rng(1).normal(size=(BATCH, QUERIES, HEADS, VALUE_WIDTH))
+    weight = weight.astype(np.float32)
 
     def loss(query, key, value):
         state = None
         for i in (4, 0, 5, 1, 3, 2):
             state = fold(state, query, key[:, i : i + 1], value[:, i : i + 1])
-        return jnp.sum(finalize(state)[0] * weight.astype(np.float32))
+        return jnp.sum(finalize(state)[0] * weight)
 
     gradients = jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
     exact = [x.astype(np.float64) for x in (query, key, value)]
     want = reference.attention_gradients(
-        *exact, dout=weight, dlse=np.zeros((BATCH, QUERIES, HEADS))
+        *exact, dout=weight.astype(np.float64), dlse=np.zeros((BATCH, QUERIES, HEADS))
     )
+    # Beside the keys, the terms of a logit and of its gradient.
+    terms = 6 + query.shape[-1] + VALUE_WIDTH
     for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
-        assert_close(gradient, want[f"d{name}"], jnp.float32, 6, what=f"stream: d{name}")
+        # Twice the tolerance: each of the six merges rescales once more.
+        assert_close(gradient, want[f"d{name}"], jnp.float32, terms, 2.0, what=f"stream: d{name}")
 
 
 @hypothesis.given(st.permutations(range(10)), st.permutations(range(10)), st.data())

@@ -78,10 +78,14 @@ def torch_call(arrays, causal, with_gradient):
 
 
 def medians(contenders, repeats):
-    """Seconds of each, run in turn."""
+    """Seconds of each, in turn, each after one untimed run of its own.
+
+    Without that run, the pages that one contender gives back slow down whoever comes next.
+    """
     times = {name: [] for name in contenders}
     for _ in range(repeats + 1):
         for name, run in contenders.items():
+            run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
