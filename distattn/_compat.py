@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -19,6 +20,16 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def all_gather_as_replicated(part: jax.Array, axes: tuple[str, ...], size: int) -> jax.Array:
+    """[D, ...]: the parts of all devices, typed as equal on all of them (under `check_vma=True`)."""
+    try:
+        return lax.all_gather(part, axes, to="invarying")
+    except ValueError:  # JAX before 0.10 has no such type: a sum in which each part meets zeros
+        row = lax.axis_index(axes)
+        whole = vary(jnp.zeros((size, *part.shape), part.dtype), varying_axes(part, row))
+        return lax.psum(lax.dynamic_update_index_in_dim(whole, part, row, 0), axes)
 
 
 def _varying(kind: Any) -> frozenset[str]:

@@ -40,7 +40,9 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     if operands.query.shape[1] != query.shape[1]:
         rows = query.shape[1]
         whole = [call.placement.spec("BTN."[: x.ndim], x.shape, rows=()) for x in (out, lse)]
-        out, lse = (x[:, :rows] for x in call.place([out, lse], whole))
+        out, lse = (
+            call.uncut(x[:, :rows], "BTN."[: x.ndim]) for x in call.place([out, lse], whole)
+        )
     return _laid_out_as(query, out), _laid_out_as(query, lse)
 
 
@@ -73,10 +75,13 @@ def _padded(call: Call, operands: Operands) -> Operands:
         mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
 
     def pad(name: str, x: jax.Array) -> jax.Array:
+        letters = DIMENSIONS[name]
+        if any(more.get(letter) for letter in letters):
+            x = call.uncut(x, letters)  # and so its gradient, which is cut again
         sizes = {"T": rows, "S": keys}
         widths = [
             (0, more[letter] if size == sizes.get(letter) else 0) if letter in more else (0, 0)
-            for letter, size in zip(DIMENSIONS[name], x.shape, strict=True)
+            for letter, size in zip(letters, x.shape, strict=True)
         ]
         return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
 from distattn._manual import manual, place
@@ -82,6 +83,22 @@ class Call:
         # A shard_map that tracks no types forgets over which axes of one around it its values vary.
         axes = varying_axes(*jax.tree.leaves(arguments))
         return jax.tree.map(lambda x: vary(x, axes), mapped(*arguments))
+
+    def uncut(self, x: jax.Array, letters: str) -> jax.Array:
+        """x with T and S not sharded, as the compiler is told where it decides.
+
+        Left alone, it may cut a length that the devices do not divide in ways that JAX has no name for.
+        """
+        mesh = self.placement.mesh
+        if mesh is None or AxisType.Auto not in mesh.axis_types:
+            return x
+        spec = self.placement.spec(letters, x.shape, rows=(), keys=())
+        if self.placement.compiler_sharded:
+            free = PartitionSpec.UNCONSTRAINED
+            spec = PartitionSpec(*(None if letter in "TS" else free for letter in letters))
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if context.manual_axes else mesh
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def place(self, x: Any, specs: Any) -> Any:
         """x laid out by the specs where layouts are types, that is, over Explicit axes."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn import planner
-from distattn._compat import varying_axes
+from distattn._compat import all_gather_as_replicated, varying_axes
 from distattn.cost import Shape, Topology
 from distattn.schedule import ScatterSchedule, Schedule, butterfly, halving, hierarchical
 from distattn.state import SoftmaxState, merge, merge_stacked, pack, rescale, unpack
@@ -179,7 +179,9 @@ def typed_as_varying(axes: tuple[str, ...]) -> bool:
 
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """[D, ...]: x of every device, typed as replicated where types are tracked."""
-    return lax.all_gather(x, axes, to="invarying" if typed_as_varying(axes) else "varying")
+    if typed_as_varying(axes):
+        return all_gather_as_replicated(x, axes, axes_size(axes))
+    return lax.all_gather(x, axes)
 
 
 def typed_as_replicated(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
