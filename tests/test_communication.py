@@ -81,18 +81,22 @@ def test_backward_is_one_all_reduce_of_the_query_gradient(kind):
         (
             "reduce_scatter",
             {"all-gather": 1, "collective-permute": 3},
-            {"all-gather": 3, "collective-permute": 3, "reduce-scatter": 1},
+            [{"all-gather": 3, "collective-permute": 3, "reduce-scatter": 1}],
         ),
-        # Keys and values apart: packed, they would be copied twice. Back they are gathered again, or
-        # kept from the forward pass where XLA sees both.
-        ("gather_kv", {"all-gather": 2}, {"all-gather": 2, "reduce-scatter": 2}),
+        # Keys and values apart: packed, they would be copied twice. Back they are gathered again, unless
+        # XLA finds that the forward pass has them still.
+        (
+            "gather_kv",
+            {"all-gather": 2},
+            [{"all-gather": count, "reduce-scatter": 2} for count in (2, 4)],
+        ),
     ],
 )
 def test_a_query_sharded_along_t(combine, forward, backward, kind):
     mesh = mesh_of(8, kind)
     arguments = shapes(mesh, 64, 64, rows="kv")
     assert collectives(hlo(call(mesh, combine), mesh, *arguments)) == forward
-    assert collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)) == backward
+    assert collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)) in backward
 
 
 def test_bytes_of_a_round_are_those_of_the_packed_state():
