@@ -6,6 +6,7 @@ head dimension of value, D devices on the axis.
 """
 
 from distattn import layouts
+from distattn.cache import KVCache
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.inside import sharded_attention
 from distattn.partial import partial_attention
@@ -17,6 +18,7 @@ from distattn.streaming import PairJoin
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
     "PairJoin",
     "ScatterSchedule",
     "Schedule",

@@ -19,8 +19,7 @@ from distattn._compat import vary, varying_axes
 from distattn.call import Call
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.local import dense_state, fold, fold_gradients, refuse_second_derivative
-from distattn.mask import Mask
-from distattn.operands import DIMENSIONS, Operands, map_named
+from distattn.operands import Operands, letters_of, map_named, plain
 from distattn.placement import Axes
 from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
 
@@ -48,7 +47,7 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 def _with_repeated_heads(call: Call, operands: Operands) -> Operands:
     """Key/value heads repeated as often as the axes of the query's heads need to divide them."""
-    heads, kv_heads = operands.query.shape[2], operands.key.shape[2]
+    heads, kv_heads = operands.query.shape[2], operands.key.shape[-2]
     shards = call.placement.size(call.placement.heads)
     if kv_heads == 1 or kv_heads % shards == 0:
         return operands
@@ -62,7 +61,7 @@ def _with_repeated_heads(call: Call, operands: Operands) -> Operands:
 def _padded(call: Call, operands: Operands) -> Operands:
     """T and S brought to multiples of the devices, with empty rows and empty slots."""
     mask, placement = operands.mask, call.placement
-    rows, keys = operands.query.shape[1], operands.key.shape[1]
+    rows, keys = operands.query.shape[1], operands.key.shape[-3]
     more = {
         "T": -rows % placement.size(placement.query),
         "S": -keys % placement.size(placement.key),
@@ -75,7 +74,7 @@ def _padded(call: Call, operands: Operands) -> Operands:
         mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
 
     def pad(name: str, x: jax.Array) -> jax.Array:
-        letters = DIMENSIONS[name]
+        letters = letters_of(name, x)
         if any(more.get(letter) for letter in letters):
             x = call.uncut(x, letters)  # and so its gradient, which is cut again
         sizes = {"T": rows, "S": keys}
@@ -101,8 +100,8 @@ def _fields(operands: Operands) -> tuple:
     return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
 
 
-def _attend_fields(call: Call, query, key, value, bias, sinks, mask: Mask):
-    return _forward(call, Operands(query, key, value, bias, sinks, mask))
+def _attend_fields(call: Call, *fields):
+    return _forward(call, Operands(*fields))
 
 
 _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
@@ -114,10 +113,18 @@ def _attend_forward(call, *fields):
 
 
 def _attend_backward(call, residuals, cotangents):
-    return (
-        *refuse_second_derivative(functools.partial(_backward, call))(residuals, cotangents),
-        None,
-    )
+    fields, out, lse = residuals
+    operands = Operands(*fields)
+    backward = refuse_second_derivative(functools.partial(_backward, call))
+    query, key, value, bias, sinks = backward((_fields(plain(operands)), out, lse), cotangents)
+    if operands.key_scale is not None:
+        key = value = None  # integers, or stored as if they were
+    elif operands.layer is not None:
+        key, value = (
+            lax.dynamic_update_index_in_dim(jnp.zeros_like(whole), part, operands.layer, 0)
+            for whole, part in ((operands.key, key), (operands.value, value))
+        )
+    return query, key, value, bias, sinks, None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -126,7 +133,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     batch, rows, heads, _ = operands.query.shape
     valid = operands.mask.query_valid
-    out_like = jax.ShapeDtypeStruct((batch, rows, heads, operands.value.shape[3]), jnp.float32)
+    out_like = jax.ShapeDtypeStruct((batch, rows, heads, operands.value.shape[-1]), jnp.float32)
     lse_like = jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32)
     return call.run(
         functools.partial(_forward_body, call),

@@ -12,7 +12,7 @@ from distattn._compat import vary, varying_axes
 from distattn._manual import manual, place
 from distattn.block import Scoring
 from distattn.movement import Movement
-from distattn.operands import DIMENSIONS
+from distattn.operands import letters_of
 from distattn.placement import Axes, Placement
 from distattn.tiles import Machine
 
@@ -49,18 +49,18 @@ class Call:
     def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded as it comes and goes: only query, key and value ever move."""
         if name in ("query", "key", "value"):
-            return self.placement.spec(DIMENSIONS[name], x.shape)
+            return self.placement.spec(letters_of(name, x), x.shape)
         return self.at_work(name, x)
 
     def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded while each device computes."""
         return self.placement.spec(
-            DIMENSIONS[name], x.shape, rows=self.row_axes, keys=self.key_axes
+            letters_of(name, x), x.shape, rows=self.row_axes, keys=self.key_axes
         )
 
-    def result(self, x: jax.Array, letters: str = "BTN.") -> PartitionSpec:
-        """How an array is sharded that has the rows of the result."""
-        return self.placement.spec(letters[: x.ndim], x.shape, rows=self.out_axes)
+    def result(self, x: jax.Array) -> PartitionSpec:
+        """How an array [B, T, N, V], or without its last dimensions, is sharded with the result's rows."""
+        return self.placement.spec("BTN."[: x.ndim], x.shape, rows=self.out_axes)
 
     def missing(self, name: str, x: jax.Array) -> Axes:
         """The axes of the work that do not shard this operand: its gradient is a sum over them."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
 from distattn.mask import Mask, split_heads
-from distattn.operands import Operands
+from distattn.operands import Operands, plain
 from distattn.state import SoftmaxState, merge, state_dtype
 from distattn.tiles import (
     Machine,
@@ -152,6 +152,7 @@ def fold_gradients(
 
 def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
     """The same state by plain operations on [B, K, G, T, S]: for forward mode, hessians, and as a check."""
+    operands = plain(operands)
     kv_heads = operands.key.shape[2]
     dtype = state_dtype(operands.query, operands.key, operands.value)
     query, key, value = (x.astype(dtype) for x in (operands.query, operands.key, operands.value))

@@ -5,7 +5,7 @@ of it is made where a block of logits is, and whole blocks are skipped by the ra
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ class Mask:
         return left, right
 
 
-def take(x: jax.Array | None, *spans: Span | None) -> jax.Array | None:
+def take(x: Any, *spans: Span | None) -> Any:
     """The part of x inside the spans; a dimension of size 1, or with span None, is kept whole."""
     if x is None:
         return None

@@ -110,7 +110,7 @@ def _by_cost(placement: Placement, operands: Operands, query_sharded: bool) -> s
 def _shape(placement: Placement, operands: Operands) -> Shape:
     """Sizes on one group of devices along the axes of the keys."""
     batch, rows, heads, width = operands.query.shape
-    _, keys, kv_heads, value_width = operands.value.shape
+    keys, kv_heads, value_width = operands.value.shape[-3:]
     head_shards = placement.size(placement.heads)
     extra = tuple(axis for axis in placement.query if axis not in placement.key)
     return Shape(

@@ -1,7 +1,7 @@
 """The boundary: what a caller passes becomes `Operands` and `Scoring`, or an error that says what to do.
 
-Every check is made here, once, from static shapes and dtypes. ValueError is a wrong call;
-NotImplementedError is a right call that is not built.
+Every check is made here (those of single arguments in `checks`), once, from static shapes and dtypes.
+ValueError is a wrong call; NotImplementedError is a right call that is not built.
 """
 
 import dataclasses
@@ -12,35 +12,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from distattn import checks
 from distattn.block import Scoring
+from distattn.checks import Window
 from distattn.mask import Mask
 
 IMPLEMENTATIONS = ("blocked", "dense")
 ACCELERATOR_KERNELS = ("cudnn", "xla", "splash", "pallas_tpu", "pallas_gpu")
-Window = int | tuple[int | None, int | None] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What attention is computed from."""
+    """What attention is computed from.
+
+    Key and value may be those of all the layers of a model, of which `layer` is meant, and they may be
+    quantised: the numbers are then the items times their scale. Both are undone block by block.
+    """
 
     query: jax.Array  # [B, T, N, H]
-    key: jax.Array  # [B, S, K, H]
-    value: jax.Array  # [B, S, K, V]
+    key: jax.Array  # [B, S, K, H], with a layer [L, B, S, K, H]
+    value: jax.Array  # [B, S, K, V], with a layer [L, B, S, K, V]
     bias: jax.Array | None  # [B|1, N|1, T|1, S|1]
     sinks: jax.Array | None  # [N]
     mask: Mask
+    key_scale: jax.Array | None = None  # f32[B, S, K], with a layer [L, B, S, K]
+    value_scale: jax.Array | None = None  # the same
+    layer: jax.Array | None = None  # int32[]
 
 
-# The letters of every operand's dimensions; '.' is a width.
+# The letters of every operand's dimensions, the last of them where it has fewer; '.' is a width.
 DIMENSIONS = {
     "query": "BTN.",
-    "key": "BSK.",
-    "value": "BSK.",
+    "key": "LBSK.",
+    "value": "LBSK.",
+    "key_scale": "LBSK",
+    "value_scale": "LBSK",
+    "layer": "",
     "bias": "BNTS",
     "sinks": "N",
     "query_positions": "BT",
@@ -50,6 +62,11 @@ DIMENSIONS = {
     "key_segment_ids": "BS",
     "dense": "BNTS",
 }
+
+
+def letters_of(name: str, x: Any) -> str:
+    """The letters of an operand's dimensions."""
+    return DIMENSIONS[name][-x.ndim :] if x.ndim else ""
 
 
 def map_named(f: Callable[[str, jax.Array], Any], operands: Operands) -> Operands:
@@ -75,16 +92,20 @@ def make_operands(
     key_value_segment_ids: ArrayLike | None,
     query_start: ArrayLike = 0,
     key_start: ArrayLike = 0,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    layer: jax.Array | None = None,
 ) -> Operands:
     """Check the arguments of a call and bring them into one form; arguments as in the public functions.
 
     `query_start` and `key_start` are the global indices of the first row and of the first key, where
-    the arrays are one device's part of them. Unbatched arrays come out with B = 1.
+    the arrays are one device's part of them. Unbatched arrays come out with B = 1. Scales and layer: see
+    `Operands`.
     """
-    query, key, value = _batched(query, key, value)
+    query, key, value = checks.batched(query, key, value, key_scale is not None, layer is not None)
     batch, queries, heads, _ = query.shape
-    keys = key.shape[1]
-    window = _window(local_window_size)
+    keys = key.shape[-3]
+    window = checks.window_sides(local_window_size)
     by_position = is_causal or window != (None, None)
     if by_position and key_positions is not None and query_positions is None:
         raise ValueError(
@@ -102,10 +123,10 @@ def make_operands(
         jnp.arange(size, dtype=jnp.int32) + start
         for size, start in ((queries, query_start), (keys, key_start))
     )
-    query_index = _index("query_positions", query_positions, "T", batch, queries)
-    key_index = _index("key_positions", key_positions, "S", batch, keys)
-    key_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
-    query_lengths = _lengths("query_seq_lengths", query_seq_lengths, batch)
+    query_index = checks.index("query_positions", query_positions, "T", batch, queries)
+    key_index = checks.index("key_positions", key_positions, "S", batch, keys)
+    key_lengths = checks.lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
+    query_lengths = checks.lengths("query_seq_lengths", query_seq_lengths, batch)
     if key_index is None and (by_position or key_lengths is not None):
         key_index = slots[None]
     if key_lengths is not None:
@@ -116,20 +137,43 @@ def make_operands(
         query=query,
         key=key,
         value=value,
-        bias=_broadcastable("bias", bias, (batch, heads, queries, keys), jnp.floating),
-        sinks=_sinks(sinks, heads),
+        bias=checks.broadcastable("bias", bias, (batch, heads, queries, keys), jnp.floating),
+        sinks=checks.sink_logits(sinks, heads),
         mask=Mask(
             query_positions=query_index if by_position else None,
             key_positions=key_index,
             query_valid=None if query_lengths is None else rows[None] < query_lengths,
-            query_segment_ids=_index("query_segment_ids", query_segment_ids, "T", batch, queries),
-            key_segment_ids=_index(
+            query_segment_ids=checks.index(
+                "query_segment_ids", query_segment_ids, "T", batch, queries
+            ),
+            key_segment_ids=checks.index(
                 "key_value_segment_ids", key_value_segment_ids, "S", batch, keys
             ),
-            dense=_broadcastable("mask", mask, (batch, heads, queries, keys), jnp.bool_),
+            dense=checks.broadcastable("mask", mask, (batch, heads, queries, keys), jnp.bool_),
             is_causal=bool(is_causal),
             window=window,
         ),
+        key_scale=key_scale,
+        value_scale=value_scale,
+        layer=layer,
+    )
+
+
+def plain(operands: Operands) -> Operands:
+    """The same operands with key and value as [B, S, K, .] of the state's dtype or their own: copies."""
+    key, value = operands.key, operands.value
+    scales = operands.key_scale, operands.value_scale
+    if operands.layer is not None:
+        key, value, *scales = (
+            None if x is None else lax.dynamic_index_in_dim(x, operands.layer, 0, keepdims=False)
+            for x in (key, value, *scales)
+        )
+    key, value = (
+        x if scale is None else x.astype(scale.dtype) * scale[..., None]
+        for x, scale in zip((key, value), scales, strict=True)
+    )
+    return dataclasses.replace(
+        operands, key=key, value=value, key_scale=None, value_scale=None, layer=None
     )
 
 
@@ -155,7 +199,7 @@ def make_scoring(
             f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap"
         )
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    return Scoring(float(scale), cap, _hashable(precision))
+    return Scoring(float(scale), cap, checks.hashable(precision))
 
 
 def check_implementation(implementation: str | None) -> str:
@@ -171,129 +215,3 @@ def check_implementation(implementation: str | None) -> str:
             f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}"
         )
     return implementation
-
-
-def _batched(*arrays: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-    query, key, value = (jnp.asarray(x) for x in arrays)
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; it must be floating point, cast it with .astype"
-            )
-        if x.ndim not in (3, 4) or x.ndim != query.ndim:
-            raise ValueError(
-                f"{name} has {x.ndim} dimensions; query, key and value must all be "
-                "[B, T|S, heads, width], or all be without B; reshape or broadcast it; "
-                f"got {shapes}"
-            )
-    if query.ndim == 3:
-        query, key, value = query[None], key[None], value[None]
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(
-            "query, key and value must have the same batch size B; broadcast them to it; "
-            f"got {shapes}"
-        )
-    if key.shape[1] != value.shape[1]:
-        raise ValueError(
-            f"key has S={key.shape[1]} and value has S={value.shape[1]}; each key needs one value, "
-            "in the same slot (distattn.layouts.align brings separately ordered ones together)"
-        )
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(
-            f"key has K={key.shape[2]} heads and value has K={value.shape[2]}; they must be equal"
-        )
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"query has head dimension H={query.shape[3]} and key has H={key.shape[3]}; "
-            "they must be equal (value may differ)"
-        )
-    heads, kv_heads = query.shape[2], key.shape[2]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"query has N={heads} heads and key has K={kv_heads}; N must be a multiple of K, "
-            "each key/value head serves N / K query heads"
-        )
-    return query, key, value
-
-
-def _broadcastable(name: str, x: Any, full: tuple[int, ...], kind: Any) -> jax.Array | None:
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, kind):
-        remedy = (
-            "pass mask != 0, and an additive mask as bias"
-            if name == "mask"
-            else "cast it with .astype; a boolean mask goes to mask"
-        )
-        raise ValueError(f"{name} has dtype {x.dtype}; it must be {kind.__name__}; {remedy}")
-    shape = (1,) * (4 - x.ndim) + x.shape
-    if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"{name} has shape {x.shape}; it must broadcast to [B, N, T, S] = {list(full)}: each of its "
-            "last dimensions 1 or that size"
-        )
-    return x.reshape(shape)
-
-
-def _integers(name: str, x: ArrayLike) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {x.dtype}; it must be int32, use .astype(jnp.int32)")
-    return x.astype(jnp.int32)
-
-
-def _index(name: str, x: ArrayLike | None, letter: str, batch: int, size: int) -> jax.Array | None:
-    if x is None:
-        return None
-    x = _integers(name, x)
-    if x.shape not in ((size,), (batch, size)):
-        of = "query row" if letter == "T" else "key"
-        raise ValueError(
-            f"{name} has shape {x.shape} for B={batch}, {letter}={size}; it must be "
-            f"int32[{letter}] or int32[B, {letter}]: one number for each {of}"
-        )
-    return x[None] if x.ndim == 1 else x
-
-
-def _lengths(name: str, x: ArrayLike | None, batch: int) -> jax.Array | None:
-    if x is None:
-        return None
-    x = _integers(name, x)
-    if x.shape != (batch,) and not (batch == 1 and x.shape == ()):
-        raise ValueError(
-            f"{name} has shape {x.shape}; it must be int32[B] = [{batch}]: one length for each row of "
-            "the batch"
-        )
-    return x.reshape(batch, 1)
-
-
-def _window(window: Window) -> tuple[int | None, int | None]:
-    pair = window if isinstance(window, tuple | list) else (window, window)
-    sides = [None if side is None or side == -1 else side for side in pair]
-    if len(sides) != 2 or any(
-        side is not None and (not isinstance(side, int | np.integer) or side < 0) for side in sides
-    ):
-        raise ValueError(
-            f"local_window_size is {window!r}; it must be an int or a pair (left, right) of ints >= 0; "
-            "-1 or None leaves a side unbounded"
-        )
-    left, right = (None if side is None else int(side) for side in sides)
-    return left, right
-
-
-def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
-    if sinks is None:
-        return None
-    sinks = jnp.asarray(sinks)
-    if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-        raise ValueError(
-            f"sinks is {sinks.dtype}{list(sinks.shape)}; it must be float32[N] = [{heads}]: one logit for "
-            "each query head"
-        )
-    return sinks
-
-
-def _hashable(precision: Any) -> Any:
-    return tuple(precision) if isinstance(precision, list) else precision

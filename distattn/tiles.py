@@ -44,8 +44,8 @@ class Tiling:
     query: int
     key: int
     flat: bool = False
-    # XLA:CPU lifts the conversion of a 16-bit block out of the loop, that is, makes a float32 copy of
-    # the whole array. It does not where the block is cut from integers that seem to change each time.
+    # XLA:CPU lifts the conversion of an 8- or 16-bit block out of the loop, that is, makes a float32 copy
+    # of the whole array. It does not where the block is cut from integers that seem to change each time.
     as_bits: bool = False
     branch: bool = True  # see `Block`
 
@@ -57,7 +57,7 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
     Elsewhere, and where the compiler may have sharded them, batch and heads whole.
     """
     batch, queries, heads, width = operands.query.shape
-    keys, kv_heads = operands.key.shape[1:3]
+    keys, kv_heads = operands.key.shape[-3:-1]
     groups = heads // kv_heads
     cpu = machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
@@ -103,7 +103,7 @@ class Tiles:
     def __init__(self, operands: Operands, tiling: Tiling):
         self.operands, self.tiling = operands, tiling
         self.batch, self.queries, heads, _ = operands.query.shape
-        _, self.keys, self.kv_heads, self.value_width = operands.value.shape
+        self.keys, self.kv_heads, self.value_width = operands.value.shape[-3:]
         self.groups = heads // self.kv_heads
         self.dtype = state_dtype(operands.query, operands.key, operands.value)
         self.axes = varying_axes(*jax.tree.leaves(operands))
@@ -127,7 +127,8 @@ class Tiles:
 
     def query(self, place: Place, scale: float) -> jax.Array:
         """[b, K, G, q, H], times the scale."""
-        query = self._load(self.operands.query, place.batch, place.query, place.query_heads)
+        spans = (place.batch, place.query, place.query_heads)
+        query = self._load(self.operands.query, *spans).astype(self.dtype)
         return self.heads_first(query * scale)
 
     def mask(self, place: Place) -> Mask:
@@ -148,10 +149,9 @@ class Tiles:
         fresh_queries: jax.Array | None = None,
     ) -> Block:
         """The operands of the block; entries that are not fresh belong to the block before."""
-        key, value = (
-            self._load(x, place.batch, place.key, place.heads)
-            for x in (self.operands.key, self.operands.value)
-        )
+        operands = self.operands
+        key = self._load_keys(operands.key, operands.key_scale, place)
+        value = self._load_keys(operands.value, operands.value_scale, place)
         bias = take(self.operands.bias, place.batch, place.query_heads, place.query, place.key)
         if bias is not None:
             bias = split_heads(bias, self.tiling.heads).astype(self.dtype)
@@ -184,14 +184,22 @@ class Tiles:
         row = self.zeros(shape)
         return identity(SoftmaxState(row, row, self.zeros((*shape, self.value_width))))
 
-    def _load(self, x: jax.Array, batch: Span, rows: Span, heads: Span) -> jax.Array:
-        if self.tiling.as_bits and x.dtype.itemsize == 2:
-            bits, _ = lax.optimization_barrier((x, (batch.start, rows.start, heads.start)))
-            bits = lax.bitcast_convert_type(bits, jnp.uint16)
-            block = lax.bitcast_convert_type(take(bits, batch, rows, heads), x.dtype)
-        else:
-            block = take(x, batch, rows, heads)
-        return block.astype(self.dtype)
+    def _load_keys(self, x: jax.Array, scale: jax.Array | None, place: Place) -> jax.Array:
+        """[b, s, K, .] of key or value in the state's dtype: of the layer, and times the scale."""
+        layer = self.operands.layer
+        spans = (place.batch, place.key, place.heads)
+        spans = spans if layer is None else (Span(layer, 1), *spans)
+        block = self._load(x, *spans).astype(self.dtype)
+        if scale is not None:
+            block = block * take(scale, *spans).astype(self.dtype)[..., None]
+        return block if layer is None else block[0]
+
+    def _load(self, x: jax.Array, *spans: Span) -> jax.Array:
+        if not self.tiling.as_bits or x.dtype.itemsize > 2:
+            return take(x, *spans)
+        bits, _ = lax.optimization_barrier((x, [span.start for span in spans]))
+        bits = lax.bitcast_convert_type(bits, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8)
+        return lax.bitcast_convert_type(take(bits, *spans), x.dtype)
 
 
 def loop(count: int, body: Callable, init: Any) -> Any:

@@ -1,5 +1,6 @@
 """Eight fake CPU devices and strict promotion for every test, set before JAX starts."""
 
+import collections
 import contextlib
 import os
 
@@ -15,6 +16,8 @@ def _start_jax() -> None:
     # Half the time to compile, and the same HLO: what is tested is what programs compute and send.
     # Where the last optimisations matter, for bits, a test asks for them (`FULLY_OPTIMIZED`).
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):  # and half of it again; the flag is gone since
+        flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,6 +33,28 @@ def _start_jax() -> None:
 
 
 _start_jax()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--thin N`: every test, but of its parameters only every N-th combination."""
+    parser.addoption("--thin", type=int, default=1, help=pytest_addoption.__doc__)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thins out what one test is run with; the same in every process, and at least one of each."""
+    every = config.getoption("--thin")
+    if every < 1:
+        raise pytest.UsageError(f"--thin is {every}; it must be 1 (all) or more")
+    seen: collections.Counter[str] = collections.Counter()
+    kept, left = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left if seen[test] % every else kept).append(item)
+        seen[test] += 1
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
 
 hypothesis.settings.register_profile(
     "distattn",

@@ -18,6 +18,7 @@ LAYERS = (
     "state",
     "mask",
     "block",
+    "checks",
     "operands",
     "tiles",
     "kernels",

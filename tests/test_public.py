@@ -9,6 +9,7 @@ import pytest
 import distattn
 
 PUBLIC = [
+    "KVCache",
     "PairJoin",
     "ScatterSchedule",
     "Schedule",

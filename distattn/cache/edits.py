@@ -1,0 +1,202 @@
+"""What happens to a row in its life. All are edits of tags, but for `fork`, which copies a row.
+
+A slot whose tag is negative is free, whatever key and value it still holds. But for `fork` over sharded
+rows, all that is sent between devices is the number of occupied slots, one integer a row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from distattn.cache.arguments import row_indices, row_mask, row_numbers, token_numbers
+from distattn.cache.layout import Layout
+
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
+
+FREE = -1
+
+
+def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
+    """Empties rows: the next requests take their place while the others go on.
+
+    Args:
+      rows: the index of a row, int32[n], or bool[B].
+
+    Returns:
+      The cache in which they are as in a new one.
+    """
+    gone = row_mask("rows", rows, self.positions.shape[0])
+
+    def body(gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers: jax.Array) -> tuple:
+        tags = jnp.where(gone[:, None], FREE, tags)
+        counts = jnp.where(gone[:, None], 0, counts)
+        return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
+
+    names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
+    letters = ("BS", "B.", "B", "B", "B", "B")
+    arrays = (getattr(self, name) for name in names)
+    changed = self.layout.run(body, ("B", *letters), letters, gone, *arrays)
+    return dataclasses.replace(self, **dict(zip(names, changed, strict=True)))
+
+
+def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
+    """Frees all positions from a length on: what a rejected draft wrote, say.
+
+    Args:
+      lengths: int32[B], or one for all rows; positions below stay. A row that is shorter stays as it is.
+
+    Returns:
+      The cache, whose next positions are at most the lengths.
+    """
+    lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
+
+    def kept(tags: jax.Array, lengths: jax.Array) -> jax.Array:
+        return jnp.where(tags < lengths[:, None], tags, FREE)
+
+    cache = _retag(self, kept, lengths)
+    return dataclasses.replace(cache, next_position=jnp.minimum(self.next_position, lengths))
+
+
+def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "KVCache":
+    """Frees old positions: the last `window` of a row stay, and the first `keep_first`.
+
+    With keep_first > 0 these are the attention sinks of Xiao et al., "Efficient Streaming Language Models
+    with Attention Sinks", arXiv 2309.17453, section 3. Positions do not move up: rotate keys by their
+    positions, or by their rank, before they are appended.
+
+    Args:
+      window: int32[B], or one for all rows: positions p >= next_position - window stay.
+      keep_first: int32[B], or one for all rows: positions p < keep_first stay.
+
+    Returns:
+      The cache.
+    """
+    batch = self.positions.shape[0]
+    first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
+    keep_first = row_numbers("keep_first", keep_first, batch)
+
+    def kept(tags: jax.Array, first: jax.Array, keep_first: jax.Array) -> jax.Array:
+        stays = (tags >= first[:, None]) | (tags < keep_first[:, None])
+        return jnp.where(stays, tags, FREE)
+
+    return _retag(self, kept, first, keep_first)
+
+
+def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) -> "KVCache":
+    """Keeps of the last append, the nodes of a token tree, those on one path, and frees the others.
+
+    The nodes of the path get the positions start, start + 1, ..., where start is the position of the first
+    of the append; `tree_mask` of `attend` says what belongs to it. Keys stay as they were rotated: rotate
+    the key of a node by start + its depth.
+
+    Args:
+      nodes: int32[P] or int32[B, P], indices into the tokens of the last append, from the root on; a
+        negative one is none.
+      lengths: int32[B], how many of the P nodes each row keeps; default P.
+
+    Returns:
+      The cache, whose next position is one past the path.
+    """
+    batch = self.positions.shape[0]
+    nodes = jnp.asarray(nodes)
+    nodes = token_numbers("nodes", nodes, batch, nodes.shape[-1] if nodes.ndim else 0)
+    if lengths is not None:
+        index = jnp.arange(nodes.shape[1], dtype=jnp.int32)[None]
+        nodes = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], nodes, -1)
+    start = self.next_position - self.appended
+
+    def renamed(tags: jax.Array, start: jax.Array, nodes: jax.Array) -> jax.Array:
+        node = tags - start[:, None]
+        found = (node[:, None] == nodes[:, :, None]) & (nodes >= 0)[:, :, None]  # [B, P, S]
+        place = jnp.argmax(found, axis=1).astype(jnp.int32)
+        on_path = jnp.where(found.any(axis=1), start[:, None] + place, FREE)
+        return jnp.where(node < 0, tags, on_path)
+
+    cache = _retag(self, renamed, start, nodes)
+    count = (nodes >= 0).sum(axis=1, dtype=jnp.int32)
+    return dataclasses.replace(cache, next_position=start + count, appended=count)
+
+
+def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
+    """Copies rows over others, keys and values included: for beams.
+
+    The slots of a row keep their devices. Where rows are sharded, a row is sent to all of those devices.
+
+    Args:
+      source: the index of a row, or int32[n].
+      target: the row, or rows, that become copies; each one once.
+
+    Returns:
+      The cache.
+    """
+    batch, layout = self.positions.shape[0], self.layout
+    source = row_indices("source", source, batch)
+    target = row_indices("target", target, batch)
+    if source.shape != target.shape:
+        raise ValueError(
+            f"source has {source.shape[0]} rows and target {target.shape[0]}; each needs its own"
+        )
+    stack = "L" if self.layers is not None else ""
+    letters = {
+        **dict.fromkeys(("key", "value"), f"{stack}BSK."),
+        **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
+        "positions": "BS",
+        "counts": "B.",
+        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
+    }
+    arrays = {name: x for name in letters if (x := getattr(self, name)) is not None}
+    own = [letters[name] for name in arrays]
+
+    def body(source: jax.Array, target: jax.Array, *arrays: jax.Array) -> tuple:
+        axes = (x.index("B") for x in own)
+        copies = (
+            _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)
+        )
+        return tuple(copies)
+
+    changed = layout.run(body, (".", ".", *own), own, source, target, *arrays.values())
+    return dataclasses.replace(self, **dict(zip(arrays, changed, strict=True)))
+
+
+def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
+    """The cache with tags = kept(tags, *numbers), on the devices that hold them, and its counts."""
+    layout = cache.layout
+
+    def body(tags: jax.Array, *numbers: jax.Array) -> tuple:
+        tags = kept(tags, *numbers)
+        return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
+
+    letters = ["B" + "." * (x.ndim - 1) for x in numbers]
+    tags, counts = layout.run(body, ("BS", *letters), ("BS", "B."), cache.positions, *numbers)
+    return dataclasses.replace(cache, positions=tags, counts=counts)
+
+
+def _copy(
+    layout: Layout, x: jax.Array, source: jax.Array, target: jax.Array, axis: int
+) -> jax.Array:
+    batch = x.shape[axis]
+    start = lax.axis_index(layout.batch) * batch if layout.batch else 0
+    rows = jnp.take(x, source - start, axis=axis, mode="clip")
+    if layout.batch:
+        # One device has the row and the others add zeros, as integers: every item comes as it is.
+        mine = (source >= start) & (source < start + batch)
+        mine = mine.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+        bits = (
+            rows.astype(jnp.uint8)
+            if x.dtype == jnp.bool_
+            else lax.bitcast_convert_type(rows, _unsigned(x.dtype.itemsize))
+        )
+        bits = lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), layout.batch)
+        rows = bits != 0 if x.dtype == jnp.bool_ else lax.bitcast_convert_type(bits, x.dtype)
+    place = jnp.where((target >= start) & (target < start + batch), target - start, batch)
+    return x.at[(slice(None),) * axis + (place,)].set(rows, mode="drop")
+
+
+def _unsigned(itemsize: int) -> jnp.dtype:
+    return jnp.dtype(f"uint{8 * itemsize}")

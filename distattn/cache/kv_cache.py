@@ -1,0 +1,169 @@
+"""`KVCache`: keys and values of the tokens so far, on many devices, in any order."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distattn.cache import edits, reading, writing
+from distattn.cache.layout import Layout, make_layout
+from distattn.cache.slots import PLACEMENTS
+from distattn.cache.storage import is_quantised
+from distattn.placement import AxisNames
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, in slots on many devices; a slot is tagged with a position.
+
+    A pytree: pass it through `jax.jit`, donate it, carry it through `jax.lax.scan`. Every method returns
+    a new cache and leaves the old one as it was; under `jit(..., donate_argnums)` the new one is written
+    in place. All shapes are static, so nothing compiles anew from step to step.
+
+    Make one with `create`. The letters are the package's; S is the capacity of a row, over all devices,
+    and L the number of layers, without which the dimension is absent.
+    """
+
+    key: jax.Array  # [L, B, S, K, H]
+    value: jax.Array  # [L, B, S, K, V]
+    key_scale: jax.Array | None  # f32[L, B, S, K], where the dtype is one of 8 bits
+    value_scale: jax.Array | None
+    positions: (
+        jax.Array
+    )  # int32[B, S]: whose key the slot holds, in all layers; -1: the slot is free
+    counts: jax.Array  # int32[B, D]: how many slots are occupied, for each row and device
+    next_position: jax.Array  # int32[B]: one past the newest position of the row
+    appended: jax.Array  # int32[B]: how many tokens the last append brought
+    placed: jax.Array  # int32[B]: how many tokens were ever appended to the row
+    overflow: jax.Array  # bool[B]: whether the last append was refused, the row left as it was
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    placement: str = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def create(
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        layers: int | None = None,
+        dtype: Any,
+        mesh: Mesh | None = None,
+        axis_name: AxisNames = None,
+        batch_axis_name: AxisNames = None,
+        heads_axis_name: AxisNames = None,
+        placement: str = "least_loaded",
+    ) -> "KVCache":
+        """An empty cache.
+
+        Args:
+          batch: rows, B.
+          capacity: tokens of a row, S; rounded up to a multiple of the devices (`cache.capacity`).
+          num_kv_heads: K.
+          head_dim: H.
+          value_dim: V; None: H.
+          layers: L, for all layers of a model under one set of tags; None: one layer, no such dimension.
+          dtype: of keys and values at rest. int8 and the 8-bit floating-point dtypes are quantised, with
+            a float32 scale for each slot and head (`distattn.cache.storage.quantise` states the error).
+          mesh: the mesh; None: that of `jax.set_mesh` if an axis is named, else one device.
+          axis_name: axis, or tuple of axes, over which slots are spread; None: the mesh's only axis.
+          batch_axis_name: axes that shard the rows.
+          heads_axis_name: axes that shard the key/value heads.
+          placement: where a new token goes. 'least_loaded': to the device with the fewest of its row, so
+            that a row is full only when all devices are; 'round_robin': to each in turn, and refused if
+            that one is full; 'block': to the first device until it is full, then to the next.
+
+        Returns:
+          KVCache.
+
+        Raises:
+          ValueError: a size or dtype that cannot be, an axis that the mesh does not have.
+        """
+        sizes = {
+            "batch": batch,
+            "capacity": capacity,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "value_dim": head_dim if value_dim is None else value_dim,
+            "layers": 1 if layers is None else layers,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int | np.integer) or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be an int of at least 1")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement is {placement!r}; it must be one of {PLACEMENTS}")
+        dtype = jnp.dtype(dtype)
+        quantised = is_quantised(dtype)
+        if not quantised and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"dtype is {dtype}; it must be floating point, or int8, which is quantised"
+            )
+        layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
+        for name, axes in (("batch", layout.batch), ("num_kv_heads", layout.heads)):
+            if sizes[name] % layout.size(axes):
+                raise ValueError(
+                    f"{name} is {sizes[name]}, and the axes {axes} have {layout.size(axes)} devices; it "
+                    "must be a multiple of them: choose another size, or shard over fewer axes"
+                )
+        devices = layout.devices
+        slots = math.ceil(capacity / devices) * devices
+        lead, stack = ("", ()) if layers is None else ("L", (layers,))
+        keys = (*stack, batch, slots, num_kv_heads)
+        letters = {
+            "key": f"{lead}BSK.",
+            "key_scale": f"{lead}BSK",
+            "positions": "BS",
+            "counts": "B.",
+            "row": "B",
+        }
+
+        def filled(name: str, shape: tuple, fill: Any, kind: Any) -> jax.Array:
+            sharding = layout.sharding(letters[name])
+            if sharding is None:
+                return jnp.full(shape, fill, kind)
+            return jax.jit(lambda: jnp.full(shape, fill, kind), out_shardings=sharding)()
+
+        def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
+            return filled("row", (batch,), fill, kind)
+
+        scale = (lambda: filled("key_scale", keys, 0, jnp.float32)) if quantised else lambda: None
+        return KVCache(
+            key=filled("key", (*keys, head_dim), 0, dtype),
+            value=filled("key", (*keys, sizes["value_dim"]), 0, dtype),
+            key_scale=scale(),
+            value_scale=scale(),
+            positions=filled("positions", (batch, slots), -1, jnp.int32),
+            counts=filled("counts", (batch, devices), 0, jnp.int32),
+            next_position=numbers(),
+            appended=numbers(),
+            placed=numbers(),
+            overflow=numbers(False, jnp.bool_),
+            layout=layout,
+            placement=placement,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """S, the tokens that a row can hold, over all devices."""
+        return self.positions.shape[1]
+
+    @property
+    def layers(self) -> int | None:
+        """L, or None."""
+        return self.key.shape[0] if self.key.ndim == 5 else None
+
+    reserve = writing.reserve
+    write = writing.write
+    append = writing.append
+    attend = reading.attend
+    reset = edits.reset
+    rewind = edits.rewind
+    evict = edits.evict
+    accept = edits.accept
+    fork = edits.fork

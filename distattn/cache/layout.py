@@ -1,0 +1,152 @@
+"""How a cache lies on a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distattn._manual import manual
+from distattn.placement import Axes, AxisNames
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of the mesh shard the slots, the rows and the heads. No mesh: one device.
+
+    Dimensions are named by letters: B rows, S slots, K heads, D devices along the axes of the slots; all
+    others are not sharded.
+    """
+
+    mesh: Mesh | None = None
+    slots: Axes = ()  # in the order of the mesh
+    batch: Axes = ()
+    heads: Axes = ()
+
+    def size(self, axes: Axes) -> int:
+        """The number of devices along the axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
+
+    @property
+    def devices(self) -> int:
+        """D, the devices over which the slots of a row are spread."""
+        return self.size(self.slots)
+
+    def rank(self) -> jax.Array | int:
+        """Which of the D devices this is; to be called in the body of `run`."""
+        return lax.axis_index(self.slots) if self.slots else 0
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """[B, D] from [B] of each device; to be called in the body of `run`."""
+        if not self.slots:
+            return x[:, None]
+        return lax.all_gather(x, self.slots, axis=1)
+
+    def free_axes(self) -> Axes:
+        """The axes that no shard_map around has taken; those that the cache does not name hold copies."""
+        taken = jax.sharding.get_abstract_mesh().manual_axes
+        return tuple(axis for axis in self.mesh.axis_names if axis not in taken)
+
+    def spec(self, letters: str) -> PartitionSpec:
+        """The PartitionSpec of an array from the letters of its dimensions."""
+        axes = {"B": self.batch, "S": self.slots, "D": self.slots, "K": self.heads}
+        return PartitionSpec(*(axes.get(letter) or None for letter in letters))
+
+    def sharding(self, letters: str) -> NamedSharding | None:
+        """The same as a sharding; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(letters))
+
+    def run(
+        self,
+        body: Callable,
+        letters: Sequence[str | None],
+        out_letters: Sequence[str],
+        *arguments: Any,
+    ) -> tuple:
+        """body(*arguments), by every device on its own shards: a tuple of arrays.
+
+        Args:
+          body: of as many arguments as there are.
+          letters: of each argument's dimensions; None for an argument that is None.
+          out_letters: of each result's.
+          *arguments: global arrays.
+
+        Returns:
+          tuple of global arrays.
+        """
+        if self.mesh is None:
+            return body(*arguments)
+        free = self.free_axes()
+        if shared := {*self.slots, *self.batch, *self.heads} - set(free):
+            raise ValueError(
+                f"the cache lies on the axis {sorted(shared)[0]!r}, and the call is inside a shard_map "
+                "over it; call the cache outside: it brings its own"
+            )
+        mapped = manual(
+            body,
+            mesh=self.mesh,
+            in_specs=tuple(None if x is None else self.spec(x) for x in letters),
+            out_specs=tuple(self.spec(x) for x in out_letters),
+            axis_names=free,
+        )
+        return mapped(*arguments)
+
+
+def make_layout(
+    mesh: Mesh | None, axis_name: AxisNames, batch_axis_name: AxisNames, heads_axis_name: AxisNames
+) -> Layout:
+    """A layout from what the user says, or a ValueError.
+
+    Args:
+      mesh: a Mesh; None: that of `jax.set_mesh` if an axis is named, else no mesh.
+      axis_name: of the slots; None: the mesh's, if it has one only.
+      batch_axis_name: of the rows.
+      heads_axis_name: of the key/value heads.
+
+    Returns:
+      Layout.
+    """
+    named = {
+        "axis_name": _names(axis_name),
+        "batch_axis_name": _names(batch_axis_name),
+        "heads_axis_name": _names(heads_axis_name),
+    }
+    if mesh is None:
+        first = next(((name, axes) for name, axes in named.items() if axes), None)
+        if first is None:
+            return Layout()
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise ValueError(
+                f"{first[0]} is {first[1]}, but there is no mesh; pass mesh=, or enter jax.set_mesh(mesh)"
+            )
+    if not named["axis_name"]:
+        if len(mesh.axis_names) != 1:
+            raise ValueError(
+                f"axis_name is {axis_name!r} and the mesh has the axes {mesh.axis_names}; pass the one, "
+                "or a tuple, over which the slots are to lie"
+            )
+        named["axis_name"] = tuple(mesh.axis_names)
+    seen: set[str] = set()
+    for argument, axes in named.items():
+        for axis in axes:
+            if axis not in mesh.axis_names:
+                raise ValueError(
+                    f"{argument} {axis!r} is not an axis of the mesh; use one of {mesh.axis_names}"
+                )
+            if axis in seen:
+                raise ValueError(
+                    f"{argument} {axis!r} is named twice; an axis can shard one of slots, rows and heads"
+                )
+            seen.add(axis)
+    slots, batch, heads = (
+        tuple(axis for axis in mesh.axis_names if axis in axes) for axes in named.values()
+    )
+    return Layout(mesh, slots, batch, heads)
+
+
+def _names(axes: AxisNames) -> Axes:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,0 +1,187 @@
+"""Attention to what a cache holds."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from distattn.across import attend as attend_across
+from distattn.call import Call
+from distattn.checks import Window
+from distattn.movement import Combine, check_combine, choose_movement
+from distattn.operands import check_implementation, make_operands, make_scoring
+from distattn.placement import AxisNames, Placement, read_placement
+
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
+
+
+def attend(
+    self: "KVCache",
+    query: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    layer: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    is_causal: bool = True,
+    tree_mask: ArrayLike | None = None,
+    scale: float | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_axis_name: AxisNames = "auto",
+    combine: Combine = "auto",
+    reproducible: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of queries to the keys and values of their rows, as `distattn.dot_product_attention`.
+
+    Append the queries' own keys first. No key and no value moves, nor is any copied.
+
+    Args:
+      query: [B, T, N, H]; N must be a multiple of K.
+      bias: float, broadcasts to [B, N, T, S]; S are the slots, whose positions are `cache.positions`.
+      mask: bool, the same.
+      layer: int32[], the layer that is meant, in a cache of several.
+      query_positions: int32[T] or int32[B, T]; default those of the last append, if it brought T tokens at
+        the row's next positions: next_position - appended + 0, 1, ... Pass them where it was not so.
+      is_causal: attend iff key position <= query position. Unlike in `dot_product_attention` this is the
+        default: a cache may hold what comes after a query.
+      tree_mask: bool[U, U] or bool[B, U, U] with U = T, for queries that are the last append and the nodes
+        of a token tree, each after its parent: [t, u] says whether node t attends to node u (its
+        ancestors and itself). All nodes attend to all that was there before. Append the nodes at the
+        row's next positions, which then number them, and rotate by start + depth; see `accept`.
+      scale: of query . key; default 1 / sqrt(H).
+      query_seq_lengths: int32[B]; query rows t >= length give 0.
+      key_value_seq_lengths: int32[B]; attend iff key position < length.
+      local_window_size: int or (left, right), inclusive, on positions.
+      implementation: None, 'blocked' or 'dense'.
+      return_residual: also return the log-sum-exp.
+      logits_soft_cap: c in c * tanh(logit / c).
+      sinks: f32[N], one extra logit with value 0.
+      precision: of the matrix products.
+      query_segment_ids: int32[T] or int32[B, T].
+      key_value_segment_ids: int32[S] or int32[B, S], of the slots.
+      query_axis_name: axes that shard T, the cache's own or others; None: replicated; 'auto': read from
+        the query where that is possible, else replicated.
+      combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`, for a query sharded along T
+        over the cache's axes 'reduce_scatter'. 'gather_kv' would gather the cache, and is refused.
+      reproducible: not built.
+
+    Returns:
+      out [B, T, N, V] in query's dtype; with return_residual also lse f32[B, T, N]. A row without keys
+      gives 0 and -inf.
+
+    Raises:
+      ValueError: a wrong shape, dtype or combination; the message says what to pass.
+      NotImplementedError: as `dot_product_attention`.
+    """
+    implementation = check_implementation(implementation)
+    check_combine(combine, reproducible)
+    if combine in ("gather_kv", "ring"):
+        raise ValueError(
+            f"combine={combine!r} moves keys and values, and a cache stays where it is; use 'auto', "
+            "'butterfly', 'psum', 'all_gather', or 'reduce_scatter' for a query sharded along T"
+        )
+    query = jnp.asarray(query)
+    if query.ndim != 4:
+        raise ValueError(f"query has shape {query.shape}; a cache needs [B, T, N, H]")
+    if (layer is None) != (self.layers is None):
+        raise ValueError(
+            f"layer is {layer}, and the cache has "
+            f"{'no layers: pass None' if self.layers is None else f'{self.layers} layers: say which'}"
+        )
+    tokens = query.shape[1]
+    start = self.next_position - self.appended
+    if query_positions is None and (is_causal or local_window_size is not None):
+        query_positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    if tree_mask is not None:
+        mask = _with_tree(self, start, tree_mask, mask, tokens)
+    operands = make_operands(
+        query,
+        self.key,
+        self.value,
+        bias,
+        mask,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        sinks=sinks,
+        query_positions=query_positions,
+        key_positions=self.positions,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        key_scale=self.key_scale,
+        value_scale=self.value_scale,
+        layer=None if layer is None else jnp.asarray(layer, jnp.int32),
+    )
+    placement = _placement(self, query, query_axis_name)
+    along = bool(set(placement.query) & set(placement.key))
+    if combine == "auto" and along and placement.size(placement.key) > 1:
+        combine = "reduce_scatter"
+    placement, movement = choose_movement(placement, operands, combine, query_axis_name)
+    call = Call(
+        make_scoring(query, scale, logits_soft_cap, precision), implementation, placement, movement
+    )
+    out, lse = attend_across(call, operands)
+    return (out, lse) if return_residual else out
+
+
+def _placement(cache: "KVCache", query: jax.Array, query_axis_name: AxisNames) -> Placement:
+    layout = cache.layout
+    if layout.mesh is None:
+        return Placement()
+    keys, values = (jax.ShapeDtypeStruct(x.shape[-4:], x.dtype) for x in (cache.key, cache.value))
+    found = read_placement(
+        query,
+        keys,
+        values,
+        mesh=layout.mesh,
+        axis_name=layout.slots,
+        query_axis_name=query_axis_name,
+    )
+    return dataclasses.replace(
+        found,
+        mesh=layout.mesh,
+        batch=layout.batch,
+        # One head serves the queries of all, wherever they lie.
+        heads=layout.heads or (found.heads if keys.shape[2] == 1 else ()),
+        key=layout.slots,
+        query_known=True,  # what cannot be read counts as replicated
+        manual=layout.free_axes(),
+        compiler_sharded=False,  # the cache knows what it is sharded over
+    )
+
+
+def _with_tree(
+    cache: "KVCache", start: jax.Array, tree: ArrayLike, mask: Any, tokens: int
+) -> jax.Array:
+    """The mask bool[B, N|1, T, S] in which the last append is a token tree."""
+    batch = cache.positions.shape[0]
+    tree = jnp.asarray(tree)
+    if tree.dtype != jnp.bool_ or tree.shape not in ((tokens, tokens), (batch, tokens, tokens)):
+        raise ValueError(
+            f"tree_mask is {tree.dtype}{list(tree.shape)}; it must be bool[T, T] or bool[B, T, T] with "
+            f"T={tokens}, B={batch}: which query attends to which of the last {tokens} tokens"
+        )
+    tree = jnp.broadcast_to(tree if tree.ndim == 3 else tree[None], (batch, tokens, tokens))
+
+    def body(tags: jax.Array, start: jax.Array, tree: jax.Array) -> tuple:
+        node = (tags - start[:, None])[:, None]  # [B, 1, S]
+        index = jnp.broadcast_to(jnp.clip(node, 0, tokens - 1), (*tree.shape[:2], tags.shape[1]))
+        inside = (node >= 0) & (node < tokens)
+        allowed = jnp.where(inside, jnp.take_along_axis(tree, index, axis=2), node < 0)
+        return (allowed[:, None],)
+
+    allowed = cache.layout.run(body, ("BS", "B", "B.."), ("B..S",), cache.positions, start, tree)[0]
+    return allowed if mask is None else allowed & jnp.asarray(mask)

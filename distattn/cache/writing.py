@@ -1,0 +1,221 @@
+"""New tokens: slots are reserved once for all layers, then each layer writes its keys and values there."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
+
+from distattn.cache import storage
+from distattn.cache.arguments import check_new, known, row_numbers, token_numbers
+from distattn.cache.layout import Layout
+from distattn.cache.slots import Slots, take_slots
+
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
+
+LOCAL = "local"
+LETTERS = "LBSK."  # of what is stored; scales have no last one
+
+
+def reserve(
+    self: "KVCache",
+    tokens: int,
+    *,
+    positions: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    owner: ArrayLike | str | None = None,
+) -> tuple["KVCache", Slots]:
+    """Slots for new tokens, tagged with their positions, in every row: the first half of an append.
+
+    The second half is `write`, once for each layer, before anything attends to the cache: until then the
+    slots hold what was there before. Nothing is sent between devices.
+
+    Args:
+      tokens: T, the most that a row gets.
+      positions: int32[T] or int32[B, T]; default the row's next ones. Negative: no token. Two tokens of a
+        row may have one position; both are attended to.
+      lengths: int32[B]; row b gets its first lengths[b] tokens; default T.
+      owner: int32[T] or int32[B, T], the device of each token, counted along the axes of the slots;
+        'local': the device that holds the token already, keys and values being sharded along T over these
+        axes; default by the cache's placement.
+
+    Returns:
+      The cache with its tags, and the `Slots`. A row in which the tokens have no place is left as it was,
+      whole, and its `overflow` set.
+
+    Raises:
+      ValueError: a wrong shape. Outside of jit also a row in which the tokens have no place.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; a reservation is for at least 1")
+    batch, layout = self.positions.shape[0], self.layout
+    local = isinstance(owner, str)
+    if local and owner != LOCAL:
+        raise ValueError(f"owner is {owner!r}; it must be int32[B, T], 'local' or None")
+    if local and tokens % layout.devices:
+        raise ValueError(
+            f"owner='local' cuts T={tokens} tokens evenly over {layout.devices} devices; pad them to a "
+            "multiple, and pass lengths"
+        )
+    devices = None
+    if owner is not None and not local:
+        devices = token_numbers("owner", owner, batch, tokens)
+        numbers = known(devices)
+        if numbers is not None and ((numbers < 0) | (numbers >= layout.devices)).any():
+            raise ValueError(
+                f"owner reaches from {numbers.min()} to {numbers.max()}; the slots lie on "
+                f"{layout.devices} devices, 0 .. {layout.devices - 1}"
+            )
+    index = np.arange(tokens, dtype=np.int32)[None]
+    if positions is None:
+        new = self.next_position[:, None] + index
+    else:
+        new = token_numbers("positions", positions, batch, tokens)
+    if lengths is not None:
+        new = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], new, -1)
+    tags, counts, slots, taken, overflow = layout.run(
+        functools.partial(take_slots, layout, self.placement, local),
+        ("BS", "B.", "B", "B.", None if devices is None else "B."),
+        ("BS", "B.", "DB.", "B.", "B"),
+        *(self.positions, self.counts, self.placed, new, devices),
+    )
+    _refuse(self, new, overflow)
+    appended = (taken >= 0).sum(axis=1, dtype=jnp.int32)
+    cache = dataclasses.replace(
+        self,
+        positions=tags,
+        counts=counts,
+        next_position=jnp.maximum(self.next_position, taken.max(axis=1) + 1),
+        appended=appended,
+        placed=self.placed + appended,
+        overflow=overflow,
+    )
+    return cache, Slots(slots, taken, overflow, local)
+
+
+def write(
+    self: "KVCache",
+    key: jax.Array,
+    value: jax.Array,
+    slots: Slots,
+    *,
+    layer: ArrayLike | None = None,
+) -> "KVCache":
+    """Keys and values in the slots that were reserved for them. Only owners write; nothing is sent.
+
+    In a scan over layers carry the cache and write one layer at a time: that happens in place.
+
+    Args:
+      key: [B, T, K, H]; without a layer, in a cache of several, [L, B, T, K, H].
+      value: [B, T, K, V]; the same.
+      slots: from `reserve`.
+      layer: int32[], the layer that is written; None: all.
+
+    Returns:
+      The cache with them.
+    """
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    if layer is not None and self.layers is None:
+        raise ValueError(
+            "layer is given, but the cache has no layers; make it with layers=, or pass layer=None"
+        )
+    batch, tokens = slots.positions.shape
+    heads = self.key.shape[-2]
+    layers = self.layers if layer is None else None
+    check_new("key", key, batch, tokens, heads, self.key.shape[-1], layers)
+    check_new("value", value, batch, tokens, heads, self.value.shape[-1], layers)
+    stored = {"key": self.key, "value": self.value}
+    new = {"key": key, "value": value}
+    if self.key_scale is not None:
+        for name, scale in (("key", self.key_scale), ("value", self.value_scale)):
+            stored[f"{name}_scale"] = scale
+            new[name], new[f"{name}_scale"] = storage.quantise(new[name], self.key.dtype)
+
+    def body(index: jax.Array, layer: jax.Array | None, *arrays: jax.Array) -> tuple:
+        place = () if self.layers is None else (slice(None),) if layer is None else (layer,)
+        pairs = zip(arrays[: len(stored)], arrays[len(stored) :], strict=True)
+        return tuple(storage.write(old, x, index[0], place) for old, x in pairs)
+
+    at_rest = [LETTERS[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in stored.items()]
+    arriving = LETTERS.replace("S", "D" if slots.local else "T")
+    arriving = [arriving[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in new.items()]
+    written = self.layout.run(
+        body,
+        ("DB.", None if layer is None else "", *at_rest, *arriving),
+        at_rest,
+        *(slots.index, None if layer is None else jnp.asarray(layer, jnp.int32)),
+        *(*stored.values(), *new.values()),
+    )
+    return dataclasses.replace(self, **dict(zip(stored, written, strict=True)))
+
+
+def append(
+    self: "KVCache",
+    key: jax.Array,
+    value: jax.Array,
+    positions: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    owner: ArrayLike | str | None = None,
+) -> "KVCache":
+    """New tokens in every row: `reserve` and `write`.
+
+    Args:
+      key: [B, T, K, H]; in a cache of several layers [L, B, T, K, H].
+      value: [B, T, K, V]; the same.
+      positions: int32[T] or int32[B, T]; default the row's next ones.
+      lengths: int32[B], how many of the T tokens each row gets.
+      owner: as in `reserve`; default by the cache's placement, or 'local' where key is seen to be
+        sharded along T over the axes of the slots.
+
+    Returns:
+      The cache with them. A row in which its tokens have no place is left as it was, whole, and its
+      `overflow` is set.
+
+    Raises:
+      ValueError: a wrong shape or dtype. Outside of jit also a row in which the tokens have no place:
+        nothing is written then.
+    """
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    sizes = (self.positions.shape[0], key.shape[-3] if key.ndim > 2 else 0, self.key.shape[-2])
+    check_new("key", key, *sizes, self.key.shape[-1], self.layers)
+    check_new("value", value, *sizes, self.value.shape[-1], self.layers)
+    if owner is None and _lies_along(key, self.layout):
+        owner = LOCAL
+    cache, slots = self.reserve(sizes[1], positions=positions, lengths=lengths, owner=owner)
+    return cache.write(key, value, slots)
+
+
+def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
+    """Outside of jit, an error for the rows that overflow."""
+    refused = known(overflow)
+    if refused is None or not refused.any():
+        return
+    rows = np.flatnonzero(refused)
+    wanted, used = (np.asarray(x) for x in ((new >= 0).sum(axis=1), cache.counts))
+    each = cache.capacity // cache.layout.devices
+    row = rows[0]
+    raise ValueError(
+        f"row {row} gets {wanted[row]} new tokens, and its free slots are {(each - used[row]).tolist()} on "
+        f"the devices of the cache (rows that overflow: {rows.tolist()}; placement {cache.placement!r}); "
+        "nothing was written: evict, rewind or reset the row, resize the cache, or append less"
+    )
+
+
+def _lies_along(x: jax.Array, layout: Layout) -> bool:
+    """Whether x [..., T, K, H] is seen to be sharded along T over the axes of the slots."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    if (
+        not layout.slots
+        or not isinstance(sharding, NamedSharding)
+        or len(sharding.spec) < x.ndim - 2
+    ):
+        return False
+    entry = sharding.spec[x.ndim - 3]
+    axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return axes == layout.slots
