@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from distattn.cache.arguments import row_indices, row_mask, row_numbers, token_numbers
 from distattn.cache.layout import Layout
+from distattn.cache.storage import as_integers
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -33,15 +34,10 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
 
-    def body(gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers: jax.Array) -> tuple:
-        tags = jnp.where(gone[:, None], FREE, tags)
-        counts = jnp.where(gone[:, None], 0, counts)
-        return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
-
     names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
     letters = ("BS", "B.", "B", "B", "B", "B")
     arrays = (getattr(self, name) for name in names)
-    changed = self.layout.run(body, ("B", *letters), letters, gone, *arrays)
+    changed = self.layout.run(_reset, ("B", *letters), letters, gone, *arrays)
     return dataclasses.replace(self, **dict(zip(names, changed, strict=True)))
 
 
@@ -56,11 +52,12 @@ def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
     """
     lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
 
-    def kept(tags: jax.Array, lengths: jax.Array) -> jax.Array:
-        return jnp.where(tags < lengths[:, None], tags, FREE)
-
-    cache = _retag(self, kept, lengths)
-    return dataclasses.replace(cache, next_position=jnp.minimum(self.next_position, lengths))
+    cache = _retag(self, _below, lengths)
+    next_position = jnp.minimum(self.next_position, lengths)
+    gone = self.next_position - next_position
+    return dataclasses.replace(
+        cache, next_position=next_position, appended=jnp.maximum(self.appended - gone, 0)
+    )
 
 
 def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "KVCache":
@@ -81,11 +78,7 @@ def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "
     first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
     keep_first = row_numbers("keep_first", keep_first, batch)
 
-    def kept(tags: jax.Array, first: jax.Array, keep_first: jax.Array) -> jax.Array:
-        stays = (tags >= first[:, None]) | (tags < keep_first[:, None])
-        return jnp.where(stays, tags, FREE)
-
-    return _retag(self, kept, first, keep_first)
+    return _retag(self, _from_or_below, first, keep_first)
 
 
 def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) -> "KVCache":
@@ -109,16 +102,9 @@ def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) 
     if lengths is not None:
         index = jnp.arange(nodes.shape[1], dtype=jnp.int32)[None]
         nodes = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], nodes, -1)
+    nodes = jnp.where(nodes < self.appended[:, None], nodes, -1)  # a refused append has none
     start = self.next_position - self.appended
-
-    def renamed(tags: jax.Array, start: jax.Array, nodes: jax.Array) -> jax.Array:
-        node = tags - start[:, None]
-        found = (node[:, None] == nodes[:, :, None]) & (nodes >= 0)[:, :, None]  # [B, P, S]
-        place = jnp.argmax(found, axis=1).astype(jnp.int32)
-        on_path = jnp.where(found.any(axis=1), start[:, None] + place, FREE)
-        return jnp.where(node < 0, tags, on_path)
-
-    cache = _retag(self, renamed, start, nodes)
+    cache = _retag(self, _on_path, start, nodes)
     count = (nodes >= 0).sum(axis=1, dtype=jnp.int32)
     return dataclasses.replace(cache, next_position=start + count, appended=count)
 
@@ -151,30 +137,62 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
         **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
     }
     arrays = {name: x for name in letters if (x := getattr(self, name)) is not None}
-    own = [letters[name] for name in arrays]
-
-    def body(source: jax.Array, target: jax.Array, *arrays: jax.Array) -> tuple:
-        axes = (x.index("B") for x in own)
-        copies = (
-            _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)
-        )
-        return tuple(copies)
-
-    changed = layout.run(body, (".", ".", *own), own, source, target, *arrays.values())
+    own = tuple(letters[name] for name in arrays)
+    letters_in = (".", ".", *own)
+    changed = layout.run(_fork, letters_in, own, source, target, *arrays.values(), static=(own,))
     return dataclasses.replace(self, **dict(zip(arrays, changed, strict=True)))
 
 
 def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
     """The cache with tags = kept(tags, *numbers), on the devices that hold them, and its counts."""
-    layout = cache.layout
-
-    def body(tags: jax.Array, *numbers: jax.Array) -> tuple:
-        tags = kept(tags, *numbers)
-        return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
-
     letters = ["B" + "." * (x.ndim - 1) for x in numbers]
-    tags, counts = layout.run(body, ("BS", *letters), ("BS", "B."), cache.positions, *numbers)
+    tags, counts = cache.layout.run(
+        _retag_own, ("BS", *letters), ("BS", "B."), cache.positions, *numbers, static=(kept,)
+    )
     return dataclasses.replace(cache, positions=tags, counts=counts)
+
+
+# What one device does, in `Layout.run`.
+
+
+def _reset(layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers) -> tuple:
+    tags = jnp.where(gone[:, None], FREE, tags)
+    counts = jnp.where(gone[:, None], 0, counts)
+    return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
+
+
+def _retag_own(layout: Layout, kept: Callable, tags: jax.Array, *numbers: jax.Array) -> tuple:
+    tags = kept(tags, *numbers)
+    return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
+
+
+def _below(tags: jax.Array, lengths: jax.Array) -> jax.Array:
+    return jnp.where(tags < lengths[:, None], tags, FREE)
+
+
+def _from_or_below(tags: jax.Array, first: jax.Array, keep_first: jax.Array) -> jax.Array:
+    return jnp.where((tags >= first[:, None]) | (tags < keep_first[:, None]), tags, FREE)
+
+
+def _on_path(tags: jax.Array, start: jax.Array, nodes: jax.Array) -> jax.Array:
+    node = tags - start[:, None]
+    found = (node[:, None] == nodes[:, :, None]) & (nodes >= 0)[:, :, None]  # [B, P, S]
+    place = jnp.argmax(found, axis=1).astype(jnp.int32)
+    on_path = jnp.where(found.any(axis=1), start[:, None] + place, FREE)
+    return jnp.where(node < 0, tags, on_path)
+
+
+def _fork(
+    layout: Layout,
+    letters: tuple[str, ...],
+    source: jax.Array,
+    target: jax.Array,
+    *arrays: jax.Array,
+) -> tuple:
+    axes = (x.index("B") for x in letters)
+    return tuple(
+        _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)
+    )
 
 
 def _copy(
@@ -187,16 +205,8 @@ def _copy(
         # One device has the row and the others add zeros, as integers: every item comes as it is.
         mine = (source >= start) & (source < start + batch)
         mine = mine.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-        bits = (
-            rows.astype(jnp.uint8)
-            if x.dtype == jnp.bool_
-            else lax.bitcast_convert_type(rows, _unsigned(x.dtype.itemsize))
-        )
+        bits = rows.astype(jnp.uint8) if x.dtype == jnp.bool_ else as_integers(rows)
         bits = lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), layout.batch)
         rows = bits != 0 if x.dtype == jnp.bool_ else lax.bitcast_convert_type(bits, x.dtype)
     place = jnp.where((target >= start) & (target < start + batch), target - start, batch)
     return x.at[(slice(None),) * axis + (place,)].set(rows, mode="drop")
-
-
-def _unsigned(itemsize: int) -> jnp.dtype:
-    return jnp.dtype(f"uint{8 * itemsize}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distattn.cache import edits, reading, writing
+from distattn.cache import checkpoint, edits, moving, reading, writing
 from distattn.cache.layout import Layout, make_layout
 from distattn.cache.slots import PLACEMENTS
 from distattn.cache.storage import is_quantised
@@ -167,3 +167,6 @@ class KVCache:
     evict = edits.evict
     accept = edits.accept
     fork = edits.fork
+    resize = moving.resize
+    save = checkpoint.save
+    restore = classmethod(checkpoint.restore)

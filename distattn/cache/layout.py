@@ -1,6 +1,7 @@
 """How a cache lies on a mesh."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,34 +66,52 @@ class Layout:
         letters: Sequence[str | None],
         out_letters: Sequence[str],
         *arguments: Any,
+        static: tuple = (),
     ) -> tuple:
-        """body(*arguments), by every device on its own shards: a tuple of arrays.
+        """body(self, *static, *arguments), by every device on its own shards: a tuple of arrays.
+
+        Compiled once for a body, a function of a module, and its static arguments, also outside of jit.
 
         Args:
-          body: of as many arguments as there are.
+          body: what a device does; returns a tuple.
           letters: of each argument's dimensions; None for an argument that is None.
           out_letters: of each result's.
           *arguments: global arrays.
+          static: what is not an array, hashable.
 
         Returns:
           tuple of global arrays.
         """
-        if self.mesh is None:
-            return body(*arguments)
-        free = self.free_axes()
-        if shared := {*self.slots, *self.batch, *self.heads} - set(free):
+        if self.mesh is not None and (
+            taken := {*self.slots, *self.batch, *self.heads} - set(self.free_axes())
+        ):
             raise ValueError(
-                f"the cache lies on the axis {sorted(shared)[0]!r}, and the call is inside a shard_map "
-                "over it; call the cache outside: it brings its own"
+                f"the cache lies on the axis {sorted(taken)[0]!r}, and the call is inside a shard_map over "
+                "it; call the cache outside: it brings its own"
             )
-        mapped = manual(
-            body,
-            mesh=self.mesh,
-            in_specs=tuple(None if x is None else self.spec(x) for x in letters),
-            out_specs=tuple(self.spec(x) for x in out_letters),
-            axis_names=free,
-        )
-        return mapped(*arguments)
+        return _run(self, body, static, tuple(letters), tuple(out_letters), *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(
+    layout: Layout,
+    body: Callable,
+    static: tuple,
+    letters: tuple[str | None, ...],
+    out_letters: tuple[str, ...],
+    *arguments: Any,
+) -> tuple:
+    body = functools.partial(body, layout, *static)
+    if layout.mesh is None:
+        return body(*arguments)
+    mapped = manual(
+        body,
+        mesh=layout.mesh,
+        in_specs=tuple(None if x is None else layout.spec(x) for x in letters),
+        out_specs=tuple(layout.spec(x) for x in out_letters),
+        axis_names=layout.free_axes(),
+    )
+    return mapped(*arguments)
 
 
 def make_layout(

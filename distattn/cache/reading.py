@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distattn.across import attend as attend_across
+from distattn.cache.layout import Layout
 from distattn.call import Call
 from distattn.checks import Window
 from distattn.movement import Combine, check_combine, choose_movement
@@ -52,8 +53,9 @@ def attend(
       bias: float, broadcasts to [B, N, T, S]; S are the slots, whose positions are `cache.positions`.
       mask: bool, the same.
       layer: int32[], the layer that is meant, in a cache of several.
-      query_positions: int32[T] or int32[B, T]; default those of the last append, if it brought T tokens at
-        the row's next positions: next_position - appended + 0, 1, ... Pass them where it was not so.
+      query_positions: int32[T] or int32[B, T]; default those of the last append, or of its last T tokens:
+        next_position - min(appended, T) + 0, 1, ... Where tokens were appended at other than the row's
+        next positions, pass them.
       is_causal: attend iff key position <= query position. Unlike in `dot_product_attention` this is the
         default: a cache may hold what comes after a query.
       tree_mask: bool[U, U] or bool[B, U, U] with U = T, for queries that are the last append and the nodes
@@ -101,7 +103,7 @@ def attend(
             f"{'no layers: pass None' if self.layers is None else f'{self.layers} layers: say which'}"
         )
     tokens = query.shape[1]
-    start = self.next_position - self.appended
+    start = self.next_position - jnp.minimum(self.appended, tokens)
     if query_positions is None and (is_causal or local_window_size is not None):
         query_positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     if tree_mask is not None:
@@ -176,12 +178,17 @@ def _with_tree(
         )
     tree = jnp.broadcast_to(tree if tree.ndim == 3 else tree[None], (batch, tokens, tokens))
 
-    def body(tags: jax.Array, start: jax.Array, tree: jax.Array) -> tuple:
-        node = (tags - start[:, None])[:, None]  # [B, 1, S]
-        index = jnp.broadcast_to(jnp.clip(node, 0, tokens - 1), (*tree.shape[:2], tags.shape[1]))
-        inside = (node >= 0) & (node < tokens)
-        allowed = jnp.where(inside, jnp.take_along_axis(tree, index, axis=2), node < 0)
-        return (allowed[:, None],)
-
-    allowed = cache.layout.run(body, ("BS", "B", "B.."), ("B..S",), cache.positions, start, tree)[0]
+    allowed = cache.layout.run(
+        _tree_mask, ("BS", "B", "B.."), ("B..S",), cache.positions, start, tree
+    )[0]
     return allowed if mask is None else allowed & jnp.asarray(mask)
+
+
+def _tree_mask(layout: Layout, tags: jax.Array, start: jax.Array, tree: jax.Array) -> tuple:
+    """bool[B, 1, T, S] from tree bool[B, T, T]: what one device does, in `Layout.run`."""
+    tokens = tree.shape[1]
+    node = (tags - start[:, None])[:, None]  # [B, 1, S]
+    index = jnp.broadcast_to(jnp.clip(node, 0, tokens - 1), (*tree.shape[:2], tags.shape[1]))
+    inside = (node >= 0) & (node < tokens)
+    allowed = jnp.where(inside, jnp.take_along_axis(tree, index, axis=2), node < 0)
+    return (allowed[:, None],)

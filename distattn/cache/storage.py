@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from distattn.tiles import loop, when
 
 
 def is_quantised(dtype: jnp.dtype) -> bool:
@@ -35,17 +38,45 @@ def quantise(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(numbers, -largest, largest).astype(dtype), scale
 
 
-def write(stored: jax.Array, new: jax.Array, index: jax.Array, place: tuple = ()) -> jax.Array:
+def write(stored: jax.Array, new: jax.Array, index: jax.Array, layer: jax.Array | int) -> jax.Array:
     """The store with new items at their slots; those whose index is past the end are dropped.
 
     Args:
-      stored: [B, S, ...], or of all layers [L, B, S, ...].
-      new: [B, T, ...], or for all layers at once [L, B, T, ...].
+      stored: [L, B, S, ...].
+      new: [1, B, T, ...], or for all layers [L, B, T, ...].
       index: int32[B, T].
-      place: what stands before rows and slots in an index of the store: (layer,), or (slice(None),).
+      layer: int32[], the one that is written; 0 where all are.
 
     Returns:
       As `stored`.
     """
-    rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
-    return stored.at[(*place, rows, index)].set(new.astype(stored.dtype), mode="drop")
+    new = new.astype(stored.dtype)
+    if stored.dtype.itemsize != 2 or jax.default_backend() != "cpu":
+        rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
+        layers = slice(None) if new.shape[0] == stored.shape[0] else layer
+        new = new if new.shape[0] == stored.shape[0] else new[0]
+        return stored.at[layers, rows, index].set(new, mode="drop")
+
+    # XLA:CPU scatters in no 16-bit format, nor reads a slot where it writes one: it would widen, that is
+    # copy, the whole store. So one by one, and not at all where the slot is not here.
+    tokens, slots = index.shape[1], stored.shape[2]
+    width = (0,) * (stored.ndim - 3)
+
+    def put(i: jax.Array | int, stored: jax.Array) -> jax.Array:
+        row, token = i // tokens, i % tokens
+        slot = index[row, token]
+        item = lax.dynamic_slice(
+            new, (0, row, token, *width), (*new.shape[:1], 1, 1, *new.shape[3:])
+        )
+        return when(
+            slot < slots,
+            lambda x: lax.dynamic_update_slice(x, item, (layer, row, slot, *width)),
+            stored,
+        )
+
+    return loop(index.size, put, stored)
+
+
+def as_integers(x: jax.Array) -> jax.Array:
+    """The bits of numbers, as unsigned integers of their size."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))

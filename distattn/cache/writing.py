@@ -1,7 +1,6 @@
 """New tokens: slots are reserved once for all layers, then each layer writes its keys and values there."""
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -80,10 +79,11 @@ def reserve(
     if lengths is not None:
         new = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], new, -1)
     tags, counts, slots, taken, overflow = layout.run(
-        functools.partial(take_slots, layout, self.placement, local),
+        take_slots,
         ("BS", "B.", "B", "B.", None if devices is None else "B."),
         ("BS", "B.", "DB.", "B.", "B"),
         *(self.positions, self.counts, self.placed, new, devices),
+        static=(self.placement, local),
     )
     _refuse(self, new, overflow)
     appended = (taken >= 0).sum(axis=1, dtype=jnp.int32)
@@ -137,20 +137,16 @@ def write(
             stored[f"{name}_scale"] = scale
             new[name], new[f"{name}_scale"] = storage.quantise(new[name], self.key.dtype)
 
-    def body(index: jax.Array, layer: jax.Array | None, *arrays: jax.Array) -> tuple:
-        place = () if self.layers is None else (slice(None),) if layer is None else (layer,)
-        pairs = zip(arrays[: len(stored)], arrays[len(stored) :], strict=True)
-        return tuple(storage.write(old, x, index[0], place) for old, x in pairs)
-
     at_rest = [LETTERS[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in stored.items()]
     arriving = LETTERS.replace("S", "D" if slots.local else "T")
     arriving = [arriving[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in new.items()]
     written = self.layout.run(
-        body,
+        _write,
         ("DB.", None if layer is None else "", *at_rest, *arriving),
         at_rest,
         *(slots.index, None if layer is None else jnp.asarray(layer, jnp.int32)),
         *(*stored.values(), *new.values()),
+        static=(self.layers is not None,),
     )
     return dataclasses.replace(self, **dict(zip(stored, written, strict=True)))
 
@@ -189,6 +185,19 @@ def append(
         owner = LOCAL
     cache, slots = self.reserve(sizes[1], positions=positions, lengths=lengths, owner=owner)
     return cache.write(key, value, slots)
+
+
+def _write(
+    layout: Layout, stacked: bool, index: jax.Array, layer: jax.Array | None, *arrays: jax.Array
+) -> tuple:
+    """What one device does, in `Layout.run`: the second half of the arrays at their slots of the first."""
+    half = len(arrays) // 2
+    pairs = zip(arrays[:half], arrays[half:], strict=True)
+    if not stacked:
+        return tuple(storage.write(old[None], new[None], index[0], 0)[0] for old, new in pairs)
+    if layer is None:
+        return tuple(storage.write(old, new, index[0], 0) for old, new in pairs)
+    return tuple(storage.write(old, new[None], index[0], layer) for old, new in pairs)
 
 
 def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
