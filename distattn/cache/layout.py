@@ -51,6 +51,16 @@ class Layout:
         taken = jax.sharding.get_abstract_mesh().manual_axes
         return tuple(axis for axis in self.mesh.axis_names if axis not in taken)
 
+    def check_outside(self) -> None:
+        """That the call is not inside a shard_map over an axis of the cache."""
+        if self.mesh is None:
+            return
+        if taken := {*self.slots, *self.batch, *self.heads} - set(self.free_axes()):
+            raise ValueError(
+                f"the cache lies on the axis {sorted(taken)[0]!r}, and the call is inside a shard_map over "
+                "it; call the cache outside: it brings its own"
+            )
+
     def spec(self, letters: str) -> PartitionSpec:
         """The PartitionSpec of an array from the letters of its dimensions."""
         axes = {"B": self.batch, "S": self.slots, "D": self.slots, "K": self.heads}
@@ -82,13 +92,7 @@ class Layout:
         Returns:
           tuple of global arrays.
         """
-        if self.mesh is not None and (
-            taken := {*self.slots, *self.batch, *self.heads} - set(self.free_axes())
-        ):
-            raise ValueError(
-                f"the cache lies on the axis {sorted(taken)[0]!r}, and the call is inside a shard_map over "
-                "it; call the cache outside: it brings its own"
-            )
+        self.check_outside()
         return _run(self, body, static, tuple(letters), tuple(out_letters), *arguments)
 
 

@@ -87,6 +87,7 @@ def attend(
       ValueError: a wrong shape, dtype or combination; the message says what to pass.
       NotImplementedError: as `dot_product_attention`.
     """
+    self.layout.check_outside()
     implementation = check_implementation(implementation)
     check_combine(combine, reproducible)
     if combine in ("gather_kv", "ring"):
