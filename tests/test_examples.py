@@ -42,7 +42,8 @@ EXAMPLES = {
         r"Pairs cost their names; .*",
     ),
 }
-TESTED_ELSEWHERE = {"06_language_model.py"}  # tests/test_language_model.py
+# tests/test_language_model.py and tests/test_generation.py
+TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py"}
 
 # Each block of Python, and the block of text behind it with what it prints.
 BLOCKS = re.findall(

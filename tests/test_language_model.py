@@ -1,8 +1,7 @@
 """The demo's own code, with a tiny random model in the place of the pretrained one."""
 
+import functools
 import importlib
-import string
-import types
 from pathlib import Path
 
 import gguf
@@ -11,12 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from distattn import KVCache
+from distattn.integrations import smollm2
 from distattn.testing import collective_bytes, collectives
+from tiny_model import ALPHABET, tiny_model
 from tolerance import assert_close
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT, TOKENS, SLOTS = 27, 9, 48
-ALPHABET = string.printable[:96]
 
 
 @pytest.fixture(scope="module")
@@ -32,40 +33,8 @@ def mesh(demo):
 
 
 @pytest.fixture(scope="module")
-def model(demo):
-    """Three heads, which do not divide by 8 devices; dimensions that do; a letter a token."""
-    config = demo.smollm2.Config(
-        layers=2,
-        heads=3,
-        kv_heads=1,
-        head_dim=8,
-        rope_base=1e4,
-        norm_epsilon=1e-5,
-        max_context=512,
-        end_token=0,
-    )
-    random = np.random.default_rng(0)
-
-    def normal(*shape):
-        return random.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
-
-    layers = {
-        "attention_norm": 1 + normal(2, 24),
-        "qkv": 3 * normal(2, 40, 24),  # large: a sharp softmax, that is sensitive to what it sees
-        "attention_out": normal(2, 24, 24),
-        "mlp_norm": 1 + normal(2, 24),
-        "gate": normal(2, 32, 24),
-        "up": normal(2, 32, 24),
-        "down": normal(2, 24, 32),
-    }
-    weights = {"embedding": normal(len(ALPHABET), 24), "norm": 1 + normal(24), "layers": layers}
-    tokenizer = types.SimpleNamespace(
-        encode=lambda text, **_: types.SimpleNamespace(
-            ids=[ALPHABET.index(letter) for letter in text if letter in ALPHABET]
-        ),
-        decode=lambda ids, **_: "".join(ALPHABET[i] for i in ids),
-    )
-    return config, weights, tokenizer
+def model():
+    return tiny_model()
 
 
 def prompt():
@@ -74,23 +43,23 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def one(demo, model):
-    order = np.arange(SLOTS, dtype=np.int32)
-    return demo.answer(model, prompt(), TOKENS, order, attention=demo.one_device, mesh=None)
+    return demo.answer(model, prompt(), TOKENS, demo.one_device(model[0], SLOTS))
 
 
-def on_eight_devices(demo, model, mesh, order, combine):
-    attention = demo.many_devices(mesh, combine)
-    return demo.answer(model, prompt(), TOKENS, order, attention=attention, mesh=mesh)
-
-
-@pytest.fixture(scope="module")
-def order():
-    return np.random.default_rng(2).permutation(SLOTS).astype(np.int32)
+def on_eight_devices(demo, model, mesh, owners, combine):
+    cache = demo.many_devices(model[0], SLOTS, mesh)
+    given = {"owners": owners, "mesh": mesh, "combine": combine}
+    return demo.answer(model, prompt(), TOKENS, cache, **given)
 
 
 @pytest.fixture(scope="module")
-def many(demo, model, mesh, order):
-    return on_eight_devices(demo, model, mesh, order, "butterfly")
+def owners(demo):
+    return demo.random_owners(SLOTS, 2)
+
+
+@pytest.fixture(scope="module")
+def many(demo, model, mesh, owners):
+    return on_eight_devices(demo, model, mesh, owners, "butterfly")
 
 
 def test_random_order_on_eight_devices_says_the_same(one, many):
@@ -100,35 +69,34 @@ def test_random_order_on_eight_devices_says_the_same(one, many):
     assert_close(many.logits, one.logits, np.float32, SLOTS, factor=7, what="logits")
 
 
-def test_another_order_and_combine_say_the_same(demo, model, mesh, one):
-    backwards = np.arange(SLOTS, dtype=np.int32)[::-1].copy()
-    assert on_eight_devices(demo, model, mesh, backwards, "psum").tokens == one.tokens
+def test_another_placement_and_combine_say_the_same(demo, model, mesh, one):
+    assert on_eight_devices(demo, model, mesh, None, "psum").tokens == one.tokens
 
 
-def test_each_key_lies_where_the_order_says(many, order):
+def test_each_key_lies_where_its_owner_is(many, owners):
     filled = PROMPT + TOKENS - 1  # the last token chosen is not read any more
-    expected = np.full(SLOTS, -1)
-    expected[order[:filled]] = np.arange(filled)
-    np.testing.assert_array_equal(many.cache["positions"], expected)
-    for name in ("key", "value"):
-        shards = many.cache[name].addressable_shards
-        assert [shard.data.shape for shard in shards] == [(2, SLOTS // 8, 1, 8)] * 8
+    for rank, shard in enumerate(many.cache.positions.addressable_shards):
+        held = np.asarray(shard.data)[0]
+        assert sorted(held[held >= 0]) == np.flatnonzero(owners[:filled] == rank).tolist()
+    for array in (many.cache.key, many.cache.value):
+        shapes = [shard.data.shape for shard in array.addressable_shards]
+        assert shapes == [(2, 1, SLOTS // 8, 1, 8)] * 8
 
 
-def test_a_decode_step_moves_states_and_activations_alone(demo, model, mesh, many):
-    alone = demo.attention_hlo(model[0], SLOTS, mesh, demo.many_devices(mesh, "butterfly"))
+def test_a_decode_step_moves_states_and_activations_alone(demo, model, many):
+    alone = demo.attention_hlo(model[0], many.cache, "butterfly")
     assert collectives(alone) == {"collective-permute": 3}
     assert collectives(many.hlo)["collective-permute"] == 3
     assert collective_bytes(many.hlo)["all-gather"] == (40 + 24) * 4  # qkv, attention_out
-    gathered = demo.attention_hlo(model[0], SLOTS, mesh, demo.gathered(mesh))
+    gathered = demo.gather_hlo(many.cache)
     assert collective_bytes(gathered) == {"all-gather": 2 * SLOTS * 8 * 4}  # K and V
 
 
 @pytest.fixture
-def installed(demo, model, monkeypatch):
+def installed(model, monkeypatch):
     """The tiny model in the place of the package's."""
-    monkeypatch.setattr(demo.smollm2, "find_weights", lambda: Path("tiny.gguf"))
-    monkeypatch.setattr(demo.smollm2, "load", lambda path: model)
+    monkeypatch.setattr(smollm2, "find_weights", lambda: Path("tiny.gguf"))
+    monkeypatch.setattr(smollm2, "load", lambda path: model)
 
 
 ARGUMENTS = ["--context", "300", "--tokens", "5"]
@@ -146,18 +114,8 @@ def test_the_command_reports_equal_answers(demo, capsys):
 
 @pytest.mark.usefixtures("installed")
 def test_the_command_fails_where_the_answers_differ(demo, monkeypatch, capsys):
-    def blind(mesh, combine):
-        """Takes each slot for the position with its number, as if the keys were in order."""
-
-        def attention(query, key, value, *, query_positions, key_positions):
-            order = np.arange(key.shape[1], dtype=np.int32)
-            return demo.one_device(
-                query, key, value, query_positions=query_positions, key_positions=order
-            )
-
-        return attention
-
-    monkeypatch.setattr(demo, "many_devices", blind)
+    sees_the_future = functools.partialmethod(KVCache.attend, is_causal=False)
+    monkeypatch.setattr(KVCache, "attend", sees_the_future)
     assert demo.main(ARGUMENTS) == 1
     captured = capsys.readouterr()
     assert "differ from token" in captured.err
@@ -165,7 +123,7 @@ def test_the_command_fails_where_the_answers_differ(demo, monkeypatch, capsys):
 
 
 def test_the_command_says_what_to_install(demo, monkeypatch, capsys):
-    monkeypatch.setattr(demo.smollm2, "PACKAGE", "llm-that-nobody-installed")
+    monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
     assert demo.main([]) == 2
     message = capsys.readouterr().err
     assert "llm-that-nobody-installed is missing" in message
@@ -228,9 +186,9 @@ def write_gguf(path):
     return tensors
 
 
-def test_a_weights_file_is_read(demo, tmp_path):
+def test_a_weights_file_is_read(tmp_path):
     tensors = write_gguf(tmp_path / "model.gguf")
-    config, weights, tokenizer = demo.smollm2.load(tmp_path / "model.gguf")
+    config, weights, tokenizer = smollm2.load(tmp_path / "model.gguf")
     assert (config.layers, config.heads, config.kv_heads, config.head_dim) == (1, 2, 1, 8)
     assert (config.max_context, config.end_token) == (64, 1)
     np.testing.assert_array_equal(weights["embedding"], tensors["token_embd"])
@@ -244,10 +202,10 @@ def test_a_weights_file_is_read(demo, tmp_path):
     assert ids[0] == 0
 
 
-def test_rope_turns_the_pairs_of_the_file(demo, tmp_path):
+def test_rope_turns_the_pairs_of_the_file(tmp_path):
     """Scores are those of the file's own convention: rows 2i and 2i + 1 turn together."""
     tensors = write_gguf(tmp_path / "model.gguf")
-    _, weights, _ = demo.smollm2.load(tmp_path / "model.gguf")
+    _, weights, _ = smollm2.load(tmp_path / "model.gguf")
     x = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
     positions = np.array([3, 11], np.int32)
 
@@ -261,7 +219,7 @@ def test_rope_turns_the_pairs_of_the_file(demo, tmp_path):
         "tnh,skh->nts", turned(tensors["blk.0.attn_q"]), turned(tensors["blk.0.attn_k"])
     )
     qk = (x @ weights["layers"]["qkv"][0, :24].T).reshape(2, 3, 8)
-    qk = np.asarray(demo.smollm2.rope(qk, positions, 1e4))
+    qk = np.asarray(smollm2.rope(qk[None], positions[None], 1e4)[0])
     scores = np.einsum("tnh,skh->nts", qk[:, :2], qk[:, 2:])
     # The angles, up to 11, are rounded to float32 too.
     assert_close(scores, expected, np.float32, 16, factor=11, what="scores")

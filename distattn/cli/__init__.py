@@ -1,0 +1,37 @@
+"""The command `distattn`: parses, calls, prints. Each command is a module with a function `add`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from distattn.cli import generate
+from distattn.cli.arguments import CommandError
+
+COMMANDS = (generate,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: without the name of the program; None: those of the process.
+
+    Returns:
+      The exit code: 0, 2 for what the user can mend, 130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="distattn", description="Exact attention over keys and values on many devices."
+    )
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(subparsers)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except CommandError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0

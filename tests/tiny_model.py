@@ -1,0 +1,49 @@
+"""A language model for tests: random, of two layers, a letter a token."""
+
+import string
+import types
+
+import numpy as np
+
+from distattn.integrations.smollm2 import Config
+
+ALPHABET = string.printable[:96]
+
+
+def tiny_model():
+    """Numbers, weights and tokenizer, as `smollm2.load` returns them.
+
+    Three heads, which do not divide by 8 devices; dimensions that do.
+    """
+    config = Config(
+        layers=2,
+        heads=3,
+        kv_heads=1,
+        head_dim=8,
+        rope_base=1e4,
+        norm_epsilon=1e-5,
+        max_context=512,
+        end_token=0,
+    )
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return random.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
+
+    layers = {
+        "attention_norm": 1 + normal(2, 24),
+        "qkv": 3 * normal(2, 40, 24),  # large: a sharp softmax, that is sensitive to what it sees
+        "attention_out": normal(2, 24, 24),
+        "mlp_norm": 1 + normal(2, 24),
+        "gate": normal(2, 32, 24),
+        "up": normal(2, 32, 24),
+        "down": normal(2, 24, 32),
+    }
+    weights = {"embedding": normal(len(ALPHABET), 24), "norm": 1 + normal(24), "layers": layers}
+    tokenizer = types.SimpleNamespace(
+        encode=lambda text, **_: types.SimpleNamespace(
+            ids=[ALPHABET.index(letter) for letter in text if letter in ALPHABET]
+        ),
+        decode=lambda ids, **_: "".join(ALPHABET[i] for i in ids),
+    )
+    return config, weights, tokenizer
