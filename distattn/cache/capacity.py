@@ -7,6 +7,7 @@ window of the slots at a time.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -63,29 +64,62 @@ def with_slots(cache: "KVCache", slots: int) -> "KVCache":
     Returns:
       The cache; the same one if it has so many.
     """
-    layout = cache.layout
-    if slots == cache.capacity:
-        return cache
-    letters = {name: x for name, x in letters_of(cache).items() if "S" in x}
-    own, arrays = tuple(letters.values()), [getattr(cache, name) for name in letters]
-    each, counts = slots // layout.devices, cache.counts
     if slots > cache.capacity:
-        fills = tuple(FREE if name == "positions" else 0 for name in letters)
-        changed = layout.run(_grow, own, own, *arrays, static=(own, fills, each))
-    else:
-        surplus = int(np.maximum(counts_of(cache) - each, 0).sum(axis=1).max())
-        window = math.ceil(each / WINDOWS)
-        rounds = jnp.asarray(math.ceil(surplus / window), jnp.int32) if surplus else None
-        counts, *changed = layout.run(
-            _shrink,
-            (None if rounds is None else "", "B.", "BS", *own),
-            ("B.", *own),
-            *(rounds, counts, cache.positions, *arrays),
-            static=(own, each, window),
-        )
-    arrays = dict(zip(letters, changed, strict=True))
-    arrays = {name: _laid_out(layout, letters[name], x) for name, x in arrays.items()}
-    return dataclasses.replace(cache, counts=_laid_out(layout, "B.", counts), **arrays)
+        return grown(cache, slots)
+    if slots < cache.capacity:
+        over = np.maximum(counts_of(cache) - slots // cache.layout.devices, 0)
+        return shrunk(cache, slots, int(over.sum(axis=1).max()))
+    return cache
+
+
+def grown(cache: "KVCache", slots: int) -> "KVCache":
+    """The cache with more slots, at the end of each device's own. Nothing is sent."""
+    letters, arrays = _slotted(cache)
+    own, layout = tuple(letters.values()), cache.layout
+    fills = tuple(FREE if name == "positions" else 0 for name in letters)
+    static = (own, fills, slots // layout.devices)
+    changed = layout.run(_grow, own, own, *arrays, static=static)
+    return _with(cache, letters, changed)
+
+
+def shrunk(cache: "KVCache", slots: int, surplus: int) -> "KVCache":
+    """The cache with fewer slots.
+
+    Args:
+      cache: with S slots.
+      slots: S'.
+      surplus: the tokens of a row that its devices hold beyond S' / D, of the row where they are most; 0:
+        nothing is sent.
+
+    Returns:
+      The cache.
+    """
+    letters, arrays = _slotted(cache)
+    own, layout = tuple(letters.values()), cache.layout
+    each = slots // layout.devices
+    window = math.ceil(each / WINDOWS)
+    rounds = jnp.asarray(math.ceil(surplus / window), jnp.int32) if surplus else None
+    counts, *changed = layout.run(
+        _shrink,
+        (None if rounds is None else "", "B.", "BS", *own),
+        ("B.", *own),
+        *(rounds, cache.counts, cache.positions, *arrays),
+        static=(own, each, window),
+    )
+    cache = dataclasses.replace(cache, counts=_laid_out(layout, "B.", counts))
+    return _with(cache, letters, changed)
+
+
+def _slotted(cache: "KVCache") -> tuple[dict[str, str], list[jax.Array]]:
+    """The letters, by name, of the arrays that have a dimension S; and these."""
+    letters = {name: x for name, x in letters_of(cache).items() if "S" in x}
+    return letters, [getattr(cache, name) for name in letters]
+
+
+def _with(cache: "KVCache", letters: dict[str, str], arrays: Sequence[jax.Array]) -> "KVCache":
+    named = zip(letters.items(), arrays, strict=True)
+    laid = {name: _laid_out(cache.layout, own, x) for (name, own), x in named}
+    return dataclasses.replace(cache, **laid)
 
 
 def _laid_out(layout: Layout, letters: str, x: jax.Array) -> jax.Array:

@@ -44,7 +44,8 @@ def resize(
 
     On the same mesh no key and no value leaves its device, unless the cache shrinks and a device holds
     more of a row than it is to have slots for; then only those tokens move, to the devices with the
-    fewest. Between meshes each device gets its share of the slots, and no device ever holds all.
+    fewest, and meanwhile a device needs as much memory again as its shares of the old and the new cache
+    take. Between meshes each device gets its share of the slots, and none ever holds all.
 
     Args:
       capacity: tokens of a row, S, rounded up to a multiple of the new devices; None: as it is now.
