@@ -18,26 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distattn.cache import storage
 from distattn.cache.edits import FREE
-from distattn.cache.layout import Layout
+from distattn.cache.layout import Layout, letters_of
 from distattn.cache.slots import choose_owners
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
 
 WINDOWS = 8  # what is on its way between devices at any time is this part of the new cache
-
-
-def letters_of(cache: "KVCache") -> dict[str, str]:
-    """The letters of the dimensions of each array that the cache has, by name."""
-    stack = "" if cache.layers is None else "L"
-    letters = {
-        **dict.fromkeys(("key", "value"), f"{stack}BSK."),
-        **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
-        "positions": "BS",
-        "counts": "B.",
-        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
-    }
-    return {name: x for name, x in letters.items() if getattr(cache, name) is not None}
 
 
 def counts_of(cache: "KVCache") -> np.ndarray:

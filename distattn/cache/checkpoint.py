@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from distattn.cache.capacity import counted, letters_of
+from distattn.cache.capacity import counted
 from distattn.cache.edits import FREE
-from distattn.cache.layout import make_layout
+from distattn.cache.layout import letters_of, make_layout
 from distattn.cache.manifest import damage, read_manifest, sync, write_manifest
 from distattn.cache.moving import sharding_of
 from distattn.placement import AxisNames

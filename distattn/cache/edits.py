@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from distattn.cache.arguments import row_indices, row_mask, row_numbers, token_numbers
-from distattn.cache.layout import Layout
+from distattn.cache.layout import Layout, letters_of
 from distattn.cache.storage import as_integers
 
 if TYPE_CHECKING:
@@ -128,19 +128,12 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
         raise ValueError(
             f"source has {source.shape[0]} rows and target {target.shape[0]}; each needs its own"
         )
-    stack = "L" if self.layers is not None else ""
-    letters = {
-        **dict.fromkeys(("key", "value"), f"{stack}BSK."),
-        **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
-        "positions": "BS",
-        "counts": "B.",
-        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
-    }
-    arrays = {name: x for name in letters if (x := getattr(self, name)) is not None}
-    own = tuple(letters[name] for name in arrays)
+    letters = letters_of(self)
+    own = tuple(letters.values())
+    arrays = [getattr(self, name) for name in letters]
     letters_in = (".", ".", *own)
-    changed = layout.run(_fork, letters_in, own, source, target, *arrays.values(), static=(own,))
-    return dataclasses.replace(self, **dict(zip(arrays, changed, strict=True)))
+    changed = layout.run(_fork, letters_in, own, source, target, *arrays, static=(own,))
+    return dataclasses.replace(self, **dict(zip(letters, changed, strict=True)))
 
 
 def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":

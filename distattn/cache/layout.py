@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax import lax
@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._manual import manual
 from distattn.placement import Axes, AxisNames
+
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,19 @@ def _run(
         axis_names=layout.free_axes(),
     )
     return mapped(*arguments)
+
+
+def letters_of(cache: "KVCache") -> dict[str, str]:
+    """The letters of the dimensions of each array that the cache has, by name."""
+    stack = "" if cache.layers is None else "L"
+    letters = {
+        **dict.fromkeys(("key", "value"), f"{stack}BSK."),
+        **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
+        "positions": "BS",
+        "counts": "B.",
+        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
+    }
+    return {name: x for name, x in letters.items() if getattr(cache, name) is not None}
 
 
 def make_layout(

@@ -20,8 +20,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from distattn.cache.capacity import counted, counts_of, letters_of, with_slots
-from distattn.cache.layout import Layout, make_layout
+from distattn.cache.capacity import counted, counts_of, with_slots
+from distattn.cache.layout import Layout, letters_of, make_layout
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
