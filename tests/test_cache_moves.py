@@ -19,14 +19,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn.cache.capacity import grown, letters_of, shrunk
-from distattn.cache.moving import blank_like, sharding_of
+from distattn.cache.capacity import grown, shrunk
+from distattn.cache.layout import letters_of
+from distattn.cache.moving import blank_like, context_of, sharding_of
 from distattn.testing import collectives
 from tests.cases import KINDS, mesh_of
 from tests.tolerance import assert_close
 
 B, K, H, V, N = 2, 2, 8, 4, 4
-LENGTHS = np.array([21, 8], np.int32)
+# The positions that each row holds: of the first some have been evicted, two appended at one position.
+HELD = ([0, 1, *range(6, 15), 15, 15, *range(16, 20)], list(range(8)))
+NEXT = (21, 8)
+STORED = ("key", "value", "key_scale", "value_scale")
 FORMS = {
     "float32": {"dtype": jnp.float32},
     "bfloat16_layers": {"dtype": jnp.bfloat16, "layers": 3},
@@ -63,42 +67,54 @@ def tokens(rng: np.random.Generator, count: int, layers: int | None = None) -> t
 
 
 @functools.cache
-def filled(place: str, form: str = "float32", capacity: int = 24, **options) -> distattn.KVCache:
-    """A cache of two ragged rows, in which slots have been freed in between."""
-    sizes = {"value_dim": V, **FORMS[form], **PLACES[place], **options}
+def filled(
+    place: str, form: str = "float32", capacity: int = 24, placement: str = "least_loaded"
+) -> distattn.KVCache:
+    """A cache of two ragged rows, in slots here and there, or with placement 'block' the first ones.
+
+    The tokens are the same in all places. No program of the cache makes them, nor has to be compiled.
+    """
+    sizes = {"value_dim": V, "placement": placement, **FORMS[form], **PLACES[place]}
     new = jax.eval_shape(lambda: distattn.KVCache.create(B, capacity, K, H, **sizes))
-    # Put there rather than created: that compiles a program for each array, and here are many caches.
-    arrays = {
-        name: np.full(x.shape, -1 if name == "positions" else 0, x.dtype)
-        for name in letters_of(new)
-        for x in [getattr(new, name)]
-    }
-    return fill(jax.device_put(dataclasses.replace(new, **arrays), lies(new)))
+    arrays = {name: np.zeros((x := getattr(new, name)).shape, x.dtype) for name in letters_of(new)}
+    arrays["positions"][:] = -1
+    rng = np.random.default_rng(0)
+    for row, held in enumerate(HELD):
+        slots = np.arange(capacity)
+        if placement != "block":
+            slots = np.random.default_rng(row).permutation(capacity)
+        slots = slots[: len(held)]
+        arrays["positions"][row, slots] = held
+        np.add.at(arrays["counts"][row], slots * new.layout.devices // capacity, 1)
+        for name in (x for x in STORED if x in arrays):
+            at = (row, slots) if new.layers is None else (slice(None), row, slots)
+            arrays[name][at] = numbers(rng, name, arrays[name][at])
+    arrays["next_position"][:] = NEXT
+    arrays["appended"][:], arrays["placed"][:], arrays["overflow"][:] = (3, 1), (27, 8), (0, 1)
+    return jax.device_put(dataclasses.replace(new, **arrays), lies(new))
+
+
+def numbers(rng: np.random.Generator, name: str, like: np.ndarray) -> np.ndarray:
+    """What may be stored under a name."""
+    if "scale" in name:
+        return rng.uniform(0.01, 0.02, like.shape).astype(like.dtype)
+    if like.dtype == np.int8:
+        return rng.integers(-127, 128, like.shape, np.int8)
+    return rng.normal(size=like.shape).astype(like.dtype)
 
 
 def lies(cache: distattn.KVCache) -> distattn.KVCache:
     """The sharding of each array, in the structure of the cache."""
     letters = letters_of(cache).items()
-    shardings = {name: sharding_of(cache.layout, x) for name, x in letters}
+    with context_of(cache.layout):
+        shardings = {name: sharding_of(cache.layout, x) for name, x in letters}
     return dataclasses.replace(cache, **shardings)
-
-
-@jax.jit
-def fill(cache: distattn.KVCache) -> distattn.KVCache:
-    key, value = tokens(np.random.default_rng(0), 24, cache.layers)
-    cache = cache.append(key, value, lengths=LENGTHS)
-    return cache.evict(np.array([15, 8], np.int32), keep_first=2)
-
-
-def as_bytes(x: jax.Array) -> np.ndarray:
-    return np.ascontiguousarray(x).view(np.uint8).reshape(*x.shape[:-1], -1)
 
 
 def by_token(cache: distattn.KVCache, start: int = 0, stop: int | None = None) -> list[list]:
     """Position and bytes of each occupied slot, in order, for each row: the slots from start on."""
     tags = np.asarray(cache.positions)[:, start:stop]
-    names = ("key", "value", "key_scale", "value_scale")
-    stored = [x for name in names if (x := getattr(cache, name)) is not None]
+    stored = [x for name in STORED if (x := getattr(cache, name)) is not None]
     axis = 0 if cache.layers is None else 1
     rows = []
     for row in range(B):
@@ -113,7 +129,8 @@ def check_whole(cache: distattn.KVCache) -> None:
     """That counts say what tags say, and that all is and lies as `create` would have it."""
     tags = np.asarray(cache.positions).reshape(B, cache.layout.devices, -1)
     assert np.array_equal(cache.counts, (tags >= 0).sum(axis=2))
-    new = blank_like(cache, cache.capacity, cache.layout)
+    with context_of(cache.layout):
+        new = blank_like(cache, cache.capacity, cache.layout)
     assert jax.tree.structure(new) == jax.tree.structure(cache)
     leaves = zip(*map(jax.tree.leaves, (cache, new, lies(cache))), strict=True)
     for got, want, sharding in leaves:
@@ -227,7 +244,7 @@ def test_no_device_needs_memory_for_more_than_its_own_share():
     [("8", "float32"), ("8_explicit", "float8"), ("8", "int8_layers"), ("grid", "bfloat16_layers")],
 )
 def test_a_surplus_goes_to_the_devices_that_hold_the_fewest(place, form):
-    before = filled(place, form, capacity=128, placement="block")
+    before = filled(place, form, capacity=64, placement="block")
     devices = before.layout.devices
     full = np.asarray(before.counts)
     after = before.resize(24)
@@ -243,7 +260,7 @@ def test_a_surplus_goes_to_the_devices_that_hold_the_fewest(place, form):
 
 
 def test_bits_survive_the_way_between_devices():
-    before = filled("8", capacity=128, placement="block")
+    before = filled("8", capacity=64, placement="block")
     strange = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)
     strange.view(np.uint32)[0] |= 0x1234  # a payload
     value = np.broadcast_to(strange, before.value.shape)
@@ -269,6 +286,22 @@ def test_axes_of_the_same_mesh():
     assert moved.layout.slots == ("rows", "kv")
     assert moved.layout.batch == moved.layout.heads == ()
     check_same(moved, cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_mesh_the_context_has(kind, tmp_path):
+    before = filled("8", "int8_layers", 64, "block")
+    spare = jax.make_mesh((2, 4), ("copies", "kv"), (KINDS[kind],) * 2)  # each slot lies twice
+    with jax.set_mesh(mesh_of(8, kind)):
+        on_four = before.resize(24, mesh=spare, axis_name="kv").resize(20)
+        check_same(on_four, before)
+        check_same(on_four.resize(mesh=mesh_of(3, kind)), before)
+        check_same(on_four.resize(mesh=None), before)
+        on_four.save(tmp_path)
+    with jax.set_mesh(spare):
+        check_same(distattn.KVCache.restore(tmp_path, axis_name="kv"), before)
+        check_same(distattn.KVCache.restore(tmp_path, capacity=64, **PLACES["8"]), before)
+        check_same(distattn.KVCache.restore(tmp_path), before)
 
 
 def test_a_row_that_does_not_fit_is_refused_and_nothing_changes():
@@ -370,6 +403,13 @@ def test_without_orbax_the_error_says_what_to_install(tmp_path, monkeypatch):
         distattn.KVCache.restore(tmp_path)
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for call in (filled("one").save, distattn.KVCache.restore):
+        with pytest.raises(NotImplementedError, match="by one process, and this program has 2"):
+            call(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("steps")
@@ -469,6 +509,21 @@ def test_a_save_that_is_killed_leaves_the_steps_before(tmp_path):
     assert small.save(directory) == step, "in the place of what was interrupted"
     assert list(directory.glob("*.unfinished")) == []
     check_same(distattn.KVCache.restore(directory), small)
+
+
+def test_a_save_that_fails_at_the_last_moment_leaves_no_step(tmp_path, monkeypatch):
+    cache = filled("one")
+    cache.save(tmp_path)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("distattn.cache.checkpoint.write_manifest", fail)
+    with pytest.raises(OSError, match="no space left"):
+        cache.save(tmp_path)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=r"step 0 of .* interrupted, and not complete: \[1\]"):
+        check_same(distattn.KVCache.restore(tmp_path), cache)
 
 
 def test_each_device_reads_its_own_share(tmp_path):

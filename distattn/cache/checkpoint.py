@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
 from distattn.cache.capacity import counted
 from distattn.cache.edits import FREE
-from distattn.cache.layout import letters_of, make_layout
+from distattn.cache.layout import Layout, letters_of, make_layout
 from distattn.cache.manifest import damage, read_manifest, sync, write_manifest
-from distattn.cache.moving import sharding_of
+from distattn.cache.moving import context_of, sharding_of
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
     Raises:
       ValueError: a step that is there already.
       ModuleNotFoundError: Orbax is not installed.
+      NotImplementedError: a program of several processes.
     """
     orbax = _orbax()
     if isinstance(self.positions, Tracer):
@@ -57,7 +59,7 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
     steps = _steps(directory)
     if step is None:
         step = max(steps, default=-1) + 1
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"step is {step!r}; it must be an int of at least 0")
     if step in steps:
         raise ValueError(
@@ -110,8 +112,9 @@ def restore(
     Raises:
       FileNotFoundError: no such step, or none; says which there are, and which were interrupted.
       OSError: a file of the step is missing or has changed; says which, and what earlier step is whole.
-      ValueError: what `create` or `resize` refuses.
+      ValueError: what `create` or `resize` refuses; a step in the format of another release.
       ModuleNotFoundError: Orbax is not installed.
+      NotImplementedError: a program of several processes.
     """
     orbax = _orbax()
     directory = Path(directory).absolute()
@@ -125,9 +128,20 @@ def restore(
             "release of distattn reads; use the release that wrote it, or a newer one"
         )
     layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
+    with context_of(layout):
+        cache = _read(orbax, cls, folder / ARRAYS, saved, layout)
+    if placement is None and capacity is None:
+        return cache
+    return cache.resize(capacity, placement=placement)
+
+
+def _read(
+    orbax: ModuleType, cls: type["KVCache"], folder: Path, saved: dict[str, Any], layout: Layout
+) -> "KVCache":
+    """The cache, with its slots over the devices of the layout."""
     blank = jax.eval_shape(
         lambda: cls.create(
-            **{**saved, "placement": saved["placement"] if placement is None else placement},
+            **saved,
             mesh=layout.mesh,
             axis_name=layout.slots,
             batch_axis_name=layout.batch,
@@ -141,10 +155,9 @@ def restore(
     }
     # Not strict: where these devices do not divide the slots, there are more of them now, at the end.
     with orbax.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder / ARRAYS, wanted, strict=False)
+        arrays = checkpointer.restore(folder, wanted, strict=False)
     arrays["positions"] = _free_from(arrays["positions"], jnp.int32(saved["capacity"]))
-    cache = counted(dataclasses.replace(blank, **arrays))
-    return cache if capacity is None else cache.resize(capacity)
+    return counted(dataclasses.replace(blank, **arrays))
 
 
 @jax.jit
@@ -153,6 +166,10 @@ def _free_from(tags: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def _orbax() -> ModuleType:
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"a cache is saved and restored by one process, and this program has {jax.process_count()}"
+        )
     try:
         import orbax.checkpoint
     except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ out where it changes nothing:
 import dataclasses
 import functools
 import math
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import jax
@@ -84,17 +85,25 @@ def resize(
         layout = self.layout
     else:
         layout = make_layout(mesh, **axes)
-    blank = blank_like(self, self.capacity if capacity is None else capacity, layout, placement)
-    slots = blank.capacity
-    _check_fit(self, slots)
-    cache = self
-    if layout == self.layout:
-        cache = with_slots(cache, slots)
-    else:
+    with context_of(layout):
+        blank = blank_like(self, self.capacity if capacity is None else capacity, layout, placement)
+    cache, slots = self, blank.capacity
+    _check_fit(cache, slots)
+    if layout != self.layout:
         both = math.lcm(self.layout.devices, layout.devices)
         common = math.ceil(min(self.capacity, slots) / both) * both
-        cache = with_slots(moved(with_slots(cache, common), layout), slots)
+        with context_of(self.layout):
+            cache = with_slots(cache, common)
+        with context_of(layout):
+            cache = moved(cache, layout)
+    with context_of(layout):
+        cache = with_slots(cache, slots)
     return dataclasses.replace(cache, placement=blank.placement)
+
+
+def context_of(layout: Layout) -> AbstractContextManager:
+    """The layout's own mesh as the one of the context, whichever the caller has set."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
 
 
 def blank_like(
@@ -119,7 +128,10 @@ def blank_like(
 
 
 def sharding_of(layout: Layout, letters: str) -> Sharding:
-    """That of an array, from the letters of its dimensions; without a mesh the default device."""
+    """That of an array, from the letters of its dimensions; without a mesh the default device's.
+
+    To be called in the context of the layout.
+    """
     return layout.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
 
 
