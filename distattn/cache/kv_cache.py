@@ -1,13 +1,15 @@
 """`KVCache`: keys and values of the tokens so far, on many devices, in any order."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from distattn.cache import checkpoint, edits, moving, reading, writing
 from distattn.cache.layout import Layout, make_layout
@@ -124,10 +126,7 @@ class KVCache:
         }
 
         def filled(name: str, shape: tuple, fill: Any, kind: Any) -> jax.Array:
-            sharding = layout.sharding(letters[name])
-            if sharding is None:
-                return jnp.full(shape, fill, kind)
-            return jax.jit(lambda: jnp.full(shape, fill, kind), out_shardings=sharding)()
+            return _filler(shape, fill, jnp.dtype(kind), layout.sharding(letters[name]))()
 
         def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
             return filled("row", (batch,), fill, kind)
@@ -170,3 +169,12 @@ class KVCache:
     resize = moving.resize
     save = checkpoint.save
     restore = classmethod(checkpoint.restore)
+
+
+@functools.lru_cache
+def _filler(
+    shape: tuple[int, ...], fill: Any, dtype: jnp.dtype, sharding: NamedSharding | None
+) -> Callable[[], jax.Array]:
+    """Makes an array where it is to lie; compiled once for each kind of array."""
+    make = functools.partial(jnp.full, shape, fill, dtype)
+    return make if sharding is None else jax.jit(make, out_shardings=sharding)
