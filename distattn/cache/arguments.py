@@ -42,6 +42,15 @@ def token_numbers(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array
     return jnp.broadcast_to(x if x.ndim == 2 else x[None], (batch, tokens))
 
 
+def up_to_lengths(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
+    """int32[B, T] with -1, for no token, from the length of each row on; lengths None: as it is."""
+    if lengths is None:
+        return x
+    batch, tokens = x.shape
+    index = np.arange(tokens, dtype=np.int32)[None]
+    return jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], x, -1)
+
+
 def row_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
     """int32[n] from one index of a row or several."""
     x = jnp.atleast_1d(integers(name, x))

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from distattn.cache.arguments import row_indices, row_mask, row_numbers, token_numbers
+from distattn.cache.arguments import (
+    row_indices,
+    row_mask,
+    row_numbers,
+    token_numbers,
+    up_to_lengths,
+)
 from distattn.cache.layout import Layout, letters_of
 from distattn.cache.storage import as_integers
 
@@ -33,7 +39,6 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
       The cache in which they are as in a new one.
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
-
     names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
     letters = ("BS", "B.", "B", "B", "B", "B")
     arrays = (getattr(self, name) for name in names)
@@ -51,7 +56,6 @@ def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
       The cache, whose next positions are at most the lengths.
     """
     lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
-
     cache = _retag(self, _below, lengths)
     next_position = jnp.minimum(self.next_position, lengths)
     gone = self.next_position - next_position
@@ -77,7 +81,6 @@ def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "
     batch = self.positions.shape[0]
     first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
     keep_first = row_numbers("keep_first", keep_first, batch)
-
     return _retag(self, _from_or_below, first, keep_first)
 
 
@@ -99,9 +102,7 @@ def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) 
     batch = self.positions.shape[0]
     nodes = jnp.asarray(nodes)
     nodes = token_numbers("nodes", nodes, batch, nodes.shape[-1] if nodes.ndim else 0)
-    if lengths is not None:
-        index = jnp.arange(nodes.shape[1], dtype=jnp.int32)[None]
-        nodes = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], nodes, -1)
+    nodes = up_to_lengths(nodes, lengths)
     nodes = jnp.where(nodes < self.appended[:, None], nodes, -1)  # a refused append has none
     start = self.next_position - self.appended
     cache = _retag(self, _on_path, start, nodes)

@@ -11,15 +11,14 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from distattn.cache import storage
-from distattn.cache.arguments import check_new, known, row_numbers, token_numbers
-from distattn.cache.layout import Layout
+from distattn.cache.arguments import check_new, known, token_numbers, up_to_lengths
+from distattn.cache.layout import Layout, letters_of
 from distattn.cache.slots import Slots, take_slots
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
 
 LOCAL = "local"
-LETTERS = "LBSK."  # of what is stored; scales have no last one
 
 
 def reserve(
@@ -71,13 +70,11 @@ def reserve(
                 f"owner reaches from {numbers.min()} to {numbers.max()}; the slots lie on "
                 f"{layout.devices} devices, 0 .. {layout.devices - 1}"
             )
-    index = np.arange(tokens, dtype=np.int32)[None]
     if positions is None:
-        new = self.next_position[:, None] + index
+        new = self.next_position[:, None] + np.arange(tokens, dtype=np.int32)[None]
     else:
         new = token_numbers("positions", positions, batch, tokens)
-    if lengths is not None:
-        new = jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], new, -1)
+    new = up_to_lengths(new, lengths)
     tags, counts, slots, taken, overflow = layout.run(
         take_slots,
         ("BS", "B.", "B", "B.", None if devices is None else "B."),
@@ -137,15 +134,17 @@ def write(
             stored[f"{name}_scale"] = scale
             new[name], new[f"{name}_scale"] = storage.quantise(new[name], self.key.dtype)
 
-    at_rest = [LETTERS[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in stored.items()]
-    arriving = LETTERS.replace("S", "D" if slots.local else "T")
-    arriving = [arriving[-x.ndim - ("scale" in name) :][: x.ndim] for name, x in new.items()]
+    letters = letters_of(self)
+    at_rest = [letters[name] for name in stored]
+    arriving = [x.replace("S", "D" if slots.local else "T") for x in at_rest]
+    if layer is not None:
+        arriving = [x.removeprefix("L") for x in arriving]
     written = self.layout.run(
         _write,
         ("DB.", None if layer is None else "", *at_rest, *arriving),
         at_rest,
         *(slots.index, None if layer is None else jnp.asarray(layer, jnp.int32)),
-        *(*stored.values(), *new.values()),
+        *(*stored.values(), *(new[name] for name in stored)),
         static=(self.layers is not None,),
     )
     return dataclasses.replace(self, **dict(zip(stored, written, strict=True)))
