@@ -52,16 +52,7 @@ def one_device(config: smollm2.Config, slots: int) -> PlainCache:
 
 def many_devices(config: smollm2.Config, slots: int, mesh: Mesh) -> KVCache:
     """The same over slots that are split over the mesh."""
-    return KVCache.create(
-        1,
-        slots,
-        config.kv_heads,
-        config.head_dim,
-        layers=config.layers,
-        dtype=np.float32,
-        mesh=mesh,
-        axis_name=AXIS,
-    )
+    return smollm2.new_cache(config, 1, slots, mesh=mesh)
 
 
 def random_owners(slots: int, seed: int) -> np.ndarray:

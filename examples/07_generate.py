@@ -24,7 +24,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from distattn import KVCache
 from distattn.integrations import smollm2
 from distattn.integrations.generation import Completion, Request, TextStream, generate
 from distattn.testing import fake_devices
@@ -95,15 +94,7 @@ def batched(model: Model, capacity: int) -> Callable[..., list[Completion]]:
     forward = functools.partial(smollm2.forward, config=config, mesh=mesh)
 
     def run(requests: list[Request], **options: Any) -> list[Completion]:
-        cache = KVCache.create(
-            ROWS,
-            capacity,
-            config.kv_heads,
-            config.head_dim,
-            layers=config.layers,
-            dtype=np.float32,
-            mesh=mesh,
-        )
+        cache = smollm2.new_cache(config, ROWS, capacity, mesh=mesh)
         end = (config.end_token,)
         options |= {"forward": forward, "chunk": CHUNK, "end_tokens": end}
         return generate(weights, cache, requests, **options)

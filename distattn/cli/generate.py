@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from distattn.cache import KVCache
 from distattn.cli.arguments import CommandError, at_least
 from distattn.integrations import smollm2
 from distattn.integrations.generation import Completion, Request, TextStream, generate
@@ -116,15 +115,9 @@ def _run(options: argparse.Namespace) -> None:
         weights = smollm2.place(weights, mesh)
     except ValueError as error:
         raise CommandError(f"--devices: {error}") from None
-    cache = KVCache.create(
-        min(options.rows, len(requests)),
-        options.capacity or needed,
-        config.kv_heads,
-        config.head_dim,
-        layers=config.layers,
-        dtype=jnp.dtype(options.cache_dtype),
-        mesh=mesh,
-    )
+    rows = min(options.rows, len(requests))
+    dtype = jnp.dtype(options.cache_dtype)
+    cache = smollm2.new_cache(config, rows, options.capacity or needed, dtype=dtype, mesh=mesh)
     if cache.capacity < needed:
         raise CommandError(
             f"--capacity {options.capacity} is too small: the longest prompt and its answer need "

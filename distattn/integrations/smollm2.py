@@ -189,6 +189,21 @@ def place(weights: Tree, mesh: Mesh | None) -> Tree:
     )
 
 
+def new_cache(
+    config: Config, rows: int, capacity: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> KVCache:
+    """An empty cache for the model: `rows` of at least `capacity` tokens, its slots split over the mesh."""
+    return KVCache.create(
+        rows,
+        capacity,
+        config.kv_heads,
+        config.head_dim,
+        layers=config.layers,
+        dtype=dtype,
+        mesh=mesh,
+    )
+
+
 # ---------------------------------------------------------------------------------- computing
 
 
