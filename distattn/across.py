@@ -7,7 +7,6 @@ brings query, key and value from rest to work.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,9 +18,12 @@ from distattn._compat import vary, varying_axes
 from distattn.call import Call
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.local import dense_state, fold, fold_gradients, refuse_second_derivative
-from distattn.operands import Operands, letters_of, map_named, plain
+from distattn.movement import Movement
+from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
 from distattn.placement import Axes
+from distattn.ring import ring_fold, ring_gradients
 from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
+from distattn.ulysses import heads_to_rows, rows_to_heads
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -30,7 +32,11 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     query = operands.query
     axes = varying_axes(*jax.tree.leaves(operands))  # of a shard_map around, if there is one
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
-    operands = _padded(call, _with_repeated_heads(call, operands))
+    if call.movement.heads:
+        operands = plain(operands)  # what moves is one layer, as numbers
+    if operands.key.shape[-2] > 1 or call.movement.heads:  # one head may lie on all devices
+        operands = with_repeated_heads(operands, call.placement.size(call.head_axes))
+    operands = _padded(call, operands)
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.implementation == "dense":
         out, lse = _forward(call, operands)
@@ -43,19 +49,6 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
             call.uncut(x[:, :rows], "BTN."[: x.ndim]) for x in call.place([out, lse], whole)
         )
     return _laid_out_as(query, out), _laid_out_as(query, lse)
-
-
-def _with_repeated_heads(call: Call, operands: Operands) -> Operands:
-    """Key/value heads repeated as often as the axes of the query's heads need to divide them."""
-    heads, kv_heads = operands.query.shape[2], operands.key.shape[-2]
-    shards = call.placement.size(call.placement.heads)
-    if kv_heads == 1 or kv_heads % shards == 0:
-        return operands
-    times = math.lcm(kv_heads, shards) // kv_heads
-    if heads % (kv_heads * times):
-        times = heads // kv_heads
-    key, value = (jnp.repeat(x, times, axis=2) for x in (operands.key, operands.value))
-    return dataclasses.replace(operands, key=key, value=value)
 
 
 def _padded(call: Call, operands: Operands) -> Operands:
@@ -135,9 +128,13 @@ def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     valid = operands.mask.query_valid
     out_like = jax.ShapeDtypeStruct((batch, rows, heads, operands.value.shape[-1]), jnp.float32)
     lse_like = jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32)
+    finished = call.row_axes + call.movement.scatter
     return call.run(
         functools.partial(_forward_body, call),
-        (map_named(call.at_work, operands), None if valid is None else call.result(valid)),
+        (
+            map_named(call.at_entry, operands),
+            None if valid is None else call.placement.spec("BT", valid.shape, rows=finished),
+        ),
         (call.result(out_like), call.result(lse_like)),
         operands,
         valid,
@@ -172,22 +169,21 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     if operands.bias is not None:
         gradients["bias"] = operands.bias
     axes = {name: call.missing(name, x) for name, x in gradients.items()}
-    moved = {
-        "query": call.placement.spec("BTN.", query.shape, rows=call.out_axes),
-        **{
-            name: call.placement.spec(
-                "BSK.", gradients[name].shape, keys=call.key_axes + call.movement.gather_keys
-            )
-            for name in ("key", "value")
-        },
+    keys = None if call.movement.heads else call.key_axes + call.movement.gather_keys
+    specs = {
+        name: call.result(x)
+        if name == "query"
+        else call.placement.spec("BSK.", x.shape, keys=keys)
+        if name in ("key", "value")
+        else call.at_work(name, x)
+        for name, x in gradients.items()
     }
-    specs = {name: moved.get(name) or call.at_work(name, x) for name, x in gradients.items()}
     result = call.run(
         functools.partial(_backward_body, call, axes),
         (
-            map_named(call.at_work, without_query),
-            call.at_work("query", joined),
-            call.at_work("query", rows),
+            map_named(call.at_entry, without_query),
+            call.at_entry("query", joined),
+            call.at_entry("query", rows),
         ),
         specs,
         without_query,
@@ -199,16 +195,36 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
 
 
 def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
-    if call.implementation == "dense":
-        state = dense_state(operands, call.scoring)
-    else:
-        state = fold(operands, call.scoring, call.machine)
     movement = call.movement
+    if movement.heads:
+        operands, _ = _with_heads(movement, operands)
+
+    def local(operands: Operands) -> SoftmaxState:
+        if call.implementation == "dense":
+            return dense_state(operands, call.scoring)
+        return fold(operands, call.scoring, call.machine)
+
+    state = ring_fold(local, operands, call.ring) if call.ring else local(operands)
     if movement.all_reduce:
         state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
     if movement.scatter:
         state = reduce_scatter(state, movement.scatter)
-    return finish(state, operands.sinks, valid, operands.query.dtype)
+    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
+    return tuple(heads_to_rows([out, lse], movement.heads)) if movement.heads else (out, lse)
+
+
+def _with_heads(
+    movement: Movement, operands: Operands, *rows: jax.Array
+) -> tuple[Operands, tuple[jax.Array, ...]]:
+    """The operands, and more arrays [B, T, N, ...], with their heads sharded in place of rows."""
+    query, key, value, *rows = rows_to_heads(
+        [operands.query, operands.key, operands.value, *rows], movement.heads
+    )
+    if movement.gather_keys:
+        key, value = (
+            lax.all_gather(x, movement.gather_keys, axis=1, tiled=True) for x in (key, value)
+        )
+    return dataclasses.replace(operands, query=query, key=key, value=value), tuple(rows)
 
 
 def finish(
@@ -227,22 +243,33 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
     if movement.scatter:
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
         operands = dataclasses.replace(operands, query=query)
+    if movement.heads:
+        operands, (d_out, rows) = _with_heads(movement, operands, d_out, rows)
     query, key, value = operands.query, operands.key, operands.value
     dtype = state_dtype(query, key, value)
-    d_query, d_key, d_value, d_bias = fold_gradients(
-        operands,
-        call.scoring,
-        call.machine,
-        reference=rows[..., 0],
-        d_sum=rows[..., 1],
-        d_weighted_sum=d_out.astype(dtype),
-        key_dtype=dtype if axes["key"] else None,
-    )
+    cotangents = {
+        "reference": rows[..., 0],
+        "d_sum": rows[..., 1],
+        "d_weighted_sum": d_out.astype(dtype),
+    }
+    if call.ring:
+        d_query, d_key, d_value, d_bias = ring_gradients(
+            operands, call.scoring, call.machine, call.ring, **cotangents
+        )
+    else:
+        key_dtype = dtype if axes["key"] else None
+        d_query, d_key, d_value, d_bias = fold_gradients(
+            operands, call.scoring, call.machine, **cotangents, key_dtype=key_dtype
+        )
     result = {
         "query": _summed(d_query, axes["query"], movement.scatter).astype(query.dtype),
         "key": _summed(d_key, axes["key"], movement.gather_keys).astype(key.dtype),
         "value": _summed(d_value, axes["value"], movement.gather_keys).astype(value.dtype),
     }
+    if movement.heads:
+        names = ("query", "key", "value")
+        moved = heads_to_rows([result[name] for name in names], movement.heads)
+        result = dict(zip(names, moved, strict=True))
     if operands.bias is not None:
         result["bias"] = _summed(d_bias, axes["bias"], ()).astype(operands.bias.dtype)
     return result

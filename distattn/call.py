@@ -14,6 +14,7 @@ from distattn.block import Scoring
 from distattn.movement import Movement
 from distattn.operands import letters_of
 from distattn.placement import Axes, Placement
+from distattn.ring import Ring
 from distattn.tiles import Machine
 
 
@@ -34,40 +35,65 @@ class Call:
     @property
     def row_axes(self) -> Axes:
         """The axes of T at work."""
-        return tuple(a for a in self.placement.query if a not in self.movement.gather_rows)
+        moved = self.movement.gather_rows + self.movement.heads
+        return tuple(axis for axis in self.placement.query if axis not in moved)
 
     @property
     def key_axes(self) -> Axes:
         """The axes of S at work."""
-        return tuple(a for a in self.placement.key if a not in self.movement.gather_keys)
+        moved = self.movement.gather_keys + self.movement.heads
+        return tuple(axis for axis in self.placement.key if axis not in moved)
 
     @property
-    def out_axes(self) -> Axes:
-        """The axes of T of the result."""
-        return self.row_axes + self.movement.scatter
+    def head_axes(self) -> Axes:
+        """The axes of N and K at work."""
+        return self.placement.heads + self.movement.heads
+
+    @property
+    def ring(self) -> Ring | None:
+        """The devices round which keys travel, if they do."""
+        if not self.movement.ring:
+            return None
+        in_order = (axis for axis in self.placement.mesh.axis_names if axis in self.movement.ring)
+        return Ring(tuple(in_order), self.key_axes)
 
     def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
-        """How an operand is sharded as it comes and goes: only query, key and value ever move."""
-        if name in ("query", "key", "value"):
+        """How an operand is sharded as it comes and goes: bias and masks come as work needs them."""
+        if name in ("query", "key", "value", "sinks"):
             return self.placement.spec(letters_of(name, x), x.shape)
         return self.at_work(name, x)
 
     def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded while each device computes."""
+        whole = self.movement.ring and name in (
+            "bias",
+            "dense",
+        )  # of which each hop takes its columns
         return self.placement.spec(
-            letters_of(name, x), x.shape, rows=self.row_axes, keys=self.key_axes
+            letters_of(name, x),
+            x.shape,
+            rows=self.row_axes,
+            keys=() if whole else self.key_axes,
+            heads=self.head_axes,
         )
+
+    def at_entry(self, name: str, x: jax.Array) -> PartitionSpec:
+        """How an operand enters the devices' own program, which moves the heads itself."""
+        moves = self.movement.heads and name in ("query", "key", "value")
+        return self.at_rest(name, x) if moves else self.at_work(name, x)
 
     def result(self, x: jax.Array) -> PartitionSpec:
         """How an array [B, T, N, V], or without its last dimensions, is sharded with the result's rows."""
-        return self.placement.spec("BTN."[: x.ndim], x.shape, rows=self.out_axes)
+        rows = self.row_axes + self.movement.scatter
+        if self.movement.heads:
+            rows = self.placement.query
+        return self.placement.spec("BTN."[: x.ndim], x.shape, rows=rows)
 
     def missing(self, name: str, x: jax.Array) -> Axes:
         """The axes of the work that do not shard this operand: its gradient is a sum over them."""
         used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
-        placement = self.placement
-        work = (*placement.batch, *placement.heads, *self.row_axes, *self.key_axes)
-        return tuple(axis for axis in work if axis not in used)
+        work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
+        return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
 
     def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
         """body(*arguments), by every device on its shards; plainly where there is no mesh."""

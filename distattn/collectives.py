@@ -125,7 +125,7 @@ def reduce_scatter(
         high = lax.pmax(lax.stop_gradient(state.max), axes)
         packed = pack(rescale(state, high))[..., :-1]
         packed = lax.psum_scatter(packed, names, scatter_dimension=scatter_dimension, tiled=True)
-        high = _own_part(high, lax.axis_index(names), size, scatter_dimension)
+        high = own_part(high, names, scatter_dimension)
         return SoftmaxState(high, packed[..., -1], packed[..., :-1])
     return _run_scatter(schedule, state, axes, names, scatter_dimension)
 
@@ -189,8 +189,14 @@ def typed_as_replicated(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     size = axes_size(axes)
     flat = x.reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % size))
-    part = _own_part(flat, lax.axis_index(axes), size, 0)
+    part = own_part(flat, axes, 0)
     return gather(part, axes).reshape(-1)[: x.size].reshape(x.shape)
+
+
+def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """This device's part of x, which all devices have, along the dimension."""
+    part = x.shape[dimension] // axes_size(axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
 
 
 def _named(name: str, state: SoftmaxState, axes: tuple[str, ...]) -> str | Schedule:
@@ -250,8 +256,3 @@ def _run_scatter(schedule, state, axes, names, dimension):
         near = pack(merge(unpack(parts[:count]), unpack(message)))
         parts = jnp.concatenate([near, parts[count:shift]])
     return unpack(parts[0])
-
-
-def _own_part(x: jax.Array, rank: jax.Array, size: int, dimension: int) -> jax.Array:
-    part = x.shape[dimension] // size
-    return lax.dynamic_slice_in_dim(x, rank * part, part, dimension)

@@ -1,23 +1,19 @@
-"""What a combine costs: launches, messages and bytes, and the seconds they take on a platform.
+"""The seconds that launches, messages, bytes and merges take on a platform.
 
 The alpha-beta model, with a launch apart from a message, because a ring is one launch of many
 messages and a butterfly is many launches of one, and with the merges, which cost more than the
 messages where devices are threads:
 
     time_s = launches * launch_s + messages * latency_s + message_bytes / bytes_per_s
-           + merges * merge_s + merged_bytes / merge_bytes_per_s
+           + merges * merge_s + merged_bytes / merge_bytes_per_s - hidden_s
 
 The attention itself is not in it: whether the query or the keys are gathered, each of the D devices
-multiplies T * S / D pairs.
+multiplies T * S / D pairs. It only hides messages that are on their way meanwhile, those of a ring.
 """
 
-import collections
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal
-
-from distattn.schedule import Schedule, butterfly_round_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Platform:
     merge_s: float  # merging one more state, however small
     merge_bytes_per_s: float  # of the states that are merged into one's own
     collectives: Literal["ring", "tree"]  # D - 1 or log2 D messages, twice that for an all-reduce
+    flops_per_s: float  # of attention's products, on one device
     shared: bool = False  # the devices share their cores, so that D devices take D times as long
 
 
@@ -54,25 +51,27 @@ PLATFORMS = {
     # 8 devices, 2 cores, time over pmax + two psums at 2 KiB / 130 KiB / 2 MiB: pmax + one psum
     # 0.79 / 0.81 / 1.02, butterfly 1.05 / 1.41 / 2.85, all_gather 0.96 / 4.5 / 28 (jax 0.10.2). So
     # at 2 KiB a launch is 0.27 of pmax + one psum (about 1 ms) and a merge a quarter of a launch;
-    # at 2 MiB merges are about 10 times the copies (memory: 31 GB/s).
-    ("cpu", False): Platform(Link(0.0, 3e10), 3e-5, 8e-6, 4e9, "ring", shared=True),
+    # at 2 MiB merges are about 10 times the copies (memory: 31 GB/s). Products: 175 GFLOP/s.
+    ("cpu", False): Platform(Link(0.0, 3e10), 3e-5, 8e-6, 4e9, "ring", 1.75e11, shared=True),
     # Gloo over TCP on one machine, 8 processes: butterfly 6.4, all_gather 16, pmax + psum 39 ms, in
     # 3, 7 and 28 messages; 2 processes of 4 devices: 10.6, 6.8, 17.7 ms, and with 0.5 MB 26, 104
     # and 32 ms more (jax 0.10.2). Between hosts 5 ms apart each message of its rings takes 9 ms,
     # there and back: pass Link(9e-3, ...) for those.
-    ("cpu", True): Platform(Link(1e-3, 5e7), 3e-4, 8e-6, 4e9, "ring"),
+    ("cpu", True): Platform(Link(1e-3, 5e7), 3e-4, 8e-6, 4e9, "ring", 1.75e11),
     # NCCL's model of itself (src/graph/tuning.cc): 6.8 us a collective; 0.6 us a step over NVLink,
     # 2.7 over a network; rings in a host, trees between hosts. Data sheets of H100 and InfiniBand:
     # NVLink 450 GB/s a direction, network 50 GB/s, HBM 3.35 TB/s (a merge reads two states and
-    # writes one: a third). 2 us: the launch of a kernel.
-    ("gpu", False): Platform(Link(6e-7, 4.5e11), 6.8e-6, 2e-6, 1.1e12, "ring"),
-    ("gpu", True): Platform(Link(2.7e-6, 5e10), 6.8e-6, 2e-6, 1.1e12, "tree"),
+    # writes one: a third). 2 us: the launch of a kernel. Products in bfloat16: 989 TFLOP/s, of which
+    # FlashAttention reaches about 40 %.
+    ("gpu", False): Platform(Link(6e-7, 4.5e11), 6.8e-6, 2e-6, 1.1e12, "ring", 4e14),
+    ("gpu", True): Platform(Link(2.7e-6, 5e10), 6.8e-6, 2e-6, 1.1e12, "tree", 4e14),
     # v5p, "How to Scale Your Model", chapter on TPUs: ICI 1e11 B/s a link and direction, 0.5 us a
     # hop, HBM 2.8e12 B/s (a third, as above). 1 us: XLA:TPU's own estimate of a butterfly grows by
     # 9 us from 64 chips to 4096, six rounds. A torus is no tree, but along all its axes and in both
-    # directions it is nearly as short. Processes of one slice share its ICI.
-    ("tpu", False): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree"),
-    ("tpu", True): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree"),
+    # directions it is nearly as short. Processes of one slice share its ICI. Products in bfloat16:
+    # 459 TFLOP/s, of which half is counted on.
+    ("tpu", False): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree", 2.3e14),
+    ("tpu", True): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree", 2.3e14),
 }
 
 
@@ -143,6 +142,12 @@ class Shape:
         rows = self.batch * self.key_length * self.num_kv_heads
         return self.itemsize * rows * (self.head_dim + self.value_dim)
 
+    @property
+    def flops(self) -> int:
+        """Of the two products, 2 B T S N (H + V), without regard to masks."""
+        pairs = self.batch * self.query_length * self.key_length * self.num_heads
+        return 2 * pairs * (self.head_dim + self.value_dim)
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -154,6 +159,7 @@ class Traffic:
     bytes_sent: float = 0.0  # those that it sends itself: it may sit out a round
     merges: int = 0
     merged_bytes: float = 0.0
+    hidden_s: float = 0.0  # of the messages, while something else is computed
 
     def __add__(self, other: "Traffic") -> "Traffic":
         """First one, then the other."""
@@ -168,83 +174,8 @@ def time_s(traffic: Traffic, topology: Topology) -> float:
         traffic.launches * row.launch_s
         + traffic.messages * row.link.latency_s
         + traffic.message_bytes / row.link.bytes_per_s
+        - traffic.hidden_s
         + traffic.merges * row.merge_s
         + traffic.merged_bytes / row.merge_bytes_per_s
     )
     return seconds * topology.size if row.shared else seconds
-
-
-def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
-    """What a combine, by name or as a schedule of that many devices, costs on each device."""
-    if isinstance(combine, Schedule):
-        if combine.size != topology.size:
-            raise ValueError(
-                f"combine is a schedule for {combine.size} devices; it must be for the "
-                f"{topology.size} of the topology {topology.sizes}: build it for {topology.size}"
-            )
-        return _schedule(combine, shape)
-    if combine not in FORMULAS:
-        raise ValueError(
-            f"combine is {combine!r}; it must be a Schedule or one of {tuple(FORMULAS)}: name one"
-        )
-    return FORMULAS[combine](shape, topology) if topology.size > 1 else Traffic()
-
-
-def _schedule(schedule: Schedule, shape: Shape) -> Traffic:
-    sent = collections.Counter(source for pairs in schedule.rounds for source, _ in pairs)
-    merges = sum(step.receives != step.replaces for step in schedule.steps)
-    return _rounds(len(schedule.rounds), max(sent.values(), default=0), merges, shape)
-
-
-def _butterfly(shape: Shape, topology: Topology) -> Traffic:
-    """Sends n log2 D, in as many launches."""
-    rounds = sum(butterfly_round_count(size) for size in topology.sizes)
-    # Where a size is no power of two, the busiest rank sends nothing in the round that folds, and
-    # nobody merges in the round that unfolds.
-    sent = sum((size - 1).bit_length() for size in topology.sizes)
-    return _rounds(rounds, sent, sent, shape)
-
-
-def _rounds(rounds: int, sent: int, merges: int, shape: Shape) -> Traffic:
-    n = shape.payload_bytes
-    return Traffic(rounds, rounds, rounds * n, sent * n, merges, merges * n)
-
-
-def _psum(shape: Shape, topology: Topology) -> Traffic:
-    """Sends 2 n (D-1)/D in a pmax and one packed psum; rescaling in between counts as a merge."""
-    n = shape.payload_bytes  # of which the pmax takes one number in V + 2, and the psum the rest
-    there = _gather(n, topology)  # and an all-reduce is as much back
-    sent = 2 * there.bytes_sent
-    return Traffic(2, 2 * 2 * there.messages, sent, sent, merges=1, merged_bytes=n)
-
-
-def _all_gather(shape: Shape, topology: Topology) -> Traffic:
-    """Sends n (D-1) and merges D - 1 states."""
-    n, others = shape.payload_bytes, topology.size - 1
-    return _gather(n * topology.size, topology) + Traffic(merges=others, merged_bytes=others * n)
-
-
-def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
-    """Sends (query + n) (D-1)/D: the query gathered, the states halved log2 D times."""
-    rounds = (topology.size - 1).bit_length()
-    sent = shape.payload_bytes * (topology.size - 1) / topology.size
-    halving = Traffic(rounds, rounds, sent, sent, rounds, sent)
-    return _gather(shape.query_bytes, topology) + halving
-
-
-def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
-    """Sends (key + value) (D-1)/D, and merges nothing."""
-    return _gather(shape.key_value_bytes, topology)
-
-
-def _gather(whole_bytes: float, topology: Topology) -> Traffic:
-    others = topology.size - 1
-    messages = others if topology.constants.collectives == "ring" else others.bit_length()
-    sent = whole_bytes * others / topology.size
-    return Traffic(1, messages, sent, sent)
-
-
-_Formulas = dict[str, Callable[[Shape, Topology], Traffic]]
-QUERY_REPLICATED: _Formulas = {"butterfly": _butterfly, "psum": _psum, "all_gather": _all_gather}
-QUERY_SHARDED: _Formulas = {"reduce_scatter": _reduce_scatter, "gather_kv": _gather_kv}
-FORMULAS = QUERY_REPLICATED | QUERY_SHARDED

@@ -1,13 +1,13 @@
 """The public call inside a `shard_map` of one's own: what one device does, collectives included."""
 
-from typing import Any
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from distattn import planner
 from distattn._compat import varying_axes
 from distattn.across import finish
 from distattn.collectives import (
@@ -16,6 +16,7 @@ from distattn.collectives import (
     all_reduce,
     axes_size,
     mesh_order,
+    own_part,
     reduce_scatter,
     topology_of,
     typed_as_replicated,
@@ -23,11 +24,29 @@ from distattn.collectives import (
 )
 from distattn.cost import Shape
 from distattn.local import local_state
-from distattn.movement import QUERY_SHARDED, Combine, check_combine
-from distattn.operands import Window, check_implementation, make_operands, make_scoring
+from distattn.movement import (
+    QUERY_SHARDED,
+    Combine,
+    Movement,
+    check_combine,
+    choose_sharded,
+    movement_of,
+)
+from distattn.operands import (
+    Operands,
+    Window,
+    check_implementation,
+    letters_of,
+    make_operands,
+    make_scoring,
+    map_named,
+    with_repeated_heads,
+)
 from distattn.placement import Axes
+from distattn.ring import Ring, ring_state
 from distattn.schedule import Schedule
 from distattn.tiles import Machine
+from distattn.ulysses import heads_to_rows, rows_to_heads
 
 
 def sharded_attention(
@@ -66,14 +85,14 @@ def sharded_attention(
       query: [B, T, N, H], the same on all devices of the axis; with `query_sharded` this device's rows.
       key: [B, S, K, H], this device's keys.
       value: [B, S, K, V].
-      bias: as in `dot_product_attention`, for this device's keys and all rows; for 'gather_kv', for this
-        device's rows and all keys.
+      bias: as in `dot_product_attention`, for this device's keys and all rows. With `query_sharded` for
+        this device's rows and all keys, but for 'reduce_scatter', which takes all rows and these keys.
       mask: the same.
       axis_name: the axis of the shard_map, or a tuple of axes, over which S is sharded; shards count in
         the order of the tuple.
       query_sharded: whether query holds this device's rows, sharded over the same axes.
       combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`; with `query_sharded` 'auto',
-        'reduce_scatter' or 'gather_kv'.
+        'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
       scale: as in `dot_product_attention`, like all that is not listed here.
       is_causal: the same.
       query_seq_lengths: int32[B], in global rows.
@@ -105,19 +124,11 @@ def sharded_attention(
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     rank = lax.axis_index(names)
     rows, keys = jnp.shape(query)[-3], jnp.shape(key)[-3]
-    combine = _fitting(combine, query_sharded, axes, query, key, value, bias, mask)
-    by_rows, by_keys = combine == "reduce_scatter", combine == "gather_kv"
-
-    def gathered(x: Any, wanted: bool, axis: int) -> Any:
-        """x of all devices along its dimension `axis`, counted from the end."""
-        if x is None or not wanted:
-            return x
-        return lax.all_gather(x, names, axis=jnp.ndim(x) + axis, tiled=True)
-
+    movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask))
     operands = make_operands(
-        gathered(query, by_rows, -3),
-        gathered(key, by_keys, -3),
-        gathered(value, by_keys, -3),
+        query,
+        key,
+        value,
         bias,
         mask,
         is_causal=is_causal,
@@ -125,25 +136,34 @@ def sharded_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
         sinks=sinks,
-        query_positions=gathered(query_positions, by_rows, -1),
-        key_positions=gathered(key_positions, by_keys, -1),
-        query_segment_ids=gathered(query_segment_ids, by_rows, -1),
-        key_value_segment_ids=gathered(key_value_segment_ids, by_keys, -1),
-        query_start=rank * rows if by_keys else 0,
-        key_start=0 if by_keys else rank * keys,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        query_start=rank * rows if query_sharded else 0,
+        key_start=rank * keys,
+        dense_rows=rows * axes_size(movement.gather_rows),
+        dense_keys=keys if movement.all_reduce or movement.scatter else keys * axes_size(axes),
     )
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     machine = Machine(jax.default_backend(), any(mesh.shape[axis] > 1 for axis in others))
-    state = local_state(operands, scoring, machine, implementation)
-    valid = operands.mask.query_valid
-    if by_rows:
-        state = reduce_scatter(state, names)
-        if valid is not None:
-            valid = lax.dynamic_slice_in_dim(valid, rank * rows, rows, axis=1)
-    elif not by_keys:
-        state = all_reduce(state, names, schedule=combine)
+    own_rows = operands.mask.query_valid
+    operands = _at_work(operands, movement)
+    if movement.ring:
+        in_order = tuple(axis for axis in axes if axis in movement.ring)
+        ring = Ring(in_order, movement.ring)
+        state = ring_state(operands, scoring, machine, implementation, ring)
+    else:
+        state = local_state(operands, scoring, machine, implementation)
+    if movement.scatter:
+        state = reduce_scatter(state, movement.scatter)
+    elif movement.all_reduce:
+        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
+    valid = own_rows if movement.scatter else operands.mask.query_valid
     out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
+    if movement.heads:
+        out, lse = heads_to_rows([out, lse], movement.heads)
     if not query_sharded and typed_as_varying(axes):
         if varying_axes(out) & set(axes):
             out = typed_as_replicated(out, axes)
@@ -154,47 +174,82 @@ def sharded_attention(
     return (out, lse) if return_residual else out
 
 
-def _fitting(
-    combine: Combine, query_sharded: bool, axes: Axes, query, key, value, bias, mask
-) -> Combine:
-    """The combine to use; ValueError where the one that is named does not fit the query."""
-    size = axes_size(axes)
-    if isinstance(combine, str) and combine == "ring" and query_sharded:
-        raise NotImplementedError(
-            f"combine='ring' is not built; use one of {QUERY_SHARDED} for a sharded query"
+def _choose(
+    combine: Combine, query_sharded: bool, names: Axes, query, key, value, dense: tuple
+) -> Movement:
+    """What moves; ValueError where the combine that is named does not fit the query."""
+    fitting = QUERY_SHARDED if query_sharded else ALL_REDUCES
+    if not (
+        combine == "auto"
+        or combine in fitting
+        or (isinstance(combine, Schedule) and not query_sharded)
+    ):
+        raise ValueError(
+            f"combine={combine!r} does not fit query_sharded={query_sharded}; use 'auto' or one of "
+            f"{fitting}"
         )
-    fits = QUERY_SHARDED if query_sharded else ALL_REDUCES
-    if combine == "auto" and not query_sharded:
-        return combine
+    if not query_sharded:
+        return Movement(all_reduce=names, schedule=combine)
+    sizes = {axis: axes_size((axis,)) for axis in names}
     if combine == "auto":
-        # A bias or a mask is cut for one of the two: it has all rows, or all keys.
-        for x in (bias, mask):
-            if (
-                x is not None
-                and jnp.ndim(x)
-                and jnp.shape(x)[-1] == size * jnp.shape(key)[-3] != jnp.shape(key)[-3]
-            ):
-                return "gather_kv"
-            if (
-                x is not None
-                and jnp.ndim(x) > 1
-                and jnp.shape(x)[-2] not in (1, jnp.shape(query)[-3])
-            ):
-                return "reduce_scatter"
-        batch = query.shape[0] if query.ndim == 4 else 1
-        shape = Shape(
-            batch,
-            size * query.shape[-3],
-            size * key.shape[-3],
-            query.shape[-2],
-            key.shape[-2],
-            query.shape[-1],
-            value.shape[-1],
-            key.dtype.itemsize,
-        )
-        return planner.choose(shape, topology_of(axes), query_sharded=True).combine
-    if combine in fits or (isinstance(combine, Schedule) and not query_sharded):
-        return combine
-    raise ValueError(
-        f"combine={combine!r} does not fit query_sharded={query_sharded}; use 'auto' or one of {fits}"
+        combine = _by_cost(sizes, query, key, value, dense)
+    return movement_of(combine, names, sizes, query.shape[-2])
+
+
+def _by_cost(sizes: dict[str, int], query, key, value, dense: tuple) -> str:
+    size, rows, keys = math.prod(sizes.values()), query.shape[-3], key.shape[-3]
+    shape = Shape(
+        batch=query.shape[0] if query.ndim == 4 else 1,
+        query_length=size * rows,
+        key_length=size * keys,
+        num_heads=query.shape[-2],
+        num_kv_heads=key.shape[-2],
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        itemsize=key.dtype.itemsize,
     )
+    # A bias or a mask is cut for one or the other: it has all rows and these keys, or all keys.
+    cuts = [(1, *jnp.shape(x))[-2:] for x in dense if x is not None and jnp.ndim(x)]
+    if any(cut[0] not in (1, rows) for cut in cuts):
+        return "reduce_scatter"
+    all_keys = any(cut[1] == size * keys != keys for cut in cuts)
+    return choose_sharded(
+        shape, topology_of(mesh_order(tuple(sizes))), tuple(sizes.values()), all_keys=all_keys
+    ).combine
+
+
+def _at_work(operands: Operands, movement: Movement) -> Operands:
+    """The operands with rows, keys and heads as this device computes with them.
+
+    Bias and dense mask come as `sharded_attention` says, and only their heads move.
+    """
+    heads = movement.heads
+    local_rows = operands.query.shape[1]
+    if heads:
+        operands = with_repeated_heads(operands, axes_size(heads))
+        query, key, value = rows_to_heads([operands.query, operands.key, operands.value], heads)
+        operands = dataclasses.replace(operands, query=query, key=key, value=value)
+
+    def bring(name: str, x: jax.Array) -> jax.Array:
+        letters = letters_of(name, x)
+        if letters == "BNTS":
+            return _dense_to_heads(x, heads, local_rows) if heads else x
+        if letters == "N":
+            return own_part(x, heads, 0) if heads else x
+        moved = () if name in ("query", "key", "value") else heads
+        over = movement.gather_rows if "T" in letters else movement.gather_keys
+        for axes in (moved, over):
+            x = lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
+        return x
+
+    return map_named(bring, operands)
+
+
+def _dense_to_heads(x: jax.Array, axes: Axes, local_rows: int) -> jax.Array:
+    """[B|1, N|1, T|1, S|1] of this device's rows to all rows of its part of the heads."""
+    has_rows = x.shape[2] > 1 or local_rows == 1  # or it is the same for all
+    if x.shape[1] == 1:
+        return lax.all_gather(x, axes, axis=2, tiled=True) if has_rows else x
+    if has_rows:
+        return lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+    return own_part(x, axes, 1)

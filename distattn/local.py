@@ -9,10 +9,11 @@ all keys and values.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
@@ -182,14 +183,52 @@ def local_state(
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
     if implementation == "dense":
         return dense_state(operands, scoring)
-    return _blocked(
-        (scoring, machine),
-        operands.query,
-        operands.key,
-        operands.value,
-        operands.bias,
-        operands.mask,
+    return with_gradients(
+        lambda operands: fold(operands, scoring, machine),
+        lambda operands, *rows: fold_gradients(operands, scoring, machine, *rows),
+        operands,
     )
+
+
+def with_gradients(
+    fold: Callable[[Operands], SoftmaxState], gradients: Callable[..., tuple], operands: Operands
+) -> SoftmaxState:
+    """fold(operands), whose gradient is computed by `gradients` from the maximum of the state.
+
+    The state has a name for the policies of `jax.checkpoint`, 'distattn_state'.
+
+    Args:
+      fold: the state, f32[B, T, N] twice and f32[B, T, N, V].
+      gradients: of operands, reference, d_sum and d_weighted_sum, as `fold_gradients`.
+      operands: all varying over the same axes.
+    """
+
+    @jax.custom_vjp
+    def state(query, key, value, bias, mask: Mask) -> SoftmaxState:
+        return fold(Operands(query, key, value, bias, None, mask))
+
+    def forward(*arrays):
+        result = jax.tree.map(lambda x: checkpoint_name(x, "distattn_state"), state(*arrays))
+        return result, (arrays, result.max)
+
+    def backward(residuals, cotangent: SoftmaxState):
+        arrays, reference = residuals
+
+        @refuse_second_derivative
+        def run(arrays, *rows):
+            query, key, value, bias, mask = arrays
+            return gradients(Operands(query, key, value, bias, None, mask), *rows)
+
+        found = run(arrays, reference, cotangent.sum, cotangent.weighted_sum)
+        query, key, value, bias, _ = arrays
+        primals = (query, key, value, bias)
+        cast = (
+            None if x is None else g.astype(x.dtype) for g, x in zip(found, primals, strict=True)
+        )
+        return *cast, None
+
+    state.defvjp(forward, backward)
+    return state(operands.query, operands.key, operands.value, operands.bias, operands.mask)
 
 
 def refuse_second_derivative(f: Callable) -> Callable:
@@ -204,36 +243,3 @@ def refuse_second_derivative(f: Callable) -> Callable:
         )
 
     return guarded
-
-
-def _blocked_fold(static, query, key, value, bias, mask: Mask) -> SoftmaxState:
-    scoring, machine = static
-    return fold(Operands(query, key, value, bias, None, mask), scoring, machine)
-
-
-_blocked: Any = jax.custom_vjp(_blocked_fold, nondiff_argnums=(0,))
-
-
-def _blocked_forward(static, *arrays):
-    state = _blocked(static, *arrays)
-    return state, (arrays, state.max)
-
-
-def _blocked_backward(static, residuals, cotangent: SoftmaxState):
-    (query, key, value, bias, mask), reference = residuals
-    scoring, machine = static
-
-    @refuse_second_derivative
-    def gradients(query, key, value, bias, mask, reference, d_sum, d_weighted_sum):
-        operands = Operands(query, key, value, bias, None, mask)
-        return fold_gradients(operands, scoring, machine, reference, d_sum, d_weighted_sum)
-
-    d_query, d_key, d_value, d_bias = gradients(
-        query, key, value, bias, mask, reference, cotangent.sum, cotangent.weighted_sum
-    )
-    if bias is not None:
-        d_bias = d_bias.astype(bias.dtype)
-    return d_query.astype(query.dtype), d_key, d_value, d_bias, None
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -1,25 +1,30 @@
 """What moves between devices in one call: chosen by name, or by the planner."""
 
 import dataclasses
+import math
 
 from distattn import planner
 from distattn.collectives import ALL_REDUCES
-from distattn.cost import Shape
+from distattn.cost import Shape, Topology
 from distattn.operands import Operands
 from distattn.placement import Axes, Placement
 from distattn.schedule import Schedule
+from distattn.traffic import HEADS_SHARDED, fits
+from distattn.traffic import QUERY_SHARDED as SHARDED_FORMULAS
 
-QUERY_SHARDED = ("reduce_scatter", "gather_kv")
-COMBINES = ("auto", *ALL_REDUCES, *QUERY_SHARDED, "ring")
+QUERY_SHARDED = tuple(SHARDED_FORMULAS)
+COMBINES = ("auto", *ALL_REDUCES, *QUERY_SHARDED)
 Combine = str | Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Movement:
-    """What is gathered before the local part, and how states are merged after it."""
+    """What moves before, during and after the local part."""
 
     gather_rows: Axes = ()  # of T: the query (and all that goes by its rows) is gathered over these
     gather_keys: Axes = ()  # of S: keys and values are gathered over these
+    ring: Axes = ()  # of T and S: keys and values travel round these, and rows stay
+    heads: Axes = ()  # of T and S: while devices compute, these shard heads instead
     all_reduce: Axes = ()  # states are merged over these, and stay whole
     scatter: Axes = ()  # states are merged over these, and scattered along T
     schedule: Combine = "auto"  # of the all-reduce
@@ -52,21 +57,10 @@ def choose_movement(
       Placement and Movement.
 
     Raises:
-      ValueError: a combine that does not fit where the query lies.
-      NotImplementedError: combine='ring'.
+      ValueError: a combine that does not fit where the query lies, or heads that do not divide.
     """
     shared = tuple(axis for axis in placement.query if axis in placement.key)
     devices = placement.size(placement.key)
-    if combine == "ring":
-        if not shared:
-            raise ValueError(
-                "combine='ring' needs a query that is sharded along T over the axes of the keys, and "
-                "this query is replicated; use 'butterfly', 'psum' or 'all_gather', or pass "
-                "query_axis_name"
-            )
-        raise NotImplementedError(
-            f"combine='ring' is not built; use one of {QUERY_SHARDED} for a sharded query"
-        )
     if isinstance(combine, Schedule) and combine.size != devices:
         raise ValueError(
             f"combine is a Schedule for {combine.size} devices, but the keys lie on {devices} (axes "
@@ -76,7 +70,7 @@ def choose_movement(
         # Rows may still be sharded over an axis of the keys that has one device: nothing to move.
         return placement, Movement(gather_keys=placement.key)
     if combine == "auto":
-        combine = _by_cost(placement, operands, bool(shared))
+        combine = _by_cost(placement, operands, shared)
     if combine not in QUERY_SHARDED:
         movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=combine)
         return placement, movement
@@ -84,26 +78,100 @@ def choose_movement(
         if query_axis_name != "auto":
             raise ValueError(
                 f"combine={combine!r} needs a query that is sharded along T over {placement.key}, and "
-                f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or 'auto'"
+                f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
+                "'auto', or use 'butterfly', 'psum' or 'all_gather' for a replicated query"
             )
         placement = dataclasses.replace(placement, query=placement.query + placement.key)
         shared = placement.key
-    rest = tuple(axis for axis in placement.key if axis not in shared)
+    if combine in HEADS_SHARDED and placement.query != placement.key:
+        raise ValueError(
+            f"combine={combine!r} needs query and keys sharded over the same axes, and T is sharded over "
+            f"{placement.query}, S over {placement.key}; use 'ring', 'gather_kv' or 'reduce_scatter'"
+        )
+    sizes = {axis: placement.size((axis,)) for axis in placement.key}
+    heads = operands.query.shape[2] // placement.size(placement.heads)
+    return placement, movement_of(combine, shared, sizes, heads)
+
+
+def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
+    """The movement of a combine for a sharded query, by its name.
+
+    Args:
+      combine: one of `QUERY_SHARDED`.
+      shared: the axes that shard T and S.
+      sizes: of the axes of S, in the order of its shards.
+      heads: N on each device.
+
+    Raises:
+      ValueError: no two levels, or heads that do not divide.
+    """
+    rest = tuple(axis for axis in sizes if axis not in shared)
+    if combine == "reduce_scatter":
+        return Movement(gather_rows=shared, scatter=shared, all_reduce=rest)
     if combine == "gather_kv":
-        return placement, Movement(gather_keys=shared, all_reduce=rest)
-    return placement, Movement(gather_rows=shared, scatter=shared, all_reduce=rest)
+        return Movement(gather_keys=shared, all_reduce=rest)
+    if combine == "ring":
+        return Movement(ring=shared, all_reduce=rest)
+    way = combine.removeprefix("ulysses").removeprefix("_")
+    if way and len(sizes) < 2:
+        raise ValueError(
+            f"combine={combine!r} needs two levels, a tuple of axes with the fast one last, and the keys "
+            f"lie on {shared}; on one axis use 'ulysses' or {way!r}"
+        )
+    inner = shared[-1:] if way else shared
+    outer = tuple(axis for axis in shared if axis not in inner)
+    size = math.prod(sizes[axis] for axis in inner)
+    if heads % size:
+        raise ValueError(
+            f"combine={combine!r} shards the heads of query over the {size} devices of {inner}, and there "
+            f"are {heads} on each device, no multiple of {size}; use 'ring' or 'gather_kv', which "
+            "leave heads where they are, or axes on which the heads divide"
+        )
+    if math.prod(sizes[axis] for axis in outer) == 1:
+        return Movement(heads=inner)
+    if way == "ring":
+        return Movement(heads=inner, ring=outer)
+    return Movement(heads=inner, gather_keys=outer)
 
 
-def _by_cost(placement: Placement, operands: Operands, query_sharded: bool) -> str:
+def choose_sharded(
+    shape: Shape, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
+) -> planner.Choice:
+    """The cheapest combine for a sharded query.
+
+    Args:
+      shape: sizes over all devices.
+      topology: the devices, in the order of the mesh.
+      sizes: the same, in the order of the shards of S; () where T and S are sharded differently.
+      all_keys: whether a bias or mask has been cut for those that bring all keys to a row.
+    """
+    in_order = dataclasses.replace(topology, sizes=sizes)
+    fitting = [
+        name
+        for name in QUERY_SHARDED
+        if name not in HEADS_SHARDED or (sizes and fits(name, shape, in_order))
+    ]
+    if all_keys:
+        fitting.remove("reduce_scatter")
+    if sizes != topology.sizes:  # the fast axis is not where the heads would go
+        fitting = [name for name in fitting if name not in ("ulysses_ring", "ulysses_gather_kv")]
+    return planner.choose(shape, topology, query_sharded=True, candidates=fitting)
+
+
+def _by_cost(placement: Placement, operands: Operands, shared: Axes) -> str:
     shape = _shape(placement, operands)
     topology = placement.topology(placement.key)
     devices = placement.size(placement.key)
-    choice = planner.choose(shape, topology, query_sharded=query_sharded)
+    same = not placement.query or placement.query == placement.key
+    sizes = tuple(placement.size((axis,)) for axis in placement.key) if same else ()
     rows = operands.query.shape[1]
-    if query_sharded or placement.query_known or placement.query or rows % devices:
+    if shared:
+        return choose_sharded(shape, topology, sizes).combine
+    choice = planner.choose(shape, topology, query_sharded=False)
+    if placement.query_known or placement.query or rows % devices:
         return choice.combine
     # The query's layout is not known, so it may as well count as sharded where that is cheaper.
-    other = planner.choose(shape, topology, query_sharded=True)
+    other = choose_sharded(shape, topology, sizes)
     return min(choice, other, key=lambda c: c.predicted_s).combine
 
 

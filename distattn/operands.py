@@ -92,6 +92,8 @@ def make_operands(
     key_value_segment_ids: ArrayLike | None,
     query_start: ArrayLike = 0,
     key_start: ArrayLike = 0,
+    dense_rows: int | None = None,
+    dense_keys: int | None = None,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
@@ -99,8 +101,8 @@ def make_operands(
     """Check the arguments of a call and bring them into one form; arguments as in the public functions.
 
     `query_start` and `key_start` are the global indices of the first row and of the first key, where
-    the arrays are one device's part of them. Unbatched arrays come out with B = 1. Scales and layer: see
-    `Operands`.
+    the arrays are one device's part of them; `dense_rows` and `dense_keys` are how many of them bias and
+    mask are for. Unbatched arrays come out with B = 1. Scales and layer: see `Operands`.
     """
     query, key, value = checks.batched(query, key, value, key_scale is not None, layer is not None)
     batch, queries, heads, _ = query.shape
@@ -133,11 +135,12 @@ def make_operands(
         key_index = jnp.where(key_index < key_lengths, key_index, -1)
     if by_position and query_index is None:
         query_index = rows[None]
+    dense = (batch, heads, dense_rows or queries, dense_keys or keys)
     return Operands(
         query=query,
         key=key,
         value=value,
-        bias=checks.broadcastable("bias", bias, (batch, heads, queries, keys), jnp.floating),
+        bias=checks.broadcastable("bias", bias, dense, jnp.floating),
         sinks=checks.sink_logits(sinks, heads),
         mask=Mask(
             query_positions=query_index if by_position else None,
@@ -149,7 +152,7 @@ def make_operands(
             key_segment_ids=checks.index(
                 "key_value_segment_ids", key_value_segment_ids, "S", batch, keys
             ),
-            dense=checks.broadcastable("mask", mask, (batch, heads, queries, keys), jnp.bool_),
+            dense=checks.broadcastable("mask", mask, dense, jnp.bool_),
             is_causal=bool(is_causal),
             window=window,
         ),
@@ -175,6 +178,18 @@ def plain(operands: Operands) -> Operands:
     return dataclasses.replace(
         operands, key=key, value=value, key_scale=None, value_scale=None, layer=None
     )
+
+
+def with_repeated_heads(operands: Operands, shards: int) -> Operands:
+    """Key/value heads repeated as often as it takes for so many shards of the heads to divide them."""
+    heads, kv_heads = operands.query.shape[2], operands.key.shape[-2]
+    times = math.lcm(kv_heads, shards) // kv_heads
+    if times == 1:
+        return operands
+    if heads % (kv_heads * times):
+        times = heads // kv_heads
+    key, value = (jnp.repeat(x, times, axis=-2) for x in (operands.key, operands.value))
+    return dataclasses.replace(operands, key=key, value=value)
 
 
 def make_scoring(

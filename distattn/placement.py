@@ -38,15 +38,17 @@ class Placement:
         *,
         rows: Axes | None = None,
         keys: Axes | None = None,
+        heads: Axes | None = None,
     ) -> PartitionSpec:
         """The PartitionSpec of an array from the letters of its dimensions; size 1 is not sharded.
 
-        `rows` and `keys` stand in for the axes of T and S.
+        `rows`, `keys` and `heads` stand in for the axes of T, of S, and of N and K.
         """
+        heads = self.heads if heads is None else heads
         by_letter = {
             "B": self.batch,
-            "N": self.heads,
-            "K": self.heads,
+            "N": heads,
+            "K": heads,
             "T": self.query if rows is None else rows,
             "S": self.key if keys is None else keys,
         }

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from distattn import cost
 from distattn.cost import Shape, Topology, Traffic
+from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ def choose(
       topology: the devices, and what connects them.
       query_sharded: whether the query is sharded along T over these devices, or replicated.
       candidates: names to choose among; None for all that fit the query:
-        'butterfly', 'psum', 'all_gather' if replicated, 'reduce_scatter', 'gather_kv' if sharded.
+        'butterfly', 'psum', 'all_gather' if replicated; 'reduce_scatter', 'gather_kv', 'ring' if
+        sharded, and, where the heads divide, 'ulysses', and with two levels or more 'ulysses_ring' and
+        'ulysses_gather_kv'.
 
     Returns:
       Choice.
@@ -44,37 +47,38 @@ def choose(
     Raises:
       ValueError: no candidates, or one that does not fit.
     """
-    fitting = cost.QUERY_SHARDED if query_sharded else cost.QUERY_REPLICATED
+    known = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
+    fitting = tuple(name for name in known if fits(name, shape, topology))
     names = tuple(fitting if candidates is None else candidates)
     if not names or not set(names) <= set(fitting):
         raise ValueError(
             f"candidates is {names}; for query_sharded={query_sharded} they must be some of "
-            f"{tuple(fitting)}: name one or more of these, or pass None for all"
+            f"{fitting}: name one or more of these, or pass None for all"
         )
-    traffic = {name: cost.traffic(name, shape, topology) for name in names}
-    seconds = {name: cost.time_s(traffic[name], topology) for name in names}
+    amounts = {name: traffic(name, shape, topology) for name in names}
+    seconds = {name: cost.time_s(amounts[name], topology) for name in names}
     best, *others = sorted(names, key=lambda name: seconds[name])  # stable
     alternatives = tuple((name, seconds[name]) for name in others)
     return Choice(
         combine=best,
         predicted_s=seconds[best],
-        bytes_sent=traffic[best].bytes_sent,
+        bytes_sent=amounts[best].bytes_sent,
         alternatives=alternatives,
-        reason=_reason(best, seconds[best], traffic[best], alternatives, topology),
+        reason=_reason(best, seconds[best], amounts[best], alternatives, topology),
     )
 
 
 def _reason(
     best: str,
     seconds: float,
-    traffic: Traffic,
+    amounts: Traffic,
     alternatives: tuple[tuple[str, float], ...],
     topology: Topology,
 ) -> str:
     if topology.size == 1:
         return f"{best}: one device, nothing moves"
-    sent = f"{_bytes(traffic.bytes_sent)} a device in {_count(traffic.messages, 'message')}"
-    work = f"{sent} of {_count(traffic.launches, 'launch', 'launches')}"
+    sent = f"{_bytes(amounts.bytes_sent)} a device in {_count(amounts.messages, 'message')}"
+    work = f"{sent} of {_count(amounts.launches, 'launch', 'launches')}"
     others = ", ".join(f"{name} {_seconds(s)}" for name, s in alternatives)
     where = f"{topology.size} {topology.platform} devices"
     compared = f"against {others}" if others else "the only candidate"

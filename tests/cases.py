@@ -14,7 +14,7 @@ from tests.tolerance import assert_close
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
-QUERY_SHARDED = ("reduce_scatter", "gather_kv")
+QUERY_SHARDED = ("reduce_scatter", "gather_kv", "ring", "ulysses")
 FULLY_OPTIMIZED: dict[str, Any] = {
     "xla_backend_optimization_level": 3
 }  # XLA's defaults; see conftest.py

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.cost import PLATFORMS, Link, Shape, Topology, Traffic, time_s, traffic
+from distattn.cost import PLATFORMS, Link, Shape, Topology, Traffic, time_s
 from distattn.schedule import Schedule, butterfly, halving, hierarchical
+from distattn.traffic import traffic
 
 SHAPE = Shape(
     batch=2,
@@ -65,9 +66,25 @@ def test_bytes_sent_are_those_of_the_design(size):
         "all_gather": N * (size - 1),
         "reduce_scatter": (query + N) * part,
         "gather_kv": keys_and_values * part,
+        "ring": keys_and_values * part,
     }
     for combine, sent in expected.items():
         assert traffic(combine, SHAPE, topology).bytes_sent == pytest.approx(sent)
+
+
+def test_heads_over_all_devices_or_over_the_last_axis():
+    query, out = 2 * 2 * 3 * 8 * 16, 2 * 2 * 3 * 8 * 32
+    keys_and_values = 2 * 2 * 40 * 4 * (16 + 32)
+    four = traffic("ulysses", SHAPE, Topology("tpu", (4,)))
+    assert four.bytes_sent == pytest.approx((query + keys_and_values + out) / 4 * 3 / 4)
+    # On eight, each of the four heads of the keys is there twice.
+    eight = traffic("ulysses", SHAPE, Topology("tpu", (8,)))
+    assert eight.bytes_sent == pytest.approx((query + 2 * keys_and_values + out) / 8 * 7 / 8)
+    levels = Topology("tpu", (2, 4))
+    inner = (query + keys_and_values + out) / 8 * 3 / 4
+    ring, gather = (traffic(f"ulysses_{way}", SHAPE, levels) for way in ("ring", "gather_kv"))
+    assert ring.bytes_sent == gather.bytes_sent == pytest.approx(inner + keys_and_values / 4 / 2)
+    assert (ring.launches, gather.launches) == (3 + 2, 3 + 1)
 
 
 def test_launches_messages_and_merges_on_eight_devices():
@@ -231,8 +248,8 @@ def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
         ),
         (lambda: Topology("cuda", (8,)), "platform is 'cuda'", "'cpu', 'gpu' and 'tpu'"),
         (
-            lambda: traffic("ring", SHAPE, Topology("cpu", (8,))),
-            "combine is 'ring'",
+            lambda: traffic("star", SHAPE, Topology("cpu", (8,))),
+            "combine is 'star'",
             "'butterfly', ",
         ),
         (

@@ -152,8 +152,17 @@ MESH_ERRORS = {
     "not_a_name": ({"axis_name": 3}, ["axis_name is 3", "axis name"]),
     "schedule_size": ({"axis_name": "kv", "combine": butterfly(8)}, ["8 devices", "4", "build it"]),
     "ring_with_replicated_query": (
-        {"axis_name": "kv", "combine": "ring"},
-        ["'ring'", "replicated", "'butterfly'"],
+        {"axis_name": "kv", "combine": "ring", "query_axis_name": None},
+        ["'ring'", "query_axis_name is None", "replicated", "'butterfly'"],
+    ),
+    "heads_that_do_not_divide": (
+        {"axis_name": "kv", "combine": "ulysses", "query": QUERY[:, :, :2], "key": KEY[:, :, :2]}
+        | {"value": KEY[:, :, :2]},
+        ["'ulysses'", "heads of query over the 4 devices of ('kv',)", "are 2", "'ring'"],
+    ),
+    "one_level": (
+        {"axis_name": "kv", "combine": "ulysses_ring"},
+        ["'ulysses_ring'", "two levels", "('kv',)", "'ulysses' or 'ring'"],
     ),
     "scatter_with_replicated_query": (
         {"axis_name": "kv", "combine": "reduce_scatter", "query_axis_name": None},
@@ -169,9 +178,10 @@ def test_wrong_places(name):
         call(mesh=mesh_of(4, "auto"), **overrides)
 
 
-def test_ring_is_not_built():
-    with raises(NotImplementedError, ["'ring' is not built", "gather_kv"]):
-        call(mesh=mesh_of(4, "auto"), axis_name="kv", query_axis_name="kv", combine="ring")
+def test_heads_go_where_rows_and_keys_come_from():
+    mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2)
+    with raises(ValueError, ["same axes", "T is sharded over ('host',)", "S over ('host', 'kv')"]):
+        call(mesh=mesh, axis_name=("host", "kv"), query_axis_name="host", combine="ulysses")
 
 
 def placed(mesh, x, *spec):

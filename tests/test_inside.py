@@ -39,7 +39,7 @@ def own_shard_map(mesh, check_vma, *, query_sharded=False, combine="auto"):
                 spec = P()
             if query_sharded and name in ROW_SPECS:
                 spec = ROW_SPECS[name]
-            if combine == "gather_kv" and name in ("bias", "mask"):
+            if query_sharded and combine != "reduce_scatter" and name in ("bias", "mask"):
                 spec = P(None, None, "kv") if x.shape[2] > 1 else P()
             specs[name] = spec
         out_spec = P(None, "kv") if query_sharded else P()

@@ -26,8 +26,11 @@ LAYERS = (
     "partial",
     "schedule",
     "cost",
+    "traffic",
     "planner",
     "collectives",
+    "ring",
+    "ulysses",
     "fixed_point",
     "placement",
     "exchange",
@@ -49,7 +52,7 @@ LAYERS = (
     "__main__",
 )
 MAX_LINES = 300
-PURE = {"schedule", "cost", "planner"}  # run, and tested, without jax
+PURE = {"schedule", "cost", "traffic", "planner"}  # run, and tested, without jax
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.cost import QUERY_REPLICATED, QUERY_SHARDED, Link, Shape, Topology, time_s, traffic
+from distattn.cost import Link, Shape, Topology, time_s
 from distattn.planner import choose
+from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, traffic
 
 DECODE = Shape(1, 1, 4096, 8, 2, 64, 64, 4)  # a payload of 2 KiB
 GQA = Shape(1, 4096, 4096, 32, 8, 128, 128, 2)
@@ -67,7 +68,36 @@ def test_a_pod_takes_a_butterfly_for_one_token():
 @pytest.mark.parametrize("processes", [1, 8])
 def test_as_many_queries_as_keys_move_the_keys(platform, processes):
     topology = Topology(platform, (8,), processes)
-    assert sharded(GQA, topology).combine == "gather_kv"
+    assert sharded(GQA, topology).combine != "reduce_scatter"
+    no_heads = dataclasses.replace(GQA, num_heads=33, num_kv_heads=11)
+    assert sharded(no_heads, topology).combine in ("gather_kv", "ring")
+
+
+def test_a_ring_that_hides_behind_the_products_costs_its_launches():
+    long = dataclasses.replace(GQA, query_length=1 << 20, key_length=1 << 20, num_heads=33)
+    for topology in (Topology("tpu", (64,)), Topology("gpu", (64,), 8)):
+        assert sharded(long, topology).combine == "ring"
+        cost = traffic("ring", long, topology)
+        row = topology.constants
+        merging_s = cost.merges * row.merge_s + cost.merged_bytes / row.merge_bytes_per_s
+        assert time_s(cost, topology) == pytest.approx(126 * row.launch_s + merging_s)
+
+
+def test_threads_hide_nothing_and_launch_as_little_as_they_can():
+    no_heads = dataclasses.replace(GQA, num_heads=33, num_kv_heads=11)
+    assert traffic("ring", no_heads, Topology("cpu", (8,))).hidden_s == 0
+    assert sharded(no_heads, Topology("cpu", (8,))).combine == "gather_kv"
+
+
+def test_heads_that_do_not_divide_are_not_sharded():
+    nine = dataclasses.replace(GQA, num_heads=9, num_kv_heads=3)
+    one, two = Topology("tpu", (8,)), Topology("tpu", (8, 3))
+    names = ("ulysses", "ulysses_ring", "ulysses_gather_kv")
+    assert [fits(name, nine, one) for name in names] == [False] * 3
+    assert [fits(name, nine, two) for name in names] == [False, True, True]
+    assert [fits(name, GQA, one) for name in names] == [True, False, False]
+    with pytest.raises(ValueError, match="candidates is .*'ulysses'"):
+        sharded(nine, one, candidates=["ulysses"])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
@@ -114,6 +144,7 @@ def test_the_choice_is_the_least_time(shape, topology, query_sharded):
     ranking = [(choice.combine, choice.predicted_s), *choice.alternatives]
     assert [s for _, s in ranking] == sorted(s for _, s in ranking)
     names = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
+    names = [name for name in names if fits(name, shape, topology)]
     assert dict(ranking) == {
         name: time_s(traffic(name, shape, topology), topology) for name in names
     }
@@ -132,7 +163,10 @@ def test_fewer_candidates_are_never_faster(shape, topology, names):
 def test_more_latency_never_chooses_more_messages(shape, topology, query_sharded, a, b):
     def messages(latency_s):
         there = dataclasses.replace(topology, link=Link(latency_s, 1e9))
-        choice = choose(shape, there, query_sharded=query_sharded)
+        # A ring is left out: what computing hides costs no time, however many messages it is.
+        names = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
+        names = [name for name in names if "ring" not in name and fits(name, shape, there)]
+        choice = choose(shape, there, query_sharded=query_sharded, candidates=names)
         return traffic(choice.combine, shape, there).messages
 
     assert messages(max(a, b)) <= messages(min(a, b))
@@ -164,7 +198,7 @@ def test_more_keys_never_change_to_moving_them(shape, topology):
         ((), False, "('butterfly', 'psum', 'all_gather'): name one or more of these"),
         (("gather_kv",), False, "for query_sharded=False they must be some of"),
         (("psum", "ring"), False, "pass None for all"),
-        (("butterfly",), True, "('reduce_scatter', 'gather_kv')"),
+        (("butterfly",), True, "('reduce_scatter', 'gather_kv', 'ring', 'ulysses')"),
     ],
 )
 def test_candidates_that_do_not_fit_are_named(candidates, query_sharded, remedy):

@@ -11,7 +11,7 @@ from distattn.across import attend as attend_across
 from distattn.cache.layout import Layout
 from distattn.call import Call
 from distattn.checks import Window
-from distattn.movement import Combine, check_combine, choose_movement
+from distattn.movement import QUERY_SHARDED, Combine, check_combine, choose_movement
 from distattn.operands import check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames, Placement, read_placement
 
@@ -90,7 +90,7 @@ def attend(
     self.layout.check_outside()
     implementation = check_implementation(implementation)
     check_combine(combine, reproducible)
-    if combine in ("gather_kv", "ring"):
+    if combine in QUERY_SHARDED and combine != "reduce_scatter":
         raise ValueError(
             f"combine={combine!r} moves keys and values, and a cache stays where it is; use 'auto', "
             "'butterfly', 'psum', 'all_gather', or 'reduce_scatter' for a query sharded along T"

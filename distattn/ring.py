@@ -1,0 +1,219 @@
+"""Keys that travel: all queries meet all keys, and no device holds more than two shards of them.
+
+Everything here is what one device does, inside `shard_map`. Keys and values go round the devices with
+their positions and segment ids, one hop at a time, D - 1 hops; the next shard is on its way while this
+one is computed with. Back, the gradients of keys and values go round too, and come home in D - 1 hops
+(Liu, Zaharia & Abbeel, "Ring Attention", arXiv 2310.01889). It differs from the published algorithm in:
+1. what a shard may be attended by is read from the positions that travel with it, so shards and the
+keys in them may be in any order; 2. states are merged by the public `merge`; 3. a device's part in the
+gradient of its own keys stays at home, which spares a hop.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distattn._compat import vary, varying_axes
+from distattn.block import Scoring
+from distattn.collectives import axes_size
+from distattn.local import dense_state, fold, fold_gradients, with_gradients
+from distattn.mask import Span, take
+from distattn.operands import Operands
+from distattn.state import SoftmaxState, identity, merge, state_dtype
+from distattn.tiles import Machine, add, loop
+
+# key, value, and int32[c, B|1, S] of what the mask reads of them (None: nothing)
+Shard = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The devices round which keys travel."""
+
+    axes: tuple[str, ...]  # in the order of the mesh
+    key_axes: tuple[str, ...]  # that shard S, in the order of its shards; `axes` are among them
+
+    @property
+    def size(self) -> int:
+        """D, the number of devices."""
+        return axes_size(self.axes)
+
+    def send(self, x: Any) -> Any:
+        """What the device before had, on every device."""
+        pairs = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
+        return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axes, pairs), x)
+
+    def shard_number(self, hop: jax.Array | int) -> jax.Array:
+        """Which shard of S is here after so many hops."""
+        source = (lax.axis_index(self.axes) - hop) % self.size
+        at = {}
+        for axis in reversed(self.axes):
+            size = axes_size((axis,))
+            at[axis], source = source % size, source // size
+        number = jnp.int32(0)
+        for axis in self.key_axes:
+            index = at[axis] if axis in at else lax.axis_index(axis)
+            number = number * axes_size((axis,)) + index
+        return number
+
+
+def ring_state(
+    operands: Operands, scoring: Scoring, machine: Machine, implementation: str, ring: Ring
+) -> SoftmaxState:
+    """`ring_fold`, differentiable; as `local_state` is for the keys of one device."""
+    operands = _typed(operands, ring)
+    if implementation == "dense":
+        return ring_fold(lambda there: dense_state(there, scoring), operands, ring)
+    return with_gradients(
+        lambda operands: ring_fold(lambda there: fold(there, scoring, machine), operands, ring),
+        lambda operands, *rows: ring_gradients(operands, scoring, machine, ring, *rows),
+        operands,
+    )
+
+
+def ring_fold(
+    local: Callable[[Operands], SoftmaxState], operands: Operands, ring: Ring
+) -> SoftmaxState:
+    """The state of this device's queries over the keys of all devices of the ring.
+
+    Args:
+      local: the state over the keys of its operands.
+      operands: this device's; bias and dense mask are for its rows and for all keys.
+      ring: where the keys travel.
+
+    Returns:
+      SoftmaxState, f32[B, T, N], f32[B, T, N], f32[B, T, N, V], T the rows of this device.
+    """
+    operands = _typed(operands, ring)
+    batch, rows, heads, _ = operands.query.shape
+    dtype = state_dtype(operands.query, operands.key, operands.value)
+    row = jnp.zeros((batch, rows, heads), dtype)
+    state = SoftmaxState(row, row, jnp.zeros((*row.shape, operands.value.shape[-1]), dtype))
+    state = jax.tree.map(lambda x: vary(x, varying_axes(operands.query)), identity(state))
+
+    def meet(hop: jax.Array | int, shard: Shard, state: SoftmaxState) -> SoftmaxState:
+        return merge(state, local(_at_hop(operands, shard, ring, hop)))
+
+    def step(hop: jax.Array | int, carry: tuple) -> tuple:
+        shard, state = carry
+        coming = ring.send(shard)  # nothing below waits for it
+        return coming, meet(hop, shard, state)
+
+    shard, state = loop(ring.size - 1, step, (_shard(operands), state))
+    return meet(ring.size - 1, shard, state)
+
+
+def ring_gradients(
+    operands: Operands,
+    scoring: Scoring,
+    machine: Machine,
+    ring: Ring,
+    reference: jax.Array,
+    d_sum: jax.Array,
+    d_weighted_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """`fold_gradients` where the keys travel; those of keys and values are summed over the ring.
+
+    Args:
+      operands: as in `ring_fold`.
+      scoring: as in `fold_gradients`.
+      machine: the same.
+      ring: where the keys travel.
+      reference: f32[B, T, N], of this device's rows.
+      d_sum: f32[B, T, N].
+      d_weighted_sum: f32[B, T, N, V].
+
+    Returns:
+      d_query f32[B, T, N, H], d_key f32[B, S, K, H], d_value f32[B, S, K, V] of this device's queries
+      and keys, and d_bias f32 as bias, or None.
+    """
+    operands = _typed(operands, ring)
+    dtype = state_dtype(operands.query, operands.key, operands.value)
+
+    def zeros(x: jax.Array) -> jax.Array:
+        return vary(jnp.zeros(x.shape, dtype), varying_axes(operands.query))
+
+    def meet(hop: jax.Array | int, shard: Shard, d_query: Any, d_bias: Any) -> tuple:
+        there = _at_hop(operands, shard, ring, hop)
+        more, d_key, d_value, d_block = fold_gradients(
+            there, scoring, machine, reference, d_sum, d_weighted_sum, key_dtype=dtype
+        )
+        if d_bias is not None:
+            d_bias = add(d_bias, d_block, *_columns(d_bias, operands.key, ring, hop))
+        return d_query + more, d_bias, (d_key, d_value)
+
+    # Hop 0 is the shard of this device, and with hop 1 the gradient of another's begins to travel.
+    def start(hop: jax.Array | int, carry: tuple) -> tuple:
+        shard, sums, _, at_home = carry
+        coming = ring.send(shard)
+        *sums, more = meet(hop, shard, *sums)
+        return coming, tuple(sums), at_home, more
+
+    def go_on(index: jax.Array | int, carry: tuple) -> tuple:
+        shard, sums, on_its_way = carry
+        coming, arriving = ring.send((shard, on_its_way))
+        *sums, more = meet(index + 2, shard, *sums)
+        return coming, tuple(sums), jax.tree.map(jnp.add, arriving, more)
+
+    sums = zeros(operands.query), None if operands.bias is None else zeros(operands.bias)
+    none = zeros(operands.key), zeros(operands.value)
+    starts = min(2, ring.size - 1)
+    shard, first, second = _shard(operands), none, none
+    if starts:
+        shard, sums, first, second = loop(starts, start, (shard, sums, first, second))
+    at_home, on_its_way = (first, second) if starts == 2 else (second, none)
+    if ring.size > 3:
+        shard, sums, on_its_way = loop(ring.size - 3, go_on, (shard, sums, on_its_way))
+    if ring.size > 2:
+        on_its_way = ring.send(on_its_way)
+    *sums, more = meet(ring.size - 1, shard, *sums)
+    gradients = jax.tree.map(jnp.add, on_its_way, more)
+    if ring.size > 1:
+        gradients = jax.tree.map(jnp.add, at_home, ring.send(gradients))
+    d_query, d_bias = sums
+    return d_query, *gradients, d_bias
+
+
+def _typed(operands: Operands, ring: Ring) -> Operands:
+    """The operands, all typed as varying where any of them is, and over the ring."""
+    axes = varying_axes(lax.axis_index(ring.axes), *jax.tree.leaves(operands))
+    return jax.tree.map(lambda x: vary(x, axes), operands)
+
+
+def _shard(operands: Operands) -> Shard:
+    """What travels."""
+    mask = operands.mask
+    index = [x for x in (mask.key_positions, mask.key_segment_ids) if x is not None]
+    return operands.key, operands.value, _stack(index) if index else None
+
+
+def _stack(index: list[jax.Array]) -> jax.Array:
+    shape = jnp.broadcast_shapes(*(x.shape for x in index))
+    return jnp.stack([jnp.broadcast_to(x, shape) for x in index])
+
+
+def _at_hop(operands: Operands, shard: Shard, ring: Ring, hop: jax.Array | int) -> Operands:
+    """The operands with the keys of the shard that is here."""
+    key, value, index = shard
+    mask = operands.mask
+    parts = list(index) if index is not None else []
+    names = [
+        name for name in ("key_positions", "key_segment_ids") if getattr(mask, name) is not None
+    ]
+    bias, dense = (
+        None if x is None else take(x, *_columns(x, key, ring, hop))
+        for x in (operands.bias, mask.dense)
+    )
+    mask = dataclasses.replace(mask, dense=dense, **dict(zip(names, parts, strict=True)))
+    return dataclasses.replace(operands, key=key, value=value, bias=bias, mask=mask)
+
+
+def _columns(x: jax.Array, key: jax.Array, ring: Ring, hop: jax.Array | int) -> list[Span]:
+    """The place of this hop's keys in x, a bias or dense mask [B|1, N|1, T|1, S|1] for all keys."""
+    keys = key.shape[1]
+    rows = [Span(0, size) for size in x.shape[:3]]
+    return [*rows, Span(ring.shard_number(hop) * keys, keys)]

@@ -1,0 +1,158 @@
+"""What a combine makes the busiest device do: launches, messages, bytes and merges, by formula."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable
+
+from distattn.cost import Shape, Topology, Traffic
+from distattn.schedule import Schedule, butterfly_round_count
+
+
+def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
+    """What a combine, by name or as a schedule of that many devices, costs on each device."""
+    if isinstance(combine, Schedule):
+        if combine.size != topology.size:
+            raise ValueError(
+                f"combine is a schedule for {combine.size} devices; it must be for the "
+                f"{topology.size} of the topology {topology.sizes}: build it for {topology.size}"
+            )
+        return _schedule(combine, shape)
+    if combine not in FORMULAS:
+        raise ValueError(
+            f"combine is {combine!r}; it must be a Schedule or one of {tuple(FORMULAS)}: name one"
+        )
+    return FORMULAS[combine](shape, topology) if topology.size > 1 else Traffic()
+
+
+def fits(combine: str, shape: Shape, topology: Topology) -> bool:
+    """Whether there are enough levels, and heads, for a combine that shards heads."""
+    if combine not in HEADS_SHARDED:
+        return True
+    if combine == "ulysses":
+        return shape.num_heads % topology.size == 0
+    return len(topology.sizes) > 1 and shape.num_heads % topology.sizes[-1] == 0
+
+
+def _schedule(schedule: Schedule, shape: Shape) -> Traffic:
+    sent = collections.Counter(source for pairs in schedule.rounds for source, _ in pairs)
+    merges = sum(step.receives != step.replaces for step in schedule.steps)
+    return _rounds(len(schedule.rounds), max(sent.values(), default=0), merges, shape)
+
+
+def _butterfly(shape: Shape, topology: Topology) -> Traffic:
+    """Sends n log2 D, in as many launches."""
+    rounds = sum(butterfly_round_count(size) for size in topology.sizes)
+    # Where a size is no power of two, the busiest rank sends nothing in the round that folds, and
+    # nobody merges in the round that unfolds.
+    sent = sum((size - 1).bit_length() for size in topology.sizes)
+    return _rounds(rounds, sent, sent, shape)
+
+
+def _rounds(rounds: int, sent: int, merges: int, shape: Shape) -> Traffic:
+    n = shape.payload_bytes
+    return Traffic(rounds, rounds, rounds * n, sent * n, merges, merges * n)
+
+
+def _psum(shape: Shape, topology: Topology) -> Traffic:
+    """Sends 2 n (D-1)/D in a pmax and one packed psum; rescaling in between counts as a merge."""
+    n = shape.payload_bytes  # of which the pmax takes one number in V + 2, and the psum the rest
+    there = _gather(n, topology)  # and an all-reduce is as much back
+    sent = 2 * there.bytes_sent
+    return Traffic(2, 2 * 2 * there.messages, sent, sent, merges=1, merged_bytes=n)
+
+
+def _all_gather(shape: Shape, topology: Topology) -> Traffic:
+    """Sends n (D-1) and merges D - 1 states."""
+    n, others = shape.payload_bytes, topology.size - 1
+    return _gather(n * topology.size, topology) + Traffic(merges=others, merged_bytes=others * n)
+
+
+def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
+    """Sends (query + n) (D-1)/D: the query gathered, the states halved log2 D times."""
+    rounds = (topology.size - 1).bit_length()
+    sent = shape.payload_bytes * (topology.size - 1) / topology.size
+    halving = Traffic(rounds, rounds, sent, sent, rounds, sent)
+    return _gather(shape.query_bytes, topology) + halving
+
+
+def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
+    """Sends (key + value) (D-1)/D, and merges nothing."""
+    return _gather(shape.key_value_bytes, topology)
+
+
+def _ring(shape: Shape, topology: Topology) -> Traffic:
+    """Sends (key + value) (D-1)/D in D - 1 hops of two messages, while it computes."""
+    size, hops, row = topology.size, topology.size - 1, topology.constants
+    sent = shape.key_value_bytes * hops / size
+    sending_s = 2 * hops * row.link.latency_s + sent / row.link.bytes_per_s
+    # Of D equal parts of a device's work, all but the last; where cores are shared, nothing is left over.
+    computing_s = 0.0 if row.shared else shape.flops / size * hops / size / row.flops_per_s
+    return Traffic(
+        launches=2 * hops,
+        messages=2 * hops,
+        message_bytes=sent,
+        bytes_sent=sent,
+        merges=hops,
+        merged_bytes=hops * shape.payload_bytes / size,
+        hidden_s=min(sending_s, computing_s),
+    )
+
+
+def _ulysses(shape: Shape, topology: Topology) -> Traffic:
+    """Sends (query + key + value + out) / D (D-1)/D in three all-to-alls."""
+    return _heads_over(shape, topology.size, topology.size)
+
+
+def _heads_over(shape: Shape, inner: int, size: int) -> Traffic:
+    """From rows to heads and back over `inner` of the devices; heads of keys are repeated to divide."""
+    repeated = math.lcm(shape.num_kv_heads, inner) // shape.num_kv_heads
+    out_bytes = shape.query_bytes * shape.value_dim / max(shape.head_dim, 1)
+    whole = shape.query_bytes + repeated * shape.key_value_bytes + out_bytes
+    sent = whole / size * (inner - 1) / inner
+    return Traffic(3, 3 * (inner - 1), sent, sent)
+
+
+def _ulysses_ring(shape: Shape, topology: Topology) -> Traffic:
+    """Heads over the last axis, then a ring over the others, of a part of the heads each."""
+    inner, outer = _levels(topology)
+    others = dataclasses.replace(topology, sizes=(outer,))
+    return _heads_over(shape, inner, topology.size) + _ring(_part(shape, inner), others)
+
+
+def _ulysses_gather_kv(shape: Shape, topology: Topology) -> Traffic:
+    """Heads over the last axis, then keys and values gathered over the others."""
+    inner, outer = _levels(topology)
+    others = dataclasses.replace(topology, sizes=(outer,))
+    return _heads_over(shape, inner, topology.size) + _gather_kv(_part(shape, inner), others)
+
+
+def _levels(topology: Topology) -> tuple[int, int]:
+    return topology.sizes[-1], topology.size // topology.sizes[-1]
+
+
+def _part(shape: Shape, inner: int) -> Shape:
+    """What one group of devices along the outer axes has to do."""
+    kv_heads = math.lcm(shape.num_kv_heads, inner) // inner
+    return dataclasses.replace(shape, num_heads=shape.num_heads // inner, num_kv_heads=kv_heads)
+
+
+def _gather(whole_bytes: float, topology: Topology) -> Traffic:
+    others = topology.size - 1
+    messages = others if topology.constants.collectives == "ring" else others.bit_length()
+    sent = whole_bytes * others / topology.size
+    return Traffic(1, messages, sent, sent)
+
+
+_Formulas = dict[str, Callable[[Shape, Topology], Traffic]]
+QUERY_REPLICATED: _Formulas = {"butterfly": _butterfly, "psum": _psum, "all_gather": _all_gather}
+QUERY_SHARDED: _Formulas = {
+    "reduce_scatter": _reduce_scatter,
+    "gather_kv": _gather_kv,
+    "ring": _ring,
+    "ulysses": _ulysses,
+    "ulysses_ring": _ulysses_ring,
+    "ulysses_gather_kv": _ulysses_gather_kv,
+}
+HEADS_SHARDED = ("ulysses", "ulysses_ring", "ulysses_gather_kv")
+FORMULAS = QUERY_REPLICATED | QUERY_SHARDED
