@@ -30,8 +30,8 @@ from distattn.tiles import (
     put,
     rows_first,
     unravel,
-    when,
 )
+from distattn.visits import visit
 
 
 def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
@@ -49,17 +49,12 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
 
         def key_block(column: jax.Array, state: SoftmaxState) -> SoftmaxState:
             place = tiles.place(batch, heads, row, column)
-            mask = tiles.mask(place)
-
-            def attend(state: SoftmaxState) -> SoftmaxState:
-                fresh_keys = fresh(column, place.key, tiles.keys)
-                block = tiles.block(place, query, mask, fresh_keys=fresh_keys)
-                return merge(state, block_state(block, scoring))
-
-            return when(tiles.may_attend(mask), attend, state)
+            fresh_keys = fresh(column, place.key, tiles.keys)
+            block = tiles.block(place, query, tiles.mask(place), fresh_keys=fresh_keys)
+            return merge(state, block_state(block, scoring))
 
         empty = tiles.empty_state(tiling.batch, tiling.heads, tiles.groups, tiling.query)
-        state = loop(tiles.key_blocks, key_block, empty)
+        state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, empty)
         spans = (place.batch, place.query, place.query_heads)
         return jax.tree.map(lambda x, part: put(x, rows_first(part), *spans), whole, state)
 
@@ -106,37 +101,37 @@ def fold_gradients(
         batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
 
         def query_block(row: jax.Array, carry: tuple) -> tuple:
+            d_query, d_bias, d_key_block, d_value_block = carry
             place = tiles.place(batch, heads, row, column)
-            mask = tiles.mask(place)
-
-            def attend(carry: tuple) -> tuple:
-                d_query, d_bias, d_key_block, d_value_block = carry
-                block = tiles.block(
-                    place,
-                    tiles.query(place, scoring.scale),
-                    mask,
-                    fresh_keys=fresh(column, place.key, tiles.keys),
-                    fresh_queries=fresh(row, place.query, tiles.queries),
+            block = tiles.block(
+                place,
+                tiles.query(place, scoring.scale),
+                tiles.mask(place),
+                fresh_keys=fresh(column, place.key, tiles.keys),
+                fresh_queries=fresh(row, place.query, tiles.queries),
+            )
+            rows = (tiles.rows(x, place) for x in (reference, d_sum, d_weighted_sum))
+            dq, dk, dv, d_logits = block_gradients(block, scoring, *rows)
+            dq = rows_first(dq * scoring.scale)
+            d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
+            if d_bias is not None:
+                d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
+                d_bias = add(
+                    d_bias, d_logits, place.batch, place.query_heads, place.query, place.key
                 )
-                rows = (tiles.rows(x, place) for x in (reference, d_sum, d_weighted_sum))
-                dq, dk, dv, d_logits = block_gradients(block, scoring, *rows)
-                dq = rows_first(dq * scoring.scale)
-                d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
-                if d_bias is not None:
-                    d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
-                    d_bias = add(
-                        d_bias, d_logits, place.batch, place.query_heads, place.query, place.key
-                    )
-                return d_query, d_bias, d_key_block + dk, d_value_block + dv
-
-            return when(tiles.may_attend(mask), attend, carry)
+            return d_query, d_bias, d_key_block + dk, d_value_block + dv
 
         d_query, d_bias, d_key, d_value = carry
         place = tiles.place(batch, heads, 0, column)
         zeros = [
             tiles.zeros((tiling.batch, tiling.key, tiling.heads, x.shape[-1])) for x in (key, value)
         ]
-        d_query, d_bias, *blocks = loop(tiles.query_blocks, query_block, (d_query, d_bias, *zeros))
+        d_query, d_bias, *blocks = visit(
+            tiles.queries_for(place, column),
+            tiles.query_blocks,
+            query_block,
+            (d_query, d_bias, *zeros),
+        )
         # Entries that are not fresh are 0 in this block, and final in the array.
         write = put if fresh(column, place.key, tiles.keys) is None else add
         d_key, d_value = (

@@ -1,7 +1,7 @@
 """The mask as a value: which query may attend to which key, decided from positions.
 
 Nothing of shape [T, S] is ever built, unless the caller passes one in: a `Mask` holds vectors, a block
-of it is made where a block of logits is, and whole blocks are skipped by the ranges of their positions.
+of it is made where a block of logits is, and `visits` tells which blocks are not even looked at.
 """
 
 import dataclasses
@@ -71,13 +71,13 @@ class Mask:
         if self.query_valid is not None:
             terms.append(_on_queries(self.query_valid))
         if self.compares_positions:
-            left, right = self._reach()
+            left, right = self.reach
             query = _on_queries(self.query_positions)
             key = _on_keys(self.key_positions)
             if right is not None:
-                terms.append(key <= _saturating_add(query, right))
+                terms.append(key <= saturating_add(query, right))
             if left is not None:
-                terms.append(key >= _saturating_add(query, -left))
+                terms.append(key >= saturating_add(query, -left))
         if self.query_segment_ids is not None:
             terms.append(_on_queries(self.query_segment_ids) == _on_keys(self.key_segment_ids))
         if self.dense is not None:
@@ -89,39 +89,9 @@ class Mask:
             result = result & term
         return result
 
-    def may_attend(self) -> jax.Array | None:
-        """bool[]: False only if no query of this block attends to any of its keys.
-
-        Decided by ranges (of positions, of segment ids), so True may be too careful, never False.
-        None where it cannot be known to be False. The dense mask is not read.
-        """
-        terms = []
-        high, low = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
-        if self.key_positions is not None:
-            there = self.key_positions >= 0
-            terms.append(there.any(axis=-1))
-            if self.compares_positions:
-                left, right = self._reach()
-                first = jnp.where(there, self.key_positions, high).min(axis=-1)
-                last = jnp.where(there, self.key_positions, low).max(axis=-1)
-                if right is not None:
-                    terms.append(first <= _saturating_add(self.query_positions.max(axis=-1), right))
-                if left is not None:
-                    terms.append(last >= _saturating_add(self.query_positions.min(axis=-1), -left))
-        if self.query_valid is not None:
-            terms.append(self.query_valid.any(axis=-1))
-        if self.query_segment_ids is not None:
-            query, key = self.query_segment_ids, self.key_segment_ids
-            terms.append(query.min(axis=-1) <= key.max(axis=-1))
-            terms.append(query.max(axis=-1) >= key.min(axis=-1))
-        if not terms:
-            return None
-        result = terms[0]
-        for term in terms[1:]:
-            result = result & term  # bool[B|1] each
-        return result.any()
-
-    def _reach(self) -> tuple[int | None, int | None]:
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How far to the left and to the right of its position a query may attend; None: any distance."""
         left, right = self.window
         if self.is_causal:
             right = 0 if right is None else min(right, 0)
@@ -153,8 +123,8 @@ def _on_queries(x: jax.Array) -> jax.Array:
     return x[:, None, None, :, None]
 
 
-def _saturating_add(x: jax.Array, offset: int) -> jax.Array:
-    # Positions near the ends of int32 must not wrap round: a window reaches as far as int32 does.
+def saturating_add(x: jax.Array, offset: int) -> jax.Array:
+    """x + offset, as far as int32 goes: a window at its ends must not wrap round."""
     info = jnp.iinfo(jnp.int32)
     offset = max(min(offset, info.max), info.min)
     if offset > 0:

@@ -14,6 +14,7 @@ from distattn.block import DIAGONAL_HEADS, Block
 from distattn.mask import Mask, Span, split_heads, take
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, identity, state_dtype
+from distattn.visits import Visits
 
 # Logits of one block, in elements: 1 MiB of float32 is what the second-level cache of a CPU core holds.
 # Where positions decide, smaller blocks let more of them be skipped.
@@ -113,6 +114,10 @@ class Tiles:
             self.head_blocks = self.kv_heads // tiling.heads
             self.query_blocks = math.ceil(self.queries / tiling.query)
             self.key_blocks = math.ceil(self.keys / tiling.key)
+        self.visits = None
+        if tiling.branch and not self.is_empty:
+            counts = self.query_blocks, self.key_blocks
+            self.visits = Visits.of(operands.mask, tiling.query, tiling.key, counts)
 
     def place(self, batch: Any, heads: Any, row: Any, column: Any) -> Place:
         """The place of a block from the indices of its row of the batch, heads, queries and keys."""
@@ -135,9 +140,13 @@ class Tiles:
         """The mask of the block."""
         return self.operands.mask.block(place.batch, place.query_heads, place.query, place.key)
 
-    def may_attend(self, mask: Mask) -> jax.Array | None:
-        """Whether the block needs work; None where that is not known, or must not be asked."""
-        return mask.may_attend() if self.tiling.branch else None
+    def keys_for(self, place: Place, row: Any) -> jax.Array | None:
+        """bool[key blocks] that a block of queries needs; None: any, or it must not be asked."""
+        return None if self.visits is None else self.visits.keys_for(place.batch, row)
+
+    def queries_for(self, place: Place, column: Any) -> jax.Array | None:
+        """bool[query blocks] that need a block of keys; None: any."""
+        return None if self.visits is None else self.visits.queries_for(place.batch, column)
 
     def block(
         self,
@@ -205,11 +214,6 @@ class Tiles:
 def loop(count: int, body: Callable, init: Any) -> Any:
     """fori_loop, or a plain call where there is nothing to loop over."""
     return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
-
-
-def when(predicate: jax.Array | None, f: Callable, x: Any) -> Any:
-    """f(x) where the predicate holds (None: it does, as far as is known), else x."""
-    return f(x) if predicate is None else lax.cond(predicate, f, lambda x: x, x)
 
 
 def unravel(index: Any, *counts: int) -> list[Any]:

@@ -17,6 +17,7 @@ LAYERS = (
     "_manual",
     "state",
     "mask",
+    "visits",
     "block",
     "checks",
     "operands",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn.tiles import loop, when
+from distattn.tiles import loop
 
 
 def is_quantised(dtype: jnp.dtype) -> bool:
@@ -68,9 +68,10 @@ def write(stored: jax.Array, new: jax.Array, index: jax.Array, layer: jax.Array 
         item = lax.dynamic_slice(
             new, (0, row, token, *width), (*new.shape[:1], 1, 1, *new.shape[3:])
         )
-        return when(
+        return lax.cond(
             slot < slots,
             lambda x: lax.dynamic_update_slice(x, item, (layer, row, slot, *width)),
+            lambda x: x,
             stored,
         )
 
