@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
@@ -102,6 +103,8 @@ _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
 
 def _attend_forward(call, *fields):
     out, lse = _attend(call, *fields)
+    # All that the backward pass needs beside the operands, by names for the policies of jax.checkpoint.
+    out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
 

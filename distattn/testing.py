@@ -21,6 +21,14 @@ KINDS = (
 # `%name = shape opcode(operands), attributes`. Layouts hold parentheses (`{1,0:T(8,128)}`), but
 # only the opcode has a space before its name and a parenthesis behind it.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<opcode>[a-z][a-z\-]*)\(")
+# `%name (arguments) -> shape {`, and what an instruction calls: `body=%name`, `calls=%name`,
+# `branch_computations={%name, %name}`; how often a loop runs is in its backend_config.
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_CALLS = re.compile(
+    r"\b(body|condition|calls|to_apply|true_computation|false_computation|branch_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<count>\d+)"\}')
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<dimensions>[\d,<= ]*)\]")
 
 
@@ -55,23 +63,28 @@ def fake_devices(count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def collectives(hlo_text: str) -> Counter[str]:
-    """How many of each collective operation a compiled program holds.
+def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
+    """How many of each collective operation a compiled program holds, or runs.
 
     An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, under its plain
-    name. One in the body of a loop counts once too, however often the loop runs.
+    name.
 
     Args:
       hlo_text: optimised HLO, from `jax.jit(f).lower(...).compile().as_text()`.
+      executed: count what is in the body of a loop as often as the loop runs, where XLA knows that;
+        else once.
 
     Returns:
       Counter from the name of the operation, as XLA writes it, to its number; those that do not
       occur are absent.
     """
-    return Counter(kind for kind, _ in _collective_shapes(hlo_text))
+    total: Counter[str] = Counter()
+    for kind, _, times in _collectives(hlo_text):
+        total[kind] += times if executed else 1
+    return total
 
 
-def collective_bytes(hlo_text: str) -> dict[str, int]:
+def collective_bytes(hlo_text: str, *, executed: bool = False) -> dict[str, int]:
     """The size of what each kind of collective operation leaves on one device.
 
     That is the result, not the traffic: what crosses the links for it depends on the algorithm (a
@@ -79,20 +92,44 @@ def collective_bytes(hlo_text: str) -> dict[str, int]:
 
     Args:
       hlo_text: optimised HLO, from `jax.jit(f).lower(...).compile().as_text()`.
+      executed: as in `collectives`.
 
     Returns:
       Dict from the name of the operation to the bytes of its results per device, summed over its
-      occurrences in the text.
+      occurrences in the text, or over its runs.
     """
     total: Counter[str] = Counter()
-    for kind, shape in _collective_shapes(hlo_text):
-        total[kind] += _size_bytes(shape)
+    for kind, shape, times in _collectives(hlo_text):
+        total[kind] += _size_bytes(shape) * (times if executed else 1)
     return dict(total)
 
 
-def _collective_shapes(hlo_text: str) -> Iterator[tuple[str, str]]:
-    """The kind and the text of the result's shape, for each collective."""
+def _runs(hlo_text: str) -> dict[str, int]:
+    """How often each computation runs in one run of the program, as far as XLA knows; 1 for the entry."""
+    callers: dict[str, tuple[str, int]] = {}
+    computation = ""
     for line in hlo_text.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start["name"]
+        trips = _TRIPS.search(line)
+        for attribute, names in _CALLS.findall(line):
+            times = int(trips["count"]) if trips and attribute == "body" else 1
+            callers.update((name.strip(" {%}"), (computation, times)) for name in names.split(","))
+
+    def runs(name: str) -> int:
+        caller, times = callers.get(name, ("", 1))
+        return times * runs(caller) if caller else times
+
+    return {name: runs(name) for name in callers}
+
+
+def _collectives(hlo_text: str) -> Iterator[tuple[str, str, int]]:
+    """The kind, the text of the result's shape, and the number of runs, of each collective."""
+    runs = _runs(hlo_text)
+    computation = ""
+    for line in hlo_text.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start["name"]
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
@@ -106,7 +143,7 @@ def _collective_shapes(hlo_text: str) -> Iterator[tuple[str, str]]:
             shape = _elements(shape)[
                 1
             ]  # (operand, result, contexts); all-reduce-start has the result
-        yield kind, shape
+        yield kind, shape, runs.get(computation, 1)
 
 
 def _elements(shape: str) -> list[str]:

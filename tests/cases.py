@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from distattn import reference
+from distattn import layouts, reference
 from tests.tolerance import assert_close
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
@@ -40,6 +40,8 @@ class Case:
     permuted: bool = False  # keys in a random order, a different one for each row of the batch
     empty_slots: int = 0
     segments: int = 0
+    layout: str | None = None  # of queries and keys alike, over four devices; "random": any order
+    documents: int = 0  # packed one after the other, in the order of positions
     lengths: bool = False
     query_lengths: bool = False
     options: tuple[tuple[str, Any], ...] = ()
@@ -66,6 +68,17 @@ class Case:
             args["key_positions"] = np.stack(rows).astype(np.int32)
             start = rng.integers(0, self.keys, size=(self.batch, 1))
             args["query_positions"] = (start + np.arange(self.queries)).astype(np.int32)
+        if self.layout is not None:
+            positions = (
+                rng.permutation(self.keys)
+                if self.layout == "random"
+                else getattr(layouts, self.layout)(self.keys, 4)
+            )
+            args["query_positions"] = args["key_positions"] = positions
+        if self.documents:
+            ends = np.sort(rng.choice(self.keys, self.documents - 1, replace=False))
+            ids = np.searchsorted(ends, args["key_positions"], side="right")
+            args["query_segment_ids"] = args["key_value_segment_ids"] = ids
         if self.empty_slots:
             for row in range(self.batch):
                 slots = rng.choice(self.keys, self.empty_slots, replace=False)
@@ -160,10 +173,26 @@ def mesh_of(devices: int, kind: str) -> Mesh:
     return jax.make_mesh((devices,), ("kv",), (KINDS[kind],), devices=jax.devices()[:devices])
 
 
+def runner(attention: Callable[..., tuple[jax.Array, jax.Array]], options: dict[str, Any]) -> Any:
+    """run(cast, more, d_out, d_lse) -> out, lse and gradients; `options` are constants of the program."""
+
+    def run(cast: dict, more: dict, d_out: jax.Array, d_lse: jax.Array):
+        def paired(cast: dict):
+            out, lse = attention(**cast, **more, **options)
+            rows = (out.astype(lse.dtype) * d_out.astype(lse.dtype)).sum()
+            return rows + (lse * d_lse.astype(lse.dtype)).sum(), (out, lse)
+
+        grads, (out, lse) = jax.grad(paired, has_aux=True)(cast)
+        return out, lse, grads
+
+    return run
+
+
 def check(
     case: Case,
-    attention: Callable[..., tuple[jax.Array, jax.Array]],
+    attention: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
     *,
+    run: Any = None,
     dtype: Any = jnp.float32,
     what: str,
     jit: bool = True,
@@ -171,7 +200,8 @@ def check(
 ) -> None:
     """That `attention` gives the oracle's out, lse and gradients, within tolerance.
 
-    `attention` takes the arguments of the case and returns (out, lse).
+    `attention` takes the arguments of the case and returns (out, lse). Or `run` is what `runner` has made
+    of it with the case's options, compiled once for many cases of the same shapes.
     """
     arguments = case.arguments()
     floats = [name for name in DIFFERENTIABLE if name in arguments]
@@ -179,19 +209,12 @@ def check(
     rest = {name: x for name, x in arguments.items() if name not in floats}
     d_out, d_lse = case.cotangents()
     d_out = jnp.asarray(d_out, dtype)
-
-    def run(cast: dict, d_out: jax.Array, d_lse: jax.Array):
-        def paired(cast: dict):
-            out, lse = attention(**cast, **rest)
-            rows = (out.astype(lse.dtype) * d_out.astype(lse.dtype)).sum()
-            return rows + (lse * d_lse.astype(lse.dtype)).sum(), (out, lse)
-
-        grads, (out, lse) = jax.grad(paired, has_aux=True)(cast)
-        return out, lse, grads
-
-    run = jax.jit(run) if jit else run
+    more = {name: x for name, x in rest.items() if name not in dict(case.options)} if run else {}
+    if run is None:
+        run = runner(attention, rest)
+        run = jax.jit(run) if jit else run
     out, lse, grads = run(
-        cast, d_out, jnp.asarray(d_lse, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        cast, more, d_out, jnp.asarray(d_lse, jnp.float64 if dtype == jnp.float64 else jnp.float32)
     )
     assert out.dtype == dtype
     assert lse.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)

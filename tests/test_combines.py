@@ -1,7 +1,9 @@
 """Every combine on every number of devices, against the oracle; and replicas equal bit for bit."""
 
+import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,12 @@ from tests.tolerance import assert_close
 COMBINES = (*ALL_REDUCES, *QUERY_SHARDED)
 
 
+def with_heads_for(case, combine, devices):
+    """The case with as many heads as the combine has devices to give them to."""
+    heads = math.lcm(case.heads, devices) if combine == "ulysses" else case.heads
+    return dataclasses.replace(case, heads=heads)
+
+
 def on(mesh, combine):
     return functools.partial(
         distattn.dot_product_attention,
@@ -41,15 +49,17 @@ def on(mesh, combine):
 @pytest.mark.parametrize("devices", range(1, 9))
 def test_devices(devices, combine):
     mesh = mesh_of(devices, "auto")
-    check(CASES["everything"], on(mesh, combine), what=f"{combine} on {devices}")
+    case = with_heads_for(CASES["everything"], combine, devices)
+    check(case, on(mesh, combine), what=f"{combine} on {devices}")
 
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("devices", [3, 8])
 def test_devices_explicit(devices, combine):
     mesh = mesh_of(devices, "explicit")
+    case = with_heads_for(CASES["everything"], combine, devices)
     with jax.set_mesh(mesh):
-        check(CASES["everything"], on(mesh, combine), what=f"{combine} on {devices} explicit")
+        check(case, on(mesh, combine), what=f"{combine} on {devices} explicit")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "everything"])
@@ -57,8 +67,9 @@ def test_cases(name):
     combine = COMBINES[list(CASES).index(name) % len(COMBINES)]
     kind = list(KINDS)[list(CASES).index(name) % 2]
     mesh = mesh_of(4, kind)
+    case = with_heads_for(CASES[name], combine, 4)
     with jax.set_mesh(mesh):
-        check(CASES[name], on(mesh, combine), what=f"{name} {combine} {kind}")
+        check(case, on(mesh, combine), what=f"{name} {combine} {kind}")
 
 
 def drawn(seed):
@@ -101,7 +112,8 @@ def drawn(seed):
         options=tuple(options.items()),
         seed=seed,
     )
-    return case, int(rng.choice([2, 3, 4])), COMBINES[rng.integers(len(COMBINES))]
+    devices, combine = int(rng.choice([2, 3, 4])), COMBINES[rng.integers(len(COMBINES))]
+    return with_heads_for(case, combine, devices), devices, combine
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -110,7 +122,7 @@ def test_arguments_in_any_combination(seed):
     check(case, on(mesh_of(devices, "auto"), combine), what=f"{case} {devices} {combine}")
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "gather_kv"])
+@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring", "ulysses"])
 def test_half_precision(combine):
     # As in test_attention: what enters the gradient is an output that was rounded once.
     mesh = mesh_of(4, "auto")

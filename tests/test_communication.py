@@ -16,12 +16,12 @@ from tests.cases import KINDS, mesh_of
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
-def shapes(mesh, queries, keys, *, rows=None, dtype=jnp.float32):
+def shapes(mesh, queries, keys, *, rows=None, axes="kv", heads=HEADS, dtype=jnp.float32):
     query = jax.ShapeDtypeStruct(
-        (1, queries, HEADS, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, rows))
+        (1, queries, heads, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, rows))
     )
     key = jax.ShapeDtypeStruct(
-        (1, keys, KV_HEADS, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, "kv"))
+        (1, keys, KV_HEADS, WIDTH), dtype, sharding=NamedSharding(mesh, P(None, axes))
     )
     return query, key, key
 
@@ -31,10 +31,16 @@ def hlo(f, mesh, *arguments):
         return jax.jit(f).lower(*arguments).compile().as_text()
 
 
-def call(mesh, combine, **options):
+def call(mesh, combine, *, is_causal=True):
     def f(query, key, value):
         return distattn.dot_product_attention(
-            query, key, value, is_causal=True, mesh=mesh, axis_name="kv", combine=combine, **options
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            mesh=mesh,
+            axis_name=mesh.axis_names,
+            combine=combine,
         )
 
     return f
@@ -97,6 +103,76 @@ def test_a_query_sharded_along_t(combine, forward, backward, kind):
     arguments = shapes(mesh, 64, 64, rows="kv")
     assert collectives(hlo(call(mesh, combine), mesh, *arguments)) == forward
     assert collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)) in backward
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("devices", [2, 3, 5, 8])
+def test_a_ring_makes_a_hop_less_than_there_are_devices(devices, is_causal):
+    mesh = mesh_of(devices, "auto")
+    arguments = shapes(mesh, 8 * devices, 8 * devices, rows="kv")
+    attention = call(mesh, "ring", is_causal=is_causal)
+    hops = devices - 1
+    # Key and value, and their positions where these are compared.
+    there = hops * (3 if is_causal else 2)
+    forward = hlo(attention, mesh, *arguments)
+    assert collectives(forward, executed=True) == {"collective-permute": there}
+    shard = 4 * 8 * KV_HEADS * WIDTH
+    sent = hops * (2 * shard + (4 * 8 if is_causal else 0))
+    assert collective_bytes(forward, executed=True) == {"collective-permute": sent}
+    # Back the same again, and the gradients of key and value. With two devices there is no loop, and
+    # XLA may find that the forward pass has the other's keys still.
+    both = collectives(hlo(gradient(attention), mesh, *arguments), executed=True)
+    again = (2 * there,) if devices > 2 else (there, 2 * there)
+    assert both in [{"collective-permute": count + 2 * hops} for count in again]
+
+
+@pytest.mark.parametrize(
+    ("combine", "forward", "backward"),
+    [
+        # Query, and key and value in one; and back out. With the gradient the log-sum-exp goes with out,
+        # and beside the three again dout and a pair of numbers a row.
+        ("ulysses", {"all-to-all": 3}, {"all-to-all": 6}),
+        (
+            "ulysses_gather_kv",
+            {"all-to-all": 3, "all-gather": 2},
+            {"all-to-all": 6, "all-gather": 2, "reduce-scatter": 2},
+        ),
+        (
+            "ulysses_ring",
+            {"all-to-all": 3, "collective-permute": 3},
+            {"all-to-all": 6, "collective-permute": 5},
+        ),
+    ],
+)
+def test_heads_in_place_of_rows(combine, forward, backward):
+    mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
+    axes = ("host", "kv")
+    arguments = shapes(mesh, 32, 32, rows=axes, axes=axes, heads=8)
+    if combine == "ulysses":
+        mesh = mesh_of(2, "auto")
+        arguments = shapes(mesh, 32, 32, rows="kv", heads=8)
+    assert collectives(hlo(call(mesh, combine), mesh, *arguments), executed=True) == forward
+    both = hlo(gradient(call(mesh, combine)), mesh, *arguments)
+    assert collectives(both, executed=True) == backward
+
+
+def test_named_residuals_spare_the_second_forward_pass():
+    mesh = mesh_of(3, "auto")
+    arguments = shapes(mesh, 24, 24, rows="kv")
+    names = ("distattn_out", "distattn_lse")
+    attention = call(mesh, "ring")
+    permutes_of_a_loop = 3  # key, value, positions
+
+    def permutes(f):
+        # As JAX hands it over: on a CPU, XLA finds by itself that a loop is there twice.
+        with jax.set_mesh(mesh):
+            text = jax.jit(gradient(f)).lower(*arguments).as_text()
+        return text.count("stablehlo.collective_permute")
+
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    once = permutes(attention)
+    assert permutes(jax.checkpoint(attention, policy=policy)) == once
+    assert permutes(jax.checkpoint(attention)) == once + permutes_of_a_loop
 
 
 def test_bytes_of_a_round_are_those_of_the_packed_state():

@@ -1,5 +1,6 @@
 """`sharded_attention` in a user's own `shard_map`: check_vma True and False, every combine, gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,35 +15,29 @@ from tests.cases import ALL_REDUCES, CASES, KINDS, QUERY_SHARDED, Case, as_float
 from tests.tolerance import assert_close
 
 DEVICES = 4
-# How each argument lies: by its name, the dimension of S, or of T for a sharded query.
-KEY_SPECS = {
-    "key": P(None, "kv"),
-    "value": P(None, "kv"),
-    "bias": P(None, None, None, "kv"),
-    "mask": P(None, None, None, "kv"),
-    "key_positions": P(None, "kv"),
-    "key_value_segment_ids": P(None, "kv"),
-}
-ROW_SPECS = {name: P(None, "kv") for name in ("query", "query_positions", "query_segment_ids")}
 
 
-def own_shard_map(mesh, check_vma, *, query_sharded=False, combine="auto"):
+def spec_of(name, x, axes, query_sharded, combine):
+    """How an argument lies: keys over the axes, and for a sharded query rows too."""
+    if name in ("key", "value", "key_positions", "key_value_segment_ids"):
+        return P(None, axes)
+    if name in ("query", "query_positions", "query_segment_ids"):
+        return P(None, axes) if query_sharded else P()
+    if name not in ("bias", "mask"):
+        return P()
+    if query_sharded and combine != "reduce_scatter":
+        return P(None, None, axes) if x.shape[2] > 1 else P()
+    return P(None, None, None, axes) if x.shape[3] > 1 else P()
+
+
+def own_shard_map(mesh, check_vma, *, axes="kv", query_sharded=False, combine="auto"):
     """The call as a user writes it: a shard_map over the axis of the keys."""
 
     def attention(**arguments):
         fixed = {k: x for k, x in arguments.items() if not hasattr(x, "shape")}
         arrays = {k: jnp.asarray(x) for k, x in arguments.items() if k not in fixed}
-        specs = {}
-        for name, x in arrays.items():
-            spec = KEY_SPECS.get(name, P())
-            if name in ("bias", "mask") and x.shape[3] == 1:
-                spec = P()
-            if query_sharded and name in ROW_SPECS:
-                spec = ROW_SPECS[name]
-            if query_sharded and combine != "reduce_scatter" and name in ("bias", "mask"):
-                spec = P(None, None, "kv") if x.shape[2] > 1 else P()
-            specs[name] = spec
-        out_spec = P(None, "kv") if query_sharded else P()
+        specs = {name: spec_of(name, x, axes, query_sharded, combine) for name, x in arrays.items()}
+        out_spec = P(None, axes) if query_sharded else P()
 
         @functools.partial(
             jax.shard_map,
@@ -55,7 +50,7 @@ def own_shard_map(mesh, check_vma, *, query_sharded=False, combine="auto"):
             return distattn.sharded_attention(
                 **arrays,
                 **fixed,
-                axis_name="kv",
+                axis_name=axes,
                 query_sharded=query_sharded,
                 combine=combine,
                 return_residual=True,
@@ -108,6 +103,19 @@ def test_auto_takes_the_combine_for_which_a_bias_is_cut():
 
         out = jax.jit(run)(*(arguments[n] for n in ("query", "key", "value", "bias")))
         assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=cut)
+
+
+@pytest.mark.parametrize("names", [("host", "chip"), ("chip", "host")])
+@pytest.mark.parametrize(
+    ("combine", "check_vma"),
+    [("ring", False), ("ulysses", True), ("ulysses_ring", True), ("ulysses_gather_kv", False)],
+)
+def test_a_sharded_query_over_two_axes(combine, check_vma, names):
+    mesh = jax.make_mesh((2, 2), ("host", "chip"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
+    # One head of keys, to be repeated; rows of a bias without heads; heads of a mask without rows.
+    case = dataclasses.replace(EVERYTHING, bias=("B", "T", "S"), mask=("N", "S"), kv_heads=1)
+    run = own_shard_map(mesh, check_vma, axes=names, combine=combine, query_sharded=True)
+    check(case, run, what=f"inside {combine} {names} {check_vma}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

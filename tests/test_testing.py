@@ -74,11 +74,30 @@ def test_several_kinds_in_one_program():
     )
 
 
-def test_the_body_of_a_loop_counts_once():
-    def f(x):
-        return lax.scan(lambda x, _: (lax.ppermute(x, "x", RING), None), x, None, length=5)[0]
+def test_the_body_of_a_loop_counts_once_or_as_often_as_it_runs():
+    def send(x, _):
+        return lax.ppermute(x, "x", RING), None
 
-    assert collectives(compiled(f, SPLIT)) == Counter({"collective-permute": 1})
+    def f(x):
+        def twice_and_sum(x, _):
+            x = lax.scan(send, x, None, length=3)[0]
+            return lax.cond(x[0, 0] > lax.psum(x, "x")[0, 0], jnp.sin, jnp.cos, x), None
+
+        return lax.scan(twice_and_sum, lax.ppermute(x, "x", RING), None, length=5)[0]
+
+    hlo = compiled(f, SPLIT)
+    assert collectives(hlo) == Counter({"collective-permute": 2, "all-reduce": 1})
+    executed = {"collective-permute": 1 + 5 * 3, "all-reduce": 5}
+    assert collectives(hlo, executed=True) == executed
+    assert collective_bytes(hlo, executed=True)["collective-permute"] == 16 * 192
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    def f(x):
+        count = jnp.abs(lax.axis_index("x") * 0 + 3)
+        return lax.fori_loop(0, count, lambda _, x: lax.ppermute(x, "x", RING), x)
+
+    assert collectives(compiled(f, SPLIT), executed=True)["collective-permute"] in (1, 3)
 
 
 def test_names_and_metadata_do_not_count():
