@@ -244,6 +244,8 @@ def put(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
     if block.shape == x.shape:
         return block
     starts = [span.start for span in spans] + [0] * (x.ndim - len(spans))
+    # Of one type, which under x64 the indices of loops and of devices are not.
+    starts = [lax.convert_element_type(start, jnp.int32) for start in starts]
     return lax.dynamic_update_slice(x, block, starts)
 
 
