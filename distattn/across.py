@@ -220,14 +220,13 @@ def _with_heads(
     movement: Movement, operands: Operands, *rows: jax.Array
 ) -> tuple[Operands, tuple[jax.Array, ...]]:
     """The operands, and more arrays [B, T, N, ...], with their heads sharded in place of rows."""
-    query, key, value, *rows = rows_to_heads(
-        [operands.query, operands.key, operands.value, *rows], movement.heads
-    )
+    arrays = [operands.query, operands.key, operands.value, *rows]
+    query, key, value, *moved = rows_to_heads(arrays, movement.heads)
     if movement.gather_keys:
         key, value = (
             lax.all_gather(x, movement.gather_keys, axis=1, tiled=True) for x in (key, value)
         )
-    return dataclasses.replace(operands, query=query, key=key, value=value), tuple(rows)
+    return dataclasses.replace(operands, query=query, key=key, value=value), tuple(moved)
 
 
 def finish(

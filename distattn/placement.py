@@ -87,6 +87,8 @@ def read_placement(
     mesh: Mesh | AbstractMesh | None,
     axis_name: AxisNames,
     query_axis_name: AxisNames,
+    batch_axis_name: AxisNames = None,
+    heads_axis_name: AxisNames = None,
 ) -> Placement:
     """Where the arrays lie.
 
@@ -97,19 +99,25 @@ def read_placement(
       mesh: said by the caller, or None.
       axis_name: axes of S said by the caller, or None.
       query_axis_name: axes of T said by the caller, None for replicated, 'auto' to read them.
+      batch_axis_name: axes of B said by the caller, or None.
+      heads_axis_name: axes of N and K said by the caller, or None.
 
     Returns:
       Placement.
 
     Raises:
       ValueError: no mesh, another mesh, an axis that is not there, is manual, or is used twice; key and
-        value sharded differently.
+        value sharded differently; B or N that the devices do not divide.
     """
     mesh = _find_mesh(query, key, value, mesh)
     said = _names("axis_name", axis_name)
     query_said = () if query_axis_name == "auto" else _names("query_axis_name", query_axis_name)
+    batch = _names("batch_axis_name", batch_axis_name)
+    heads = _names("heads_axis_name", heads_axis_name)
+    names = ("axis_name", "query_axis_name", "batch_axis_name", "heads_axis_name")
+    all_said = dict(zip(names, (said, query_said, batch, heads), strict=True))
     if mesh is None:
-        for name, axes in (("axis_name", said), ("query_axis_name", query_said)):
+        for name, axes in all_said.items():
             if axes:
                 raise ValueError(
                     f"{name} is {axes[0] if len(axes) == 1 else axes}, but there is no mesh; pass mesh=, "
@@ -117,8 +125,10 @@ def read_placement(
                 )
         return Placement()
     free = _free_axes(mesh)
-    for name, axes in (("axis_name", said), ("query_axis_name", query_said)):
+    for name, axes in all_said.items():
         _check_axes(name, axes, mesh, free)
+    _check_divisible("batch_axis_name", batch, mesh, "B", query.shape[0] if query.ndim == 4 else 1)
+    _check_divisible("heads_axis_name", heads, mesh, "N", query.shape[-2])
 
     dims = {"query": "BTNH", "key": "BSKH", "value": "BSKV"}
     read, known = {}, set(free)
@@ -143,8 +153,8 @@ def read_placement(
     query_axes = read["query"].get("T", ()) if query_axis_name == "auto" else query_said
     placement = Placement(
         mesh=mesh,
-        batch=read["key"].get("B", ()) or read["query"].get("B", ()),
-        heads=read["query"].get("N", ()) or read["key"].get("K", ()),
+        batch=batch or read["key"].get("B", ()) or read["query"].get("B", ()),
+        heads=heads or read["query"].get("N", ()) or read["key"].get("K", ()),
         query=query_axes,
         key=key_axes,
         query_known=query_axis_name != "auto" or known == set(free),
@@ -229,6 +239,15 @@ def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes
             )
     if len(set(axes)) < len(axes):
         raise ValueError(f"{argument} {axes} names an axis twice; name each axis once")
+
+
+def _check_divisible(argument: str, axes: Axes, mesh: Any, letter: str, size: int) -> None:
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    if size % devices:
+        raise ValueError(
+            f"{argument} is {axes}, {devices} devices, and {letter}={size} is no multiple of that; pass "
+            f"axes that divide it, or a multiple of {devices}"
+        )
 
 
 def _check_disjoint(placement: Placement) -> None:

@@ -36,6 +36,8 @@ def dot_product_attention(
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: AxisNames = None,
     query_axis_name: AxisNames = "auto",
+    batch_axis_name: AxisNames = None,
+    heads_axis_name: AxisNames = None,
     combine: Combine = "auto",
     reproducible: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -47,7 +49,7 @@ def dot_product_attention(
     that attends to no key gives 0 (there: the mean of all values), and the residual is float32 and
     differentiable. Masked slots of key and value may hold anything, NaN included, without effect on
     outputs or gradients. Each device folds its own keys into a `SoftmaxState`, the states are merged:
-    nothing of the size of key or value moves, unless combine is 'gather_kv'.
+    nothing of the size of key or value moves, unless combine says so.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
@@ -78,10 +80,17 @@ def dot_product_attention(
         take no part. S need not be a multiple of the devices: it is padded inside.
       query_axis_name: axes over which query is sharded along T; None = replicated; 'auto' = read, or,
         where it cannot be read, by cost.
+      batch_axis_name: axes over which B is sharded; None: read, which inside jit and under Auto axes is not
+        possible. Say it there: else what the compiler has sharded unseen is in part gathered, and blocks
+        that a mask rules out are computed all the same.
+      heads_axis_name: axes over which N and K are sharded; None: the same.
       combine: how devices exchange. Of states, for a replicated query: 'butterfly' (ceil(log2 D)
         messages), 'psum', 'all_gather', or a `Schedule`. For a query sharded along T over the axes of
-        the keys: 'reduce_scatter' (query gathered, states scattered) or 'gather_kv' (keys and values
-        gathered). 'auto': the cheapest by `planner`. The result is the same.
+        the keys: 'reduce_scatter' (query gathered, states scattered), 'gather_kv' (keys and values
+        gathered), 'ring' (keys and values travel round, D - 1 hops), 'ulysses' (heads sharded instead of
+        rows, by all-to-all), and over a tuple of axes 'ulysses_ring' and 'ulysses_gather_kv' (heads over
+        the last axis, ring or gather over the others). 'auto': the cheapest by `planner`. The result is
+        the same.
       reproducible: not built.
 
     Returns:
@@ -89,8 +98,9 @@ def dot_product_attention(
       log, f32[B, T, N] (float64 if an input is), differentiable.
 
     Raises:
-      ValueError: a wrong shape, dtype, axis, mesh or combination; the message says what to do.
-      NotImplementedError: reproducible, combine='ring', an implementation that is not built.
+      ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard; the
+        message says what to do.
+      NotImplementedError: reproducible, an implementation that is not built.
 
     Example:
       >>> import jax, jax.numpy as jnp, distattn
@@ -120,7 +130,14 @@ def dot_product_attention(
         key_value_segment_ids=key_value_segment_ids,
     )
     placement = read_placement(
-        query, key, value, mesh=mesh, axis_name=axis_name, query_axis_name=query_axis_name
+        query,
+        key,
+        value,
+        mesh=mesh,
+        axis_name=axis_name,
+        query_axis_name=query_axis_name,
+        batch_axis_name=batch_axis_name,
+        heads_axis_name=heads_axis_name,
     )
     placement, movement = choose_movement(placement, operands, combine, query_axis_name)
     call = Call(scoring, implementation, placement, movement)

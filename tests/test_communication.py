@@ -200,6 +200,37 @@ def test_batch_and_heads_on_other_axes_add_no_collective():
     }
 
 
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [
+        ("reduce_scatter", {"all-gather": 3, "collective-permute": 1, "reduce-scatter": 1}),
+        ("gather_kv", {"all-gather": 2, "reduce-scatter": 2}),
+        (
+            "ring",
+            {"collective-permute": 4},
+        ),  # with two devices, the forward pass has the other's keys
+        ("ulysses", {"all-to-all": 6}),
+    ],
+)
+def test_a_batch_that_the_compiler_would_shard_unseen(combine, expected):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["auto"],) * 3)
+    spec = NamedSharding(mesh, P("data", "kv", "heads"))
+    query, key = (
+        jax.ShapeDtypeStruct((2, 64, heads, WIDTH), jnp.float32, sharding=spec) for heads in (8, 2)
+    )
+    f = functools.partial(
+        distattn.dot_product_attention,
+        mesh=mesh,
+        axis_name="kv",
+        query_axis_name="kv",
+        batch_axis_name="data",
+        heads_axis_name="heads",
+        combine=combine,
+    )
+    text = hlo(gradient(f), mesh, query, key, key)
+    assert collectives(text, executed=True) == expected
+
+
 def test_a_tuple_of_axes_goes_level_by_level():
     mesh = jax.make_mesh((2, 4), ("host", "chip"), (KINDS["auto"],) * 2)
     spec = NamedSharding(mesh, P(None, ("host", "chip")))

@@ -160,6 +160,19 @@ MESH_ERRORS = {
         | {"value": KEY[:, :, :2]},
         ["'ulysses'", "heads of query over the 4 devices of ('kv',)", "are 2", "'ring'"],
     ),
+    "batch_that_does_not_divide": (
+        {"axis_name": None, "batch_axis_name": "kv"},
+        [f"batch_axis_name is ('kv',), 4 devices, and B={B}", "multiple of 4"],
+    ),
+    "heads_by_name_that_do_not_divide": (
+        {"axis_name": None, "heads_axis_name": "kv", "query": QUERY[:, :, :2]},
+        ["heads_axis_name is ('kv',), 4 devices, and N=2", "multiple of 4"],
+    ),
+    "batch_and_keys": (
+        {"axis_name": "kv", "batch_axis_name": "kv", "query": jnp.ones((4, T, N, H))}
+        | {"key": jnp.ones((4, S, K, H)), "value": jnp.ones((4, S, K, H))},
+        ["'kv' shards both B and S", "axis_name"],
+    ),
     "one_level": (
         {"axis_name": "kv", "combine": "ulysses_ring"},
         ["'ulysses_ring'", "two levels", "('kv',)", "'ulysses' or 'ring'"],

@@ -42,8 +42,8 @@ EXAMPLES = {
         r"Pairs cost their names; .*",
     ),
 }
-# tests/test_language_model.py and tests/test_generation.py
-TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py"}
+# tests/test_language_model.py, tests/test_generation.py and tests/test_training.py
+TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py", "08_train.py"}
 
 # Each block of Python, and the block of text behind it with what it prints.
 BLOCKS = re.findall(

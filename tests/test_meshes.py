@@ -199,6 +199,21 @@ def test_keys_replicated_over_an_axis_count_once():
     agrees(attention(**placed(mesh, P(), P(None, "kv"))))
 
 
+@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring", "ulysses"])
+def test_batch_and_heads_by_name(combine):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["auto"],) * 3)
+    attention = functools.partial(
+        distattn.dot_product_attention,
+        mesh=mesh,
+        axis_name="kv",
+        batch_axis_name="data",
+        heads_axis_name="heads",
+        combine=combine,
+        return_residual=True,
+    )
+    check(CASES["everything"], attention, what=f"batch and heads by name, {combine}")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["lengths", "bias_full", "mask_full", "plain"])
 def test_sizes_that_the_devices_do_not_divide(name, kind):

@@ -1,0 +1,100 @@
+"""distattn with the signature of `jax.nn.dot_product_attention`, for code that is given its attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+
+from distattn.checks import Window
+from distattn.movement import Combine
+from distattn.placement import AxisNames
+from distattn.sharded import dot_product_attention
+
+
+def stand_in(
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: AxisNames = None,
+    query_axis_name: AxisNames = "auto",
+    batch_axis_name: AxisNames = None,
+    heads_axis_name: AxisNames = None,
+    combine: Combine = "auto",
+) -> Callable[..., Any]:
+    """`jax.nn.dot_product_attention`, its arguments and no others, with the mesh said once.
+
+    `distattn.dot_product_attention` takes the same arguments and more: call that where the call can be
+    changed. This is for a model that is given its attention as a function and calls it as jax.nn's. To put
+    it into `jax.nn` itself is no good idea: functions that are compiled already keep the other one.
+
+    It differs from jax.nn's in three things:
+
+    * `implementation`: None and 'xla', which is what None means there, are the blocked attention of
+      distattn; 'cudnn' raises NotImplementedError;
+    * the residual of `return_residual=True` is float32 and has a gradient (there: key's dtype, and none);
+    * a row that attends to no key gives 0 (there: the mean of all values).
+
+    Args:
+      mesh: as in `distattn.dot_product_attention`; None: that of the arrays, or of `jax.set_mesh`.
+      axis_name: axes over which key and value are sharded along S.
+      query_axis_name: axes over which query is sharded along T.
+      batch_axis_name: axes over which the batch is sharded. Say them under Auto axes, where jit hides them.
+      heads_axis_name: axes over which the heads are sharded.
+      combine: how devices exchange.
+
+    Returns:
+      The function: query [B, T, N, H] or [T, N, H], key [B, S, K, H], value [B, S, K, V] -> [B, T, N, V],
+      with return_residual also f32[B, T, N].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from distattn.integrations.jax_nn import stand_in
+      >>> attention = stand_in()
+      >>> query, key = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 6, 2, 8))
+      >>> attention(query, key, key, is_causal=True, implementation="xla").shape
+      (1, 2, 4, 8)
+    """
+
+    def attention(
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        bias: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        query_seq_lengths: ArrayLike | None = None,
+        key_value_seq_lengths: ArrayLike | None = None,
+        local_window_size: Window = None,
+        implementation: str | None = None,
+        return_residual: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        if implementation == "cudnn":
+            raise NotImplementedError(
+                "implementation='cudnn' attends on one GPU, and no such kernel is built here; pass None "
+                "or 'xla', or call jax.nn.dot_product_attention where nothing is sharded"
+            )
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation=None if implementation == "xla" else implementation,
+            return_residual=return_residual,
+            mesh=mesh,
+            axis_name=axis_name,
+            query_axis_name=query_axis_name,
+            batch_axis_name=batch_axis_name,
+            heads_axis_name=heads_axis_name,
+            combine=combine,
+        )
+
+    return attention

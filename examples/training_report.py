@@ -1,0 +1,62 @@
+"""What a training run shows: a progress bar, what its program sends, and the curve of its loss."""
+
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from distattn.testing import collectives
+
+SCOPE = re.compile(r'op_name="[^"]*\battention\b')  # of the model, in the metadata of HLO
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A line of progress, with the time since the start."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def progress(done: int, steps: int, loss: float, tokens_per_s: float) -> None:
+    """A bar that is drawn again and again on one line of the terminal."""
+    bar = ("=" * (24 * done // steps)).ljust(24)
+    end = "\n" if done == steps else ""
+    line = f"\r[{bar}] step {done}/{steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s "
+    print(line, end=end, file=sys.stderr, flush=True)
+
+
+def moved(hlo: str) -> tuple[Counter[str], Counter[str]]:
+    """The collectives that one run of a compiled step makes: those of attention, and all others.
+
+    Where an operation comes from is in its metadata, and the model names the scope of attention. How
+    often a loop runs is in there too, so the lines of loops stay.
+    """
+    rest = [x for x in hlo.splitlines() if " while(" in x or not SCOPE.search(x)]
+    elsewhere = collectives("\n".join(rest), executed=True)
+    return collectives(hlo, executed=True) - elsewhere, elsewhere
+
+
+def listed(counts: Counter[str]) -> str:
+    """A counter in words."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
+
+
+def difference(losses: list[float], others: list[float]) -> float:
+    """The largest between two runs, relative to the loss."""
+    return max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
+
+
+def plot(path: Path, curves: dict[str, tuple[range, list[float]]], bound: float) -> None:
+    """The loss of each run by its steps as a picture, and a line at the bound."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a byte")
+    for i, (name, (steps, losses)) in enumerate(curves.items()):
+        points = [step + 1 for step in steps]
+        axes.plot(
+            points, losses, label=name, marker="osx"[i], fillstyle="none", markersize=10 - 3 * i
+        )
+    axes.axhline(bound, color="gray", linestyle=":", label="byte frequencies alone")
+    axes.legend()
+    figure.savefig(path, dpi=120)
