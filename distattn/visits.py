@@ -51,13 +51,15 @@ class Visits(NamedTuple):
 
     def keys_for(self, batch: Span, row: Any) -> jax.Array:
         """bool[key blocks]: which may be attended to by a block of queries, in any row of the batch."""
-        return self._table(batch, Span(row, 1), None)[0]
+        return self.table(batch, Span(row, 1))[0]
 
     def queries_for(self, batch: Span, column: Any) -> jax.Array:
         """bool[query blocks]: which may attend to a block of keys, in any row of the batch."""
-        return self._table(batch, None, Span(column, 1))[:, 0]
+        return self.table(batch, column=Span(column, 1))[:, 0]
 
-    def _table(self, batch: Span, row: Span | None, column: Span | None) -> jax.Array:
+    def table(
+        self, batch: Span, row: Span | None = None, column: Span | None = None
+    ) -> jax.Array:
         """bool[query blocks, key blocks], of all where no row or column is named."""
         query, key = (
             Blocks(*(take(x, batch, span) for x in blocks))

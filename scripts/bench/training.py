@@ -2,6 +2,8 @@
 
     python scripts/bench/training.py speed     # medians, contenders interleaved, beside XLA's partitioning
     python scripts/bench/training.py memory    # temp bytes a device of the compiled program
+    python scripts/bench/training.py work      # what each device has to do, by layout, under a causal mask
+    python scripts/bench/training.py skipping  # time under masks that leave little to do
 
 Causal, float32, 8 query and 2 key/value heads of 64, on eight fake devices of this machine's CPU, which
 share its cores: what a step costs here is arithmetic, and hardly what it sends. XLA:
@@ -18,13 +20,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from attention import compiled_runner, gradient, inputs, medians
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import layouts
+from distattn.mask import Span
+from distattn.operands import make_operands
 from distattn.testing import fake_devices
+from distattn.tiles import Machine, Tiles, choose_tiling
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 LENGTHS = (2048, 8192, 32768)
@@ -171,11 +177,130 @@ def memory(lengths):
         print(f"{name:24}{''.join(cells)}", flush=True)
 
 
+def parts(length, layout):
+    """The arguments of the attention of each device's rows to all keys, by itself on one device."""
+    order = layout(length, 8)
+    query, key, value = inputs(1, length, length, HEADS, KV_HEADS, WIDTH, "float32")
+    for rows in np.split(np.arange(length), 8):
+        yield query[:, rows], key, value, order[rows], order
+
+
+def pairs(query, key, value, query_positions, key_positions):
+    """How many pairs of a query and a key are in blocks that are visited."""
+    operands = make_operands(
+        query,
+        key,
+        value,
+        None,
+        None,
+        is_causal=True,
+        query_seq_lengths=None,
+        key_value_seq_lengths=None,
+        local_window_size=None,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=None,
+        key_value_segment_ids=None,
+    )
+    tiling = choose_tiling(operands, Machine("cpu"), backward=True)
+    table = Tiles(operands, tiling).visits.table(Span(0, 1))
+    return int(table.sum()) * tiling.query * tiling.key
+
+
+def work(lengths, repeats):
+    """Of each device, alone: pairs in the blocks that it visits, and time forward and backward."""
+
+    def attention(query, key, value, query_positions, key_positions):
+        return distattn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_positions=query_positions,
+            key_positions=key_positions,
+        )
+
+    for length in lengths:
+        busiest = {}
+        for layout in (layouts.contiguous, layouts.zigzag, layouts.striped):
+            name = layout.__name__
+            devices = list(parts(length, layout))
+            visited = [pairs(*arrays) for arrays in devices]
+            # Hop by hop of a ring, all wait for whoever has most to do in it.
+            order = np.split(layout(length, 8), 8)
+            hops = [
+                max(
+                    pairs(
+                        devices[rank][0],
+                        *(x[:, : length // 8] for x in devices[rank][1:3]),
+                        order[rank],
+                        order[(rank - hop) % 8],
+                    )
+                    for rank in range(8)
+                )
+                for hop in range(8)
+            ]
+            run = jax.jit(gradient(attention)).lower(*devices[0]).compile()
+            s = medians(
+                {i: functools.partial(ready, run, arrays) for i, arrays in enumerate(devices)},
+                repeats,
+            )
+            busiest[name] = (max(visited), sum(hops), max(s.values()))
+            print(f"T = S = {length}, {name}")
+            print("  million pairs visited " + "".join(f"{n / 1e6:8.2f}" for n in visited))
+            print("  ms, with gradient     " + "".join(f"{s[i] * 1e3:8.1f}" for i in range(8)))
+        print("contiguous over zigzag, striped; the busiest device's work")
+        for index, what in enumerate(("pairs", "pairs, hop by hop of a ring", "time")):
+            ratios = [
+                busiest["contiguous"][index] / busiest[name][index]
+                for name in ("zigzag", "striped")
+            ]
+            print(f"  {what:30}" + "".join(f"{ratio:8.2f}" for ratio in ratios), flush=True)
+
+
+def ready(run, arrays):
+    jax.block_until_ready(run(*arrays))
+
+
+def skipping(lengths, repeats):
+    """One device, forward and backward: the time of masks by which most blocks are empty."""
+    print(f"{'':10}{'mask':34}{'pairs allowed':>14}{'time':>8}{'ms':>9}   ratios to no mask")
+    for length in lengths:
+        arrays = inputs(1, length, length, HEADS, KV_HEADS, WIDTH, "float32")
+        documents = np.arange(length, dtype=np.int32) // (length // 16)
+        shuffled = np.random.default_rng(0).permutation(length // 512)
+        places = np.arange(length, dtype=np.int32).reshape(-1, 512)[shuffled].reshape(-1)
+        positions = {"query_positions": places, "key_positions": places}
+        packed = {"query_segment_ids": documents, "key_value_segment_ids": documents}
+        window = {"is_causal": True, "local_window_size": 256}
+        causal = 0.5 * (1 + 1 / length)
+        near = 257 / length
+        masks = {
+            "none": ({}, 1.0),
+            "causal": ({"is_causal": True}, causal),
+            "16 packed documents": (packed, 1 / 16),
+            "window of 256, causal": (window, near),
+            "the same, runs of 512 shuffled": (window | positions, near),
+        }
+        runs = {
+            name: compiled_runner(
+                gradient(functools.partial(distattn.dot_product_attention, **options)), arrays
+            )[0]
+            for name, (options, _) in masks.items()
+        }
+        s = medians(runs, repeats)
+        for name, (_, share) in masks.items():
+            print(
+                f"{length:<10}{name:34}{share:14.3f}{s[name] / s['none']:8.3f}{s[name] * 1e3:9.1f}",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("what", choices=("speed", "memory", "work", "skipping"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T")
     options = parser.parse_args()
@@ -186,6 +311,10 @@ def main():
             speed(options.lengths, options.repeats)
         case "memory":
             memory(options.lengths)
+        case "work":
+            work(options.lengths, options.repeats)
+        case "skipping":
+            skipping(options.lengths, options.repeats)
 
 
 if __name__ == "__main__":
