@@ -77,8 +77,9 @@ def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
 
 
 def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
-    """Sends (key + value) (D-1)/D, and merges nothing."""
-    return _gather(shape.key_value_bytes, topology)
+    """Sends (key + value) (D-1)/D, apart, and merges nothing."""
+    each = _gather(shape.key_value_bytes / 2, topology)
+    return each + each
 
 
 def _ring(shape: Shape, topology: Topology) -> Traffic:
