@@ -75,7 +75,9 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
         key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
     else:
         key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
-        if operands.mask.compares_positions:  # in two, a shard of a zigzag layout is skipped by halves
+        if (
+            operands.mask.compares_positions
+        ):  # in two, a shard of a zigzag layout is skipped by halves
             key_block = min(key_block, max(keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes

@@ -57,9 +57,7 @@ class Visits(NamedTuple):
         """bool[query blocks]: which may attend to a block of keys, in any row of the batch."""
         return self.table(batch, column=Span(column, 1))[:, 0]
 
-    def table(
-        self, batch: Span, row: Span | None = None, column: Span | None = None
-    ) -> jax.Array:
+    def table(self, batch: Span, row: Span | None = None, column: Span | None = None) -> jax.Array:
         """bool[query blocks, key blocks], of all where no row or column is named."""
         query, key = (
             Blocks(*(take(x, batch, span) for x in blocks))
