@@ -239,7 +239,8 @@ def _run_scatter(schedule, state, axes, names, dimension):
     size = schedule.size
     packed = pack(state)
     shape = packed.shape
-    parts = packed.reshape(*shape[:dimension], size, -1, *shape[dimension + 1 :])
+    part = shape[dimension] // size
+    parts = packed.reshape(*shape[:dimension], size, part, *shape[dimension + 1 :])
     parts = jnp.moveaxis(
         parts, dimension, 0
     )  # [D, ...]: by the owner, counted in the order of names

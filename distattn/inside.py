@@ -210,9 +210,9 @@ def _by_cost(sizes: dict[str, int], query, key, value, dense: tuple) -> str:
     )
     # A bias or a mask is cut for one or the other: it has all rows and these keys, or all keys.
     cuts = [(1, *jnp.shape(x))[-2:] for x in dense if x is not None and jnp.ndim(x)]
-    if any(cut[0] not in (1, rows) for cut in cuts):
+    if size > 1 and any(cut[0] not in (1, rows) or cut[1] == keys > 1 for cut in cuts):
         return "reduce_scatter"
-    all_keys = any(cut[1] == size * keys != keys for cut in cuts)
+    all_keys = any(cut[1] == size * keys for cut in cuts)
     return choose_sharded(
         shape, topology_of(mesh_order(tuple(sizes))), tuple(sizes.values()), all_keys=all_keys
     ).combine

@@ -59,8 +59,15 @@ def choose_movement(
     Raises:
       ValueError: a combine that does not fit where the query lies, or heads that do not divide.
     """
-    shared = tuple(axis for axis in placement.query if axis in placement.key)
     devices = placement.size(placement.key)
+    if not placement.key_known and combine != "auto":
+        raise ValueError(
+            f"combine={combine!r} says how the devices of the keys exchange, and how key is sharded cannot "
+            "be read here, inside jit and under Auto axes: pass axis_name (and mesh), the axes of S"
+        )
+    if devices > 1 and placement.sized(placement.query) == placement.sized(placement.key):
+        placement = dataclasses.replace(placement, query=placement.key)
+    shared = tuple(axis for axis in placement.query if axis in placement.key)
     if isinstance(combine, Schedule) and combine.size != devices:
         raise ValueError(
             f"combine is a Schedule for {combine.size} devices, but the keys lie on {devices} (axes "

@@ -24,6 +24,7 @@ class Placement:
     query: Axes = ()  # T
     key: Axes = ()  # S
     query_known: bool = True  # False: the layout of the query could not be read
+    key_known: bool = True  # False: nor that of the keys, and nobody said it
     manual: Axes = ()  # axes that our shard_map takes: those above, and all whose layout is known
     compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
 
@@ -58,6 +59,10 @@ class Placement:
                 for letter, size in zip(letters, shape, strict=True)
             )
         )
+
+    def sized(self, axes: Axes) -> Axes:
+        """The axes of more than one device."""
+        return _sized(axes, self.mesh)
 
     def topology(self, axes: Axes) -> Topology:
         """The devices along the axes, in the order of the mesh."""
@@ -163,9 +168,12 @@ def read_placement(
     used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
     manual = tuple(axis for axis in free if axis in used)
     unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
+    key_known = bool(key_axes) or not unseen
     if not (placement.batch or placement.heads or query_axes or key_axes):
-        return Placement(compiler_sharded=bool(unseen))
-    return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
+        return Placement(compiler_sharded=bool(unseen), key_known=key_known)
+    return dataclasses.replace(
+        placement, manual=manual, compiler_sharded=bool(unseen), key_known=key_known
+    )
 
 
 def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:

@@ -103,7 +103,9 @@ def ring_fold(
         coming = ring.send(shard)  # nothing below waits for it
         return coming, meet(hop, shard, state)
 
-    shard, state = loop(ring.size - 1, step, (_shard(operands), state))
+    shard = _shard(operands)
+    if ring.size > 1:
+        shard, state = loop(ring.size - 1, step, (shard, state))
     return meet(ring.size - 1, shard, state)
 
 

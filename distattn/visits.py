@@ -102,15 +102,22 @@ def visit(needed: jax.Array | None, count: int, body: Callable, init: Any) -> An
 def _blocks(
     there: jax.Array | None, positions: jax.Array | None, segments: jax.Array | None, size: int
 ) -> Blocks:
-    """The ranges of each block of so many; an entry that is not there is in none."""
+    """The ranges of each block of so many; an entry that is not there is in none.
+
+    The last block ends with the data, and where that makes it overlap its neighbour it is computed whole.
+    """
 
     def reduced(x: jax.Array | None, how: Callable, fill: Any, mask: bool) -> jax.Array | None:
         if x is None:
             return None
         if mask and there is not None:
             x = jnp.where(there, x, fill)
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
-        return how(x.reshape(x.shape[0], -1, size), axis=-1)
+        length = x.shape[1]
+        even = length - length % size
+        parts = [how(x[:, :even].reshape(x.shape[0], even // size, size), axis=-1)]
+        if even < length:
+            parts.append(how(x[:, length - size :], axis=-1)[:, None])
+        return jnp.concatenate(parts, axis=1)
 
     return Blocks(
         there=reduced(there, jnp.any, False, mask=False),

@@ -77,7 +77,8 @@ class Case:
             args["query_positions"] = args["key_positions"] = positions
         if self.documents:
             ends = np.sort(rng.choice(self.keys, self.documents - 1, replace=False))
-            ids = np.searchsorted(ends, args["key_positions"], side="right")
+            positions = args.get("key_positions", np.arange(self.keys))
+            ids = np.searchsorted(ends, positions, side="right")
             args["query_segment_ids"] = args["key_value_segment_ids"] = ids
         if self.empty_slots:
             for row in range(self.batch):

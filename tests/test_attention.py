@@ -1,12 +1,15 @@
 """One device: every argument, alone and together, against the oracle; forward and every gradient."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import distattn
-from tests.cases import CASES, as_float32, check
+from tests.cases import CASES, Case, as_float32, check
 from tests.tolerance import assert_close
 
 # In bfloat16 the weights of a row are as exact as in float32, but each of the gradient's products
@@ -22,9 +25,9 @@ def dense(**arguments):
     return attention(**arguments, implementation="dense")
 
 
-def in_small_blocks(*, sinks=None, **arguments):
-    """Blocks that divide neither T nor S."""
-    state = distattn.partial_attention(**arguments, block_sizes=(4, 5))
+def in_small_blocks(*, sinks=None, block_sizes=(4, 5), **arguments):
+    """Blocks that divide neither T nor S, but for few cases."""
+    state = distattn.partial_attention(**arguments, block_sizes=block_sizes)
     out, lse = distattn.finalize(state, sinks)
     return out.astype(arguments["query"].dtype), lse
 
@@ -45,6 +48,32 @@ def test_dense(name):
 )
 def test_many_blocks(name):
     check(CASES[name], in_small_blocks, what=f"small blocks {name}")
+
+
+# Lengths that blocks do not divide: the last block of queries, or of keys, overlaps the one before.
+UNEVEN = {
+    "window": Case(options=(("local_window_size", (4, 0)),)),
+    "window permuted": Case(permuted=True, empty_slots=9, options=(("local_window_size", (7, 1)),)),
+    "causal permuted": Case(permuted=True, empty_slots=20, options=(("is_causal", True),)),
+    "documents": Case(documents=6),
+    "documents in any order": Case(layout="random", documents=6, options=(("is_causal", True),)),
+    "lengths": Case(lengths=True, query_lengths=True),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_blocks_that_overlap(name):
+    rows = 23 if UNEVEN[name].query_lengths else 47  # primes: no block divides them
+    case = dataclasses.replace(UNEVEN[name], queries=rows, keys=47)
+    for sizes in ((7, 3), (3, 7)):
+        in_blocks = functools.partial(in_small_blocks, block_sizes=sizes)
+        check(case, in_blocks, what=f"overlapping blocks, {name} {sizes}")
+
+
+@pytest.mark.parametrize("length", [521, 1031])
+def test_blocks_of_the_usual_size_that_overlap(length):
+    case = Case(1, length, length, 2, 2, options=(("local_window_size", (8, 0)),))
+    check(case, attention, what=f"overlapping blocks, {length}")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -126,6 +126,32 @@ def test_a_ring_makes_a_hop_less_than_there_are_devices(devices, is_causal):
     assert both in [{"collective-permute": count + 2 * hops} for count in again]
 
 
+def loops_with_permutes(jaxpr):
+    """The bodies of all loops in which something is sent, however deep."""
+    for equation in jaxpr.eqns:
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if not hasattr(inner, "eqns"):
+                continue
+            yield from loops_with_permutes(inner)
+            sends = any(e.primitive.name == "ppermute" for e in inner.eqns)
+            if equation.primitive.name == "scan" and sends:
+                yield inner
+
+
+def test_what_a_ring_sends_waits_for_nothing_that_is_computed_meanwhile():
+    mesh = mesh_of(8, "auto")
+    arguments = shapes(mesh, 64, 64, rows="kv")
+    with jax.set_mesh(mesh):
+        program = jax.make_jaxpr(gradient(call(mesh, "ring")))(*arguments)
+    bodies = list(loops_with_permutes(program.jaxpr))
+    assert len(bodies) == 3  # forward, the first two hops back, the others
+    for body in bodies:
+        sent = [e.invars[0] for e in body.eqns if e.primitive.name == "ppermute"]
+        assert len(sent) >= 3
+        assert set(sent) <= set(body.invars)
+
+
 @pytest.mark.parametrize(
     ("combine", "forward", "backward"),
     [

@@ -191,6 +191,15 @@ def test_wrong_places(name):
         call(mesh=mesh_of(4, "auto"), **overrides)
 
 
+@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring"])
+def test_a_combine_that_could_not_be_obeyed(combine):
+    mesh = mesh_of(4, "auto")
+    f = jax.jit(functools.partial(distattn.dot_product_attention, combine=combine))
+    key = placed(mesh, KEY, None, "kv")
+    with jax.set_mesh(mesh), raises(ValueError, [repr(combine), "inside jit", "pass axis_name"]):
+        f(placed(mesh, QUERY), key, key)
+
+
 def test_heads_go_where_rows_and_keys_come_from():
     mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2)
     with raises(ValueError, ["same axes", "T is sharded over ('host',)", "S over ('host', 'kv')"]):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.testing import collectives
-from tests.cases import CASES, KINDS, Case, as_float32, check
+from tests.cases import CASES, KINDS, QUERY_SHARDED, Case, as_float32, check
 from tests.tolerance import assert_close
 
 attention = functools.partial(distattn.dot_product_attention, return_residual=True)
@@ -197,6 +197,29 @@ def test_keys_replicated_over_an_axis_count_once():
     # Two copies of every key: were they merged, out would be the same and lse larger by log 2.
     mesh = mesh_of((2, 2), ("kv", "copies"), "auto")
     agrees(attention(**placed(mesh, P(), P(None, "kv"))))
+
+
+@pytest.mark.parametrize("combine", ["ulysses", "ulysses_ring"])
+def test_an_axis_of_size_one_among_those_of_the_keys(combine):
+    mesh = mesh_of((1, 4), ("one", "kv"), "auto")
+    arguments = as_float32(Case(queries=8, keys=16).arguments())
+    query, key, value = (
+        jax.device_put(arguments[name], NamedSharding(mesh, P(None, axes)))
+        for name, axes in (("query", "kv"), ("key", ("one", "kv")), ("value", ("one", "kv")))
+    )
+    out = distattn.dot_product_attention(query, key, value, combine=combine)
+    assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=combine)
+
+
+@pytest.mark.parametrize("combine", QUERY_SHARDED)
+@pytest.mark.parametrize("empty", ["B", "T", "S"])
+def test_nothing_at_all(empty, combine):
+    sizes = {"B": 2, "T": 8, "S": 16} | {empty: 0}
+    query, key = (jnp.ones((sizes["B"], sizes[x], 4, 8)) for x in "TS")
+    mesh = mesh_of((4,), ("kv",), "auto")
+    where = {"mesh": mesh, "axis_name": "kv", "combine": combine}
+    out = distattn.dot_product_attention(query, key, key, **where)
+    np.testing.assert_array_equal(out, jnp.zeros(query.shape))
 
 
 @pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring", "ulysses"])
