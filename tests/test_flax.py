@@ -93,9 +93,6 @@ def run(layer, x, mask=None, **call):
     return out, grads
 
 
-MASKS = ("none", "padding_bool", "causal_and_padding_float32", "of_each_head_int32")
-
-
 def masks():
     """Every row has a key in each of them: for one without, Flax takes the mean of all values."""
     valid = np.arange(LENGTH) < np.array([[LENGTH], [11]])
@@ -116,8 +113,19 @@ def of_flax(kind, name):
     return run(LAYERS[kind](), X, masks()[name])
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("kind", LAYERS)
+# Each mask in one layer at least, and each layer with none and with a mask that has it all.
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("linen", "causal_and_padding_float32"),
+        ("linen", "of_each_head_int32"),
+        ("linen", "none"),
+        ("nnx", "padding_bool"),
+        ("nnx", "none"),
+        ("nnx_gqa", "causal_and_padding_float32"),
+        ("nnx_gqa", "none"),
+    ],
+)
 def test_layer_agrees_with_flax(mesh, kind, name):
     ours = LAYERS[kind](attention_fn=attention_fn(mesh=mesh, axis_name="kv"))
     got = run(ours, placed(mesh), masks()[name])

@@ -105,10 +105,15 @@ def test_auto_takes_the_combine_for_which_a_bias_is_cut():
         assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=cut)
 
 
-@pytest.mark.parametrize("names", [("host", "chip"), ("chip", "host")])
 @pytest.mark.parametrize(
-    ("combine", "check_vma"),
-    [("ring", False), ("ulysses", True), ("ulysses_ring", True), ("ulysses_gather_kv", False)],
+    ("combine", "check_vma", "names"),
+    [
+        ("ring", False, ("chip", "host")),
+        ("ulysses", True, ("host", "chip")),
+        ("ulysses_ring", True, ("chip", "host")),
+        ("ulysses_ring", False, ("host", "chip")),
+        ("ulysses_gather_kv", False, ("chip", "host")),
+    ],
 )
 def test_a_sharded_query_over_two_axes(combine, check_vma, names):
     mesh = jax.make_mesh((2, 2), ("host", "chip"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import time
 import types
 from collections.abc import Callable
 
@@ -158,12 +159,19 @@ def speed(lengths, repeats):
             run, temps[name] = contender.compiled(length)
             if temps[name] * jax.device_count() < LIMIT_BYTES:
                 runs[name] = run
-        s = medians(runs, repeats)
+        s = medians(runs, repeats) if repeats else {name: once(run) for name, run in runs.items()}
         for name in contenders(length):
             ms = f"{s[name] * 1e3:10.1f}" if name in s else f"{'-':>10}"
             ratio = f"{s[name] / s['XLA']:14.2f}" if {name, "XLA"} <= set(s) else f"{'-':>14}"
             temp = f"{temps[name] / 2**20:12.1f}" if name in temps else f"{'-':>12}"
             print(f"{name:24}{length:8}{ms}{ratio}{temp}", flush=True)
+
+
+def once(run):
+    """Seconds of the first run: what a long sequence leaves time for."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def memory(lengths):
@@ -301,7 +309,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("speed", "memory", "work", "skipping"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="0: one run each, without a warm-up")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T")
     options = parser.parse_args()
     fake_devices(8)
