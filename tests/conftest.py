@@ -35,8 +35,17 @@ def _start_jax() -> None:
 _start_jax()
 
 
+# What runs whole programs, mostly in processes of their own: minutes, of which little is JAX's behaviour.
+WHOLE_PROGRAMS = {
+    "test_examples.py",
+    "test_generation.py",
+    "test_language_model.py",
+    "test_training.py",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--thin N`: every test, but of its parameters only every N-th combination."""
+    """`--thin N`: every test of the library, with only every N-th of its parameters; no whole programs."""
     parser.addoption("--thin", type=int, default=1, help=pytest_addoption.__doc__)
 
 
@@ -45,11 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     every = config.getoption("--thin")
     if every < 1:
         raise pytest.UsageError(f"--thin is {every}; it must be 1 (all) or more")
+    if every == 1:
+        return
     seen: collections.Counter[str] = collections.Counter()
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        (left if seen[test] % every else kept).append(item)
+        drop = item.path.name in WHOLE_PROGRAMS or seen[test] % every
+        (left if drop else kept).append(item)
         seen[test] += 1
     if left:
         config.hook.pytest_deselected(items=left)
