@@ -52,7 +52,7 @@ def on(mesh, combine):
         (devices, combine)
         for devices in range(1, 9)
         for combine in COMBINES
-        if combine not in ("psum", "all_gather", "gather_kv") or devices not in (4, 6)
+        if combine not in ("psum", "all_gather") or devices not in (4, 6)
     ],
 )
 def test_devices(devices, combine):
