@@ -18,13 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from distattn._compat import vary, varying_axes
 from distattn.call import Call
 from distattn.collectives import all_reduce, reduce_scatter
-from distattn.local import dense_state, fold, fold_gradients, refuse_second_derivative
+from distattn.local import fold_gradients, local_fold, refuse_second_derivative
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
 from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
-from distattn.ulysses import heads_to_rows, rows_to_heads
+from distattn.ulysses import by_heads, heads_to_rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -173,14 +173,10 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
         gradients["bias"] = operands.bias
     axes = {name: call.missing(name, x) for name, x in gradients.items()}
     keys = None if call.movement.heads else call.key_axes + call.movement.gather_keys
-    specs = {
-        name: call.result(x)
-        if name == "query"
-        else call.placement.spec("BSK.", x.shape, keys=keys)
-        if name in ("key", "value")
-        else call.at_work(name, x)
-        for name, x in gradients.items()
-    }
+    specs = {name: call.at_work(name, x) for name, x in gradients.items()}
+    specs["query"] = call.result(query)
+    for name in ("key", "value"):
+        specs[name] = call.placement.spec("BSK.", gradients[name].shape, keys=keys)
     result = call.run(
         functools.partial(_backward_body, call, axes),
         (
@@ -200,13 +196,8 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
 def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
     movement = call.movement
     if movement.heads:
-        operands, _ = _with_heads(movement, operands)
-
-    def local(operands: Operands) -> SoftmaxState:
-        if call.implementation == "dense":
-            return dense_state(operands, call.scoring)
-        return fold(operands, call.scoring, call.machine)
-
+        operands, _ = _by_heads(movement, operands)
+    local = local_fold(call.scoring, call.machine, call.implementation)
     state = ring_fold(local, operands, call.ring) if call.ring else local(operands)
     if movement.all_reduce:
         state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
@@ -216,17 +207,18 @@ def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
     return tuple(heads_to_rows([out, lse], movement.heads)) if movement.heads else (out, lse)
 
 
-def _with_heads(
+def _by_heads(
     movement: Movement, operands: Operands, *rows: jax.Array
-) -> tuple[Operands, tuple[jax.Array, ...]]:
-    """The operands, and more arrays [B, T, N, ...], with their heads sharded in place of rows."""
-    arrays = [operands.query, operands.key, operands.value, *rows]
-    query, key, value, *moved = rows_to_heads(arrays, movement.heads)
+) -> tuple[Operands, list[jax.Array]]:
+    """`by_heads`, and keys and values gathered where the movement says so."""
+    operands, moved = by_heads(operands, movement.heads, *rows)
     if movement.gather_keys:
         key, value = (
-            lax.all_gather(x, movement.gather_keys, axis=1, tiled=True) for x in (key, value)
+            lax.all_gather(x, movement.gather_keys, axis=1, tiled=True)
+            for x in (operands.key, operands.value)
         )
-    return dataclasses.replace(operands, query=query, key=key, value=value), tuple(moved)
+        operands = dataclasses.replace(operands, key=key, value=value)
+    return operands, moved
 
 
 def finish(
@@ -246,7 +238,7 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
         operands = dataclasses.replace(operands, query=query)
     if movement.heads:
-        operands, (d_out, rows) = _with_heads(movement, operands, d_out, rows)
+        operands, (d_out, rows) = _by_heads(movement, operands, d_out, rows)
     query, key, value = operands.query, operands.key, operands.value
     dtype = state_dtype(query, key, value)
     cotangents = {

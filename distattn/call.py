@@ -52,10 +52,7 @@ class Call:
     @property
     def ring(self) -> Ring | None:
         """The devices round which keys travel, if they do."""
-        if not self.movement.ring:
-            return None
-        in_order = (axis for axis in self.placement.mesh.axis_names if axis in self.movement.ring)
-        return Ring(tuple(in_order), self.key_axes)
+        return Ring(self.movement.ring, self.key_axes) if self.movement.ring else None
 
     def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded as it comes and goes: bias and masks come as work needs them."""
@@ -65,10 +62,8 @@ class Call:
 
     def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded while each device computes."""
-        whole = self.movement.ring and name in (
-            "bias",
-            "dense",
-        )  # of which each hop takes its columns
+        # Of a bias or a dense mask each hop of a ring takes its columns.
+        whole = self.movement.ring and name in ("bias", "dense")
         return self.placement.spec(
             letters_of(name, x),
             x.shape,

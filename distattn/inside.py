@@ -1,6 +1,5 @@
 """The public call inside a `shard_map` of one's own: what one device does, collectives included."""
 
-import dataclasses
 import math
 
 import jax
@@ -46,7 +45,7 @@ from distattn.placement import Axes
 from distattn.ring import Ring, ring_state
 from distattn.schedule import Schedule
 from distattn.tiles import Machine
-from distattn.ulysses import heads_to_rows, rows_to_heads
+from distattn.ulysses import by_heads, heads_to_rows
 
 
 def sharded_attention(
@@ -151,8 +150,7 @@ def sharded_attention(
     own_rows = operands.mask.query_valid
     operands = _at_work(operands, movement)
     if movement.ring:
-        in_order = tuple(axis for axis in axes if axis in movement.ring)
-        ring = Ring(in_order, movement.ring)
+        ring = Ring(movement.ring, movement.ring)
         state = ring_state(operands, scoring, machine, implementation, ring)
     else:
         state = local_state(operands, scoring, machine, implementation)
@@ -226,9 +224,7 @@ def _at_work(operands: Operands, movement: Movement) -> Operands:
     heads = movement.heads
     local_rows = operands.query.shape[1]
     if heads:
-        operands = with_repeated_heads(operands, axes_size(heads))
-        query, key, value = rows_to_heads([operands.query, operands.key, operands.value], heads)
-        operands = dataclasses.replace(operands, query=query, key=key, value=value)
+        operands, _ = by_heads(with_repeated_heads(operands, axes_size(heads)), heads)
 
     def bring(name: str, x: jax.Array) -> jax.Array:
         letters = letters_of(name, x)

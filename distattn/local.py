@@ -30,8 +30,8 @@ from distattn.tiles import (
     put,
     rows_first,
     unravel,
+    visit,
 )
-from distattn.visits import visit
 
 
 def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
@@ -170,16 +170,26 @@ def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
     return jax.tree.map(rows_first, block_state(block, scoring))
 
 
+def local_fold(
+    scoring: Scoring, machine: Machine, implementation: str
+) -> Callable[[Operands], SoftmaxState]:
+    """The function from operands to the state over their keys; 'blocked' has no derivative of its own."""
+    if implementation == "dense":
+        return lambda operands: dense_state(operands, scoring)
+    return lambda operands: fold(operands, scoring, machine)
+
+
 def local_state(
     operands: Operands, scoring: Scoring, machine: Machine, implementation: str
 ) -> SoftmaxState:
     """The state over this device's keys, differentiable; no communication."""
     axes = varying_axes(*jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    local = local_fold(scoring, machine, implementation)
     if implementation == "dense":
-        return dense_state(operands, scoring)
+        return local(operands)
     return with_gradients(
-        lambda operands: fold(operands, scoring, machine),
+        local,
         lambda operands, *rows: fold_gradients(operands, scoring, machine, *rows),
         operands,
     )

@@ -5,6 +5,8 @@ of it is made where a block of logits is, and `visits` tells which blocks are no
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +42,6 @@ class Mask:
     window: tuple[int | None, int | None] = dataclasses.field(
         default=(None, None), metadata={"static": True}
     )
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether every query attends to every key, known without looking at any value."""
-        return not jax.tree.leaves(self)
 
     @property
     def compares_positions(self) -> bool:
@@ -84,10 +81,7 @@ class Mask:
             terms.append(split_heads(self.dense, num_kv_heads))
         if not terms:
             return None
-        result = terms[0]
-        for term in terms[1:]:
-            result = result & term
-        return result
+        return functools.reduce(operator.and_, terms)
 
     @property
     def reach(self) -> tuple[int | None, int | None]:

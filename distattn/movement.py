@@ -9,7 +9,7 @@ from distattn.cost import Shape, Topology
 from distattn.operands import Operands
 from distattn.placement import Axes, Placement
 from distattn.schedule import Schedule
-from distattn.traffic import HEADS_SHARDED, fits
+from distattn.traffic import HEADS_SHARDED, TWO_LEVELS, fits
 from distattn.traffic import QUERY_SHARDED as SHARDED_FORMULAS
 
 QUERY_SHARDED = tuple(SHARDED_FORMULAS)
@@ -152,17 +152,13 @@ def choose_sharded(
       sizes: the same, in the order of the shards of S; () where T and S are sharded differently.
       all_keys: whether a bias or mask has been cut for those that bring all keys to a row.
     """
-    in_order = dataclasses.replace(topology, sizes=sizes)
-    fitting = [
-        name
-        for name in QUERY_SHARDED
-        if name not in HEADS_SHARDED or (sizes and fits(name, shape, in_order))
-    ]
-    if all_keys:
-        fitting.remove("reduce_scatter")
-    if sizes != topology.sizes:  # the fast axis is not where the heads would go
-        fitting = [name for name in fitting if name not in ("ulysses_ring", "ulysses_gather_kv")]
-    return planner.choose(shape, topology, query_sharded=True, candidates=fitting)
+    excluded = ("reduce_scatter",) if all_keys else ()
+    if not sizes:
+        excluded += HEADS_SHARDED
+    elif sizes != topology.sizes:  # the fast axis is not where the heads would go
+        excluded += TWO_LEVELS
+    names = [x for x in QUERY_SHARDED if x not in excluded and fits(x, shape, topology)]
+    return planner.choose(shape, topology, query_sharded=True, candidates=names)
 
 
 def _by_cost(placement: Placement, operands: Operands, shared: Axes) -> str:

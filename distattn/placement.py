@@ -24,9 +24,13 @@ class Placement:
     query: Axes = ()  # T
     key: Axes = ()  # S
     query_known: bool = True  # False: the layout of the query could not be read
-    key_known: bool = True  # False: nor that of the keys, and nobody said it
     manual: Axes = ()  # axes that our shard_map takes: those above, and all whose layout is known
     compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
+
+    @property
+    def key_known(self) -> bool:
+        """Whether it is known how the keys are sharded: said, read, or on no axis that is unseen."""
+        return bool(self.key) or not self.compiler_sharded
 
     def size(self, axes: Axes) -> int:
         """The number of devices along the axes."""
@@ -168,12 +172,9 @@ def read_placement(
     used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
     manual = tuple(axis for axis in free if axis in used)
     unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
-    key_known = bool(key_axes) or not unseen
     if not (placement.batch or placement.heads or query_axes or key_axes):
-        return Placement(compiler_sharded=bool(unseen), key_known=key_known)
-    return dataclasses.replace(
-        placement, manual=manual, compiler_sharded=bool(unseen), key_known=key_known
-    )
+        return Placement(compiler_sharded=bool(unseen))
+    return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
 
 
 def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:

@@ -19,11 +19,11 @@ from jax import lax
 
 from distattn._compat import vary, varying_axes
 from distattn.block import Scoring
-from distattn.collectives import axes_size
-from distattn.local import dense_state, fold, fold_gradients, with_gradients
+from distattn.collectives import axes_size, mesh_order
+from distattn.local import fold_gradients, local_fold, with_gradients
 from distattn.mask import Span, take
 from distattn.operands import Operands
-from distattn.state import SoftmaxState, identity, merge, state_dtype
+from distattn.state import SoftmaxState, empty, merge, state_dtype
 from distattn.tiles import Machine, add, loop
 
 # key, value, and int32[c, B|1, S] of what the mask reads of them (None: nothing)
@@ -34,8 +34,13 @@ Shard = tuple[jax.Array, jax.Array, jax.Array | None]
 class Ring:
     """The devices round which keys travel."""
 
-    axes: tuple[str, ...]  # in the order of the mesh
+    axes: tuple[str, ...]
     key_axes: tuple[str, ...]  # that shard S, in the order of its shards; `axes` are among them
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The axes in the order of the mesh, in which its devices are counted."""
+        return mesh_order(self.axes)
 
     @property
     def size(self) -> int:
@@ -45,13 +50,13 @@ class Ring:
     def send(self, x: Any) -> Any:
         """What the device before had, on every device."""
         pairs = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
-        return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axes, pairs), x)
+        return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.in_order, pairs), x)
 
     def shard_number(self, hop: jax.Array | int) -> jax.Array:
         """Which shard of S is here after so many hops."""
-        source = (lax.axis_index(self.axes) - hop) % self.size
+        source = (lax.axis_index(self.in_order) - hop) % self.size
         at = {}
-        for axis in reversed(self.axes):
+        for axis in reversed(self.in_order):
             size = axes_size((axis,))
             at[axis], source = source % size, source // size
         number = jnp.int32(0)
@@ -66,10 +71,11 @@ def ring_state(
 ) -> SoftmaxState:
     """`ring_fold`, differentiable; as `local_state` is for the keys of one device."""
     operands = _typed(operands, ring)
+    local = local_fold(scoring, machine, implementation)
     if implementation == "dense":
-        return ring_fold(lambda there: dense_state(there, scoring), operands, ring)
+        return ring_fold(local, operands, ring)
     return with_gradients(
-        lambda operands: ring_fold(lambda there: fold(there, scoring, machine), operands, ring),
+        lambda operands: ring_fold(local, operands, ring),
         lambda operands, *rows: ring_gradients(operands, scoring, machine, ring, *rows),
         operands,
     )
@@ -91,9 +97,8 @@ def ring_fold(
     operands = _typed(operands, ring)
     batch, rows, heads, _ = operands.query.shape
     dtype = state_dtype(operands.query, operands.key, operands.value)
-    row = jnp.zeros((batch, rows, heads), dtype)
-    state = SoftmaxState(row, row, jnp.zeros((*row.shape, operands.value.shape[-1]), dtype))
-    state = jax.tree.map(lambda x: vary(x, varying_axes(operands.query)), identity(state))
+    width, axes = operands.value.shape[-1], varying_axes(operands.query)
+    state = empty((batch, rows, heads), width, dtype, axes)
 
     def meet(hop: jax.Array | int, shard: Shard, state: SoftmaxState) -> SoftmaxState:
         return merge(state, local(_at_hop(operands, shard, ring, hop)))
@@ -188,9 +193,14 @@ def _typed(operands: Operands, ring: Ring) -> Operands:
 
 def _shard(operands: Operands) -> Shard:
     """What travels."""
-    mask = operands.mask
-    index = [x for x in (mask.key_positions, mask.key_segment_ids) if x is not None]
+    index = [getattr(operands.mask, name) for name in _index_names(operands)]
     return operands.key, operands.value, _stack(index) if index else None
+
+
+def _index_names(operands: Operands) -> list[str]:
+    """What the mask reads of a key, besides a dense one."""
+    names = ("key_positions", "key_segment_ids")
+    return [name for name in names if getattr(operands.mask, name) is not None]
 
 
 def _stack(index: list[jax.Array]) -> jax.Array:
@@ -202,15 +212,14 @@ def _at_hop(operands: Operands, shard: Shard, ring: Ring, hop: jax.Array | int) 
     """The operands with the keys of the shard that is here."""
     key, value, index = shard
     mask = operands.mask
-    parts = list(index) if index is not None else []
-    names = [
-        name for name in ("key_positions", "key_segment_ids") if getattr(mask, name) is not None
-    ]
+    parts = () if index is None else index
     bias, dense = (
         None if x is None else take(x, *_columns(x, key, ring, hop))
         for x in (operands.bias, mask.dense)
     )
-    mask = dataclasses.replace(mask, dense=dense, **dict(zip(names, parts, strict=True)))
+    mask = dataclasses.replace(
+        mask, dense=dense, **dict(zip(_index_names(operands), parts, strict=True))
+    )
     return dataclasses.replace(operands, key=key, value=value, bias=bias, mask=mask)
 
 

@@ -53,6 +53,14 @@ def identity(like: SoftmaxState) -> SoftmaxState:
     return jax.tree.map(lambda x, y: vary(x, varying_axes(y)), empty, like)
 
 
+def empty(
+    rows: tuple[int, ...], width: int, dtype: jnp.dtype, axes: frozenset[str] = frozenset()
+) -> SoftmaxState:
+    """The identity for such rows and values of such a width, typed as varying over the axes."""
+    row = vary(jnp.zeros(rows, dtype), axes)
+    return identity(SoftmaxState(row, row, vary(jnp.zeros((*rows, width), dtype), axes)))
+
+
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     """The state over the keys of both, which must not share a key.
 

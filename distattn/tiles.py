@@ -13,7 +13,7 @@ from distattn._compat import vary, varying_axes
 from distattn.block import DIAGONAL_HEADS, Block
 from distattn.mask import Mask, Span, split_heads, take
 from distattn.operands import Operands
-from distattn.state import SoftmaxState, identity, state_dtype
+from distattn.state import SoftmaxState, empty, state_dtype
 from distattn.visits import Visits
 
 # Logits of one block, in elements: 1 MiB of float32 is what the second-level cache of a CPU core holds.
@@ -75,9 +75,8 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
         key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
     else:
         key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
-        if (
-            operands.mask.compares_positions
-        ):  # in two, a shard of a zigzag layout is skipped by halves
+        # In two, so that a shard of a zigzag layout is skipped by halves.
+        if operands.mask.compares_positions:
             key_block = min(key_block, max(keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes
@@ -194,8 +193,7 @@ class Tiles:
 
     def empty_state(self, *shape: int) -> SoftmaxState:
         """The identity, with rows of the given shape."""
-        row = self.zeros(shape)
-        return identity(SoftmaxState(row, row, self.zeros((*shape, self.value_width))))
+        return empty(shape, self.value_width, self.dtype, self.axes)
 
     def _load_keys(self, x: jax.Array, scale: jax.Array | None, place: Place) -> jax.Array:
         """[b, s, K, .] of key or value in the state's dtype: of the layer, and times the scale."""
@@ -218,6 +216,14 @@ class Tiles:
 def loop(count: int, body: Callable, init: Any) -> Any:
     """fori_loop, or a plain call where there is nothing to loop over."""
     return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
+
+
+def visit(needed: jax.Array | None, count: int, body: Callable, init: Any) -> Any:
+    """`loop` over those of the indices that are needed, bool[count], in order; None: over all."""
+    if needed is None:
+        return loop(count, body, init)
+    order = jnp.argsort(~needed, stable=True)
+    return lax.fori_loop(0, needed.sum(), lambda i, carry: body(order[i], carry), init)
 
 
 def unravel(index: Any, *counts: int) -> list[Any]:

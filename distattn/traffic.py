@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -114,28 +115,13 @@ def _heads_over(shape: Shape, inner: int, size: int) -> Traffic:
     return Traffic(3, 3 * (inner - 1), sent, sent)
 
 
-def _ulysses_ring(shape: Shape, topology: Topology) -> Traffic:
-    """Heads over the last axis, then a ring over the others, of a part of the heads each."""
-    inner, outer = _levels(topology)
-    others = dataclasses.replace(topology, sizes=(outer,))
-    return _heads_over(shape, inner, topology.size) + _ring(_part(shape, inner), others)
-
-
-def _ulysses_gather_kv(shape: Shape, topology: Topology) -> Traffic:
-    """Heads over the last axis, then keys and values gathered over the others."""
-    inner, outer = _levels(topology)
-    others = dataclasses.replace(topology, sizes=(outer,))
-    return _heads_over(shape, inner, topology.size) + _gather_kv(_part(shape, inner), others)
-
-
-def _levels(topology: Topology) -> tuple[int, int]:
-    return topology.sizes[-1], topology.size // topology.sizes[-1]
-
-
-def _part(shape: Shape, inner: int) -> Shape:
-    """What one group of devices along the outer axes has to do."""
+def _two_levels(outside: "_Formula", shape: Shape, topology: Topology) -> Traffic:
+    """Heads over the last axis, then `outside` over the others, of a part of the heads each."""
+    inner = topology.sizes[-1]
+    others = dataclasses.replace(topology, sizes=(topology.size // inner,))
     kv_heads = math.lcm(shape.num_kv_heads, inner) // inner
-    return dataclasses.replace(shape, num_heads=shape.num_heads // inner, num_kv_heads=kv_heads)
+    part = dataclasses.replace(shape, num_heads=shape.num_heads // inner, num_kv_heads=kv_heads)
+    return _heads_over(shape, inner, topology.size) + outside(part, others)
 
 
 def _gather(whole_bytes: float, topology: Topology) -> Traffic:
@@ -145,15 +131,17 @@ def _gather(whole_bytes: float, topology: Topology) -> Traffic:
     return Traffic(1, messages, sent, sent)
 
 
-_Formulas = dict[str, Callable[[Shape, Topology], Traffic]]
+_Formula = Callable[[Shape, Topology], Traffic]
+_Formulas = dict[str, _Formula]
 QUERY_REPLICATED: _Formulas = {"butterfly": _butterfly, "psum": _psum, "all_gather": _all_gather}
 QUERY_SHARDED: _Formulas = {
     "reduce_scatter": _reduce_scatter,
     "gather_kv": _gather_kv,
     "ring": _ring,
     "ulysses": _ulysses,
-    "ulysses_ring": _ulysses_ring,
-    "ulysses_gather_kv": _ulysses_gather_kv,
+    "ulysses_ring": functools.partial(_two_levels, _ring),
+    "ulysses_gather_kv": functools.partial(_two_levels, _gather_kv),
 }
-HEADS_SHARDED = ("ulysses", "ulysses_ring", "ulysses_gather_kv")
+TWO_LEVELS = ("ulysses_ring", "ulysses_gather_kv")
+HEADS_SHARDED = ("ulysses", *TWO_LEVELS)
 FORMULAS = QUERY_REPLICATED | QUERY_SHARDED

@@ -4,11 +4,23 @@ Everything here is what one device does, inside `shard_map` (Jacobs et al., "Dee
 2309.14509; under a ring or a gather over other axes, Fang & Zhao, "USP", arXiv 2405.07719).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from distattn.operands import Operands
+
+
+def by_heads(
+    operands: Operands, axes: tuple[str, ...], *rows: jax.Array
+) -> tuple[Operands, list[jax.Array]]:
+    """Query, key, value, and more arrays [B, T / D, N, ...], with heads sharded in place of rows."""
+    arrays = [operands.query, operands.key, operands.value, *rows]
+    query, key, value, *moved = rows_to_heads(arrays, axes)
+    return dataclasses.replace(operands, query=query, key=key, value=value), moved
 
 
 def rows_to_heads(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:

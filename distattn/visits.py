@@ -4,12 +4,13 @@ Decided by the ranges of positions and of segment ids in a block of queries and 
 whatever order they are. So a block may be visited in vain, never left out wrongly.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from distattn.mask import Mask, Span, saturating_add, take
 
@@ -78,25 +79,12 @@ class Visits(NamedTuple):
         if key.first_segment is not None:
             terms.append(key.first_segment[:, None, :] <= query.last_segment[:, :, None])
             terms.append(key.last_segment[:, None, :] >= query.first_segment[:, :, None])
-        table = terms[0]
-        for term in terms[1:]:
-            table = table & term
+        table = functools.reduce(operator.and_, terms)
         rows, columns = (
             count if span is None else 1
             for count, span in zip(self.counts, (row, column), strict=True)
         )
         return jnp.broadcast_to(table.any(axis=0), (rows, columns))
-
-
-def visit(needed: jax.Array | None, count: int, body: Callable, init: Any) -> Any:
-    """body(index, carry) for the indices 0 to count - 1 that are needed, in order; None: for all."""
-    if count == 1 and needed is None:
-        return body(0, init)
-    if needed is None:
-        return lax.fori_loop(0, count, body, init)
-    order = jnp.argsort(~needed, stable=True)
-    number = needed.sum()
-    return lax.fori_loop(0, number, lambda i, carry: body(order[i], carry), init)
 
 
 def _blocks(
