@@ -5,7 +5,7 @@ length, N query heads, K key/value heads (N % K == 0), G = N // K, H head dimens
 head dimension of value, D devices on the axis.
 """
 
-from distattn import layouts
+from distattn import distributed, layouts
 from distattn.cache import KVCache
 from distattn.collectives import all_reduce, reduce_scatter
 from distattn.inside import sharded_attention
@@ -24,6 +24,7 @@ __all__ = [
     "Schedule",
     "SoftmaxState",
     "all_reduce",
+    "distributed",
     "dot_product_attention",
     "finalize",
     "from_lse",

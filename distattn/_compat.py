@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src import distributed
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -36,3 +37,14 @@ def _varying(kind: Any) -> frozenset[str]:
     if hasattr(kind, "vma"):  # JAX before 0.10
         return kind.vma
     return kind.manual_axis_type.varying
+
+
+def coordination() -> tuple[Any, int, int]:
+    """The client of JAX's coordination service, the rank, and the size of the job; None, 0, 1 where alone.
+
+    No public name leads to the client, on any version: Orbax reaches it in the same way. What is used of it
+    are `key_value_set`, `key_value_try_get`, `key_value_dir_get`, `key_value_delete` and `wait_at_barrier`.
+    Rank and size are what `jax.process_index` and `jax.process_count` give once the devices are known.
+    """
+    state = distributed.global_state
+    return state.client, state.process_id, state.num_processes

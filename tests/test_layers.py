@@ -216,6 +216,7 @@ RULES = (
         ("distattn", "examples", "scripts", "tests"),
         ("import jax._src.core", "from jax._src import core", "from jax import _src", "jax._src.x"),
         ("import jax", "from jax.sharding import Mesh", "from distattn._compat import vary"),
+        frozenset({"distattn/_compat.py"}),
     ),
     Rule(
         "public functions name their parameters",

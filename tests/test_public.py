@@ -15,6 +15,7 @@ PUBLIC = [
     "Schedule",
     "SoftmaxState",
     "all_reduce",
+    "distributed",
     "dot_product_attention",
     "finalize",
     "from_lse",

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distattn.cli import generate
+from distattn.cli import generate, launch
 from distattn.cli.arguments import CommandError
 
-COMMANDS = (generate,)
+COMMANDS = (generate, launch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: without the name of the program; None: those of the process.
 
     Returns:
-      The exit code: 0, 2 for what the user can mend, 130 if interrupted.
+      The exit code: what the command returns (None is 0), 2 for what the user can mend, 130 if interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="distattn", description="Exact attention over keys and values on many devices."
@@ -27,11 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add(subparsers)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except CommandError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    return 0

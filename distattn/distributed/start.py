@@ -1,0 +1,247 @@
+"""The start of a process that is one of many."""
+
+import dataclasses
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from distattn.distributed import launched
+from distattn.distributed.coordinator import await_coordinator, check_port
+from distattn.distributed.health import assert_same, differences
+from distattn.distributed.launched import Launched
+from distattn.distributed.leaving import end, leave_at_once_on_error
+
+LOCAL_TIMEOUT_S, CLUSTER_TIMEOUT_S = 60, 300
+SPARE_S = 30  # by which JAX's own time-out is later: it ends the process without saying why
+COLLECTIVE_TIMEOUT_FLAG = "xla_cpu_collective_timeout_seconds"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process is in its job; None: left to JAX's cluster detection."""
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    cpu_devices: int | None = None
+
+
+_first: list[Place] = []  # the place of the call that started this process
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    cpu_devices: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
+    cluster_detection_method: str | None = None,
+    coordinator_bind_address: str | None = None,
+    initialization_timeout_s: int | None = None,
+    heartbeat_timeout_s: int = 30,
+    shutdown_timeout_s: int = 300,
+    collective_timeout_s: int = 300,
+) -> None:
+    """Makes this process one of a job: `jax.distributed.initialize`, with checks and errors that say who.
+
+    Comes before JAX is first used, in every process. Under `distattn launch`, and in the clusters that JAX
+    detects (SLURM, Open MPI, Kubernetes, Cloud TPU), no arguments are needed; those that are given win. A
+    process that is alone has nothing to do. A second call with the same arguments, or none, does nothing.
+
+    When it returns, the devices of all processes are known, and all have the same versions of jax, jaxlib
+    and distattn and as many devices each. From then on an exception that nobody catches ends the process at
+    once, with its traceback and exit code 1: JAX would first wait for the others, which wait for this one.
+    `sys.exit` with an error does wait for them, for `shutdown_timeout_s`; raise an exception instead.
+
+    Args:
+      coordinator_address: host:port, of rank 0, where the port is free.
+      num_processes: of the job.
+      process_id: the rank of this one, from 0.
+      cpu_devices: run on the CPU, as so many devices; None: on the devices that there are.
+      local_device_ids: those that this process sees, as in `jax.distributed.initialize`.
+      cluster_detection_method: as there; None: where the first three arguments are known there is none.
+      coordinator_bind_address: as there.
+      initialization_timeout_s: how long to wait for the others; None: 60 under the launcher, else 300
+        (JAX's `initialization_timeout`). After it the process ends with exit code 1 and says what is
+        missing: what JAX waits in cannot be interrupted.
+      heartbeat_timeout_s: after how long a process that is silent counts as dead: JAX then ends the others
+        (its `heartbeat_timeout_seconds`, 100 by default).
+      shutdown_timeout_s: how long a process that is done waits for the others (JAX's
+        `shutdown_timeout_seconds`).
+      collective_timeout_s: after how long a collective on the CPU that waits for another process raises an
+        error ("Gloo ... Timed out"): XLA's flag `--xla_cpu_collective_timeout_seconds`, unless `XLA_FLAGS`
+        has it. Used where JAX is set to run on the CPU. The first collective among some devices waits for
+        30 s, whatever is set ("Gloo context initialization failed"): where processes come to it at
+        different times, `barrier` before it.
+
+    Raises:
+      ValueError: arguments that do not fit together.
+      RuntimeError: JAX has been used already; a second call with other arguments; the port is in use; the
+        processes differ in the size of the job, in versions, or in devices.
+      TimeoutError: nobody answers at `coordinator_address`.
+    """
+    job = launched.read(os.environ)
+    given = Place(coordinator_address, num_processes, process_id, cpu_devices)
+    if _first:
+        _check_same_call(given, _first[0])
+        return
+    place = _place(given, job)
+    timeout_s = initialization_timeout_s or (LOCAL_TIMEOUT_S if job else CLUSTER_TIMEOUT_S)
+    _check_place(place)
+    _configure(place, collective_timeout_s)
+    if place.num_processes == 1:
+        _first.append(place)
+        return
+    options = {
+        "local_device_ids": local_device_ids,
+        "cluster_detection_method": cluster_detection_method,
+        "coordinator_bind_address": coordinator_bind_address,
+        "initialization_timeout": timeout_s + SPARE_S,
+        "heartbeat_timeout_seconds": heartbeat_timeout_s,
+        "shutdown_timeout_seconds": shutdown_timeout_s,
+    }
+    if jax.distributed.is_initialized() or _connect(place, job, timeout_s, options):
+        leave_at_once_on_error()
+        _check_others(place, timeout_s)
+    _first.append(place)
+
+
+def _connect(place: Place, job: Launched | None, timeout_s: float, options: dict[str, Any]) -> bool:
+    """Starts JAX's distributed runtime; False where there is no job: this process is alone."""
+    began, address, rank = time.monotonic(), place.coordinator_address, place.process_id
+    where = (address, place.num_processes, rank)
+    if None not in where and options["cluster_detection_method"] is None:
+        options["cluster_detection_method"] = "deactivate"
+    if job is not None and (different := differences(job.answer(_versions()))):
+        # Processes with different versions of JAX may not even find each other.
+        raise RuntimeError(f"initialize: the processes differ{different}")
+    held = job is not None and job.coordinator_address == address  # the port, by the launcher
+    if held and options["coordinator_bind_address"] is None:
+        options["coordinator_bind_address"] = address  # not open to other machines
+    if address is not None and rank is not None:
+        if rank > 0:
+            await_coordinator(address, rank, timeout_s)
+        elif not held:
+            check_port(options["coordinator_bind_address"] or address)
+    left_s = max(1.0, timeout_s - (time.monotonic() - began))
+    watch = threading.Timer(left_s, _give_up, (place, job, timeout_s))
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(*where, **options)
+    except ValueError as error:  # of cluster detection
+        if set(where) == {None} and "coordinator_address should" in str(error):
+            return False
+        raise
+    except RuntimeError as error:
+        if "must be called before" in str(error):
+            raise _too_late() from None
+        raise
+    finally:
+        watch.cancel()
+    return True
+
+
+def _place(given: Place, job: Launched | None) -> Place:
+    """What the caller says, and where nothing is said what the launcher does."""
+    if job is None:
+        return given
+    fields = dataclasses.asdict(given).items()
+    return Place(**{name: getattr(job, name) if x is None else x for name, x in fields})
+
+
+def _check_same_call(given: Place, first: Place) -> None:
+    for name, value in dataclasses.asdict(given).items():
+        if value not in (None, getattr(first, name)):
+            raise RuntimeError(
+                f"initialize has been called already, with {name}={getattr(first, name)!r}, and now with "
+                f"{value!r}; a process starts once: call it once, or again without arguments"
+            )
+
+
+def _check_place(place: Place) -> None:
+    count, rank, address = place.num_processes, place.process_id, place.coordinator_address
+    if count is not None and count < 1:
+        raise ValueError(f"num_processes={count}; a job has at least 1")
+    if rank is not None and (rank < 0 or (count is not None and rank >= count)):
+        of = "" if count is None else f" of num_processes={count}"
+        raise ValueError(
+            f"process_id={rank}{of}; ranks count from 0"
+            + (
+                f" to {count - 1}: start fewer processes, or say that there are more"
+                if count
+                else ""
+            )
+        )
+    if address is not None and not address.rpartition(":")[2].isdecimal():
+        raise ValueError(
+            f"coordinator_address={address!r}; it must be host:port, as '10.0.0.1:1234'"
+        )
+    if place.cpu_devices is not None and place.cpu_devices < 1:
+        raise ValueError(f"cpu_devices={place.cpu_devices}; a process has at least 1")
+
+
+def _configure(place: Place, collective_timeout_s: int) -> None:
+    """The settings of JAX that count only before it starts."""
+    if place.cpu_devices is not None:
+        try:
+            jax.config.update("jax_num_cpu_devices", place.cpu_devices)
+        except RuntimeError:
+            raise _too_late() from None
+        jax.config.update("jax_platforms", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.values.get("jax_platforms") == "cpu" and COLLECTIVE_TIMEOUT_FLAG not in flags:
+        flags += f" --{COLLECTIVE_TIMEOUT_FLAG}={collective_timeout_s}"
+        os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _too_late() -> RuntimeError:
+    return RuntimeError(
+        "initialize comes too late: JAX has been used in this process (an array, jax.devices, "
+        "jax.device_count, a computation); call initialize before any of that"
+    )
+
+
+def _give_up(place: Place, job: Launched | None, timeout_s: float) -> None:
+    """Ends a process that waits for others which do not come."""
+    of = "" if place.num_processes is None else f" of {place.num_processes}"
+    rank = "this process" if place.process_id is None else f"rank {place.process_id}"
+    who = (
+        "some rank has not come to initialize, or has another version of jax, or two have the same "
+        "number, or another job is there"
+    )
+    if job is not None and (absent := job.absent()):
+        who = f"not come to initialize: {', '.join(map(str, absent))}"
+    end(
+        1,
+        f"distattn.distributed.initialize: {rank}{of} has waited {timeout_s:g} s for the others at "
+        f"{place.coordinator_address or 'the coordinator'}; {who}",
+    )
+
+
+def _check_others(place: Place, timeout_s: float) -> None:
+    """That all processes are of one job and one build; starts the devices."""
+    assert_same(
+        "initialize", {"num_processes": place.num_processes} | _versions(), timeout_s=timeout_s
+    )
+    if place.num_processes not in (None, jax.process_count()):
+        raise RuntimeError(
+            f"num_processes={place.num_processes}, but JAX counts {jax.process_count()}; pass the same "
+            "number in every process"
+        )
+    own = jax.local_devices()
+    devices = {"platform": own[0].platform, "devices of a process": len(own)}
+    assert_same("initialize: devices", devices, timeout_s=timeout_s)
+
+
+def _versions() -> dict[str, str]:
+    own = sys.modules[__name__.partition(".")[0]]  # which imports this, not the reverse
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    return versions | {"distattn": own.__version__}
