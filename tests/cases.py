@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from distattn import layouts, reference
+from distattn import KVCache, layouts, reference
+from distattn.cache.replicas import replica_letters, wards_of
 from tests.tolerance import assert_close
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
@@ -246,3 +247,16 @@ def check(
             factor,
             what=f"{what}: d{name}",
         )
+
+
+def check_copies(cache: KVCache) -> None:
+    """That each device holds, bit for bit, what its ward does, where the cache has copies."""
+    if cache.replica is None:
+        return
+    for name, letters in replica_letters(cache).items():
+        axis = letters.index("S")
+        own, copies = (np.asarray(getattr(x, name)) for x in (cache, cache.replica))
+        shares = np.split(own, cache.layout.devices, axis=axis)
+        expected = np.concatenate([shares[ward] for ward in wards_of(cache.layout)], axis=axis)
+        assert copies.dtype == own.dtype
+        assert copies.tobytes() == expected.tobytes(), name

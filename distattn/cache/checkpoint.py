@@ -26,6 +26,7 @@ from distattn.cache.edits import FREE
 from distattn.cache.layout import Layout, letters_of, make_layout
 from distattn.cache.manifest import damage, read_manifest, sync, write_manifest
 from distattn.cache.moving import context_of, sharding_of
+from distattn.cache.replicas import check_replicas
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def restore(
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
     placement: str | None = None,
+    replicas: int = 1,
 ) -> "KVCache":
     """A cache that was saved, on these devices, whatever they were when it was saved.
 
@@ -105,6 +107,7 @@ def restore(
       batch_axis_name: axes that shard the rows.
       heads_axis_name: axes that shard the key/value heads.
       placement: where new tokens go from now on; None: as before.
+      replicas: of each token from now on, as in `create`; one copy is saved, however many there were.
 
     Returns:
       The cache, which goes on as the one that was saved would have.
@@ -128,11 +131,12 @@ def restore(
             "release of distattn reads; use the release that wrote it, or a newer one"
         )
     layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
+    check_replicas(replicas, layout)
     with context_of(layout):
         cache = _read(orbax, cls, folder / ARRAYS, saved, layout)
-    if placement is None and capacity is None:
+    if placement is None and capacity is None and replicas == 1:
         return cache
-    return cache.resize(capacity, placement=placement)
+    return cache.resize(capacity, placement=placement, replicas=replicas)
 
 
 def _read(

@@ -21,6 +21,7 @@ from distattn.cache.arguments import (
     up_to_lengths,
 )
 from distattn.cache.layout import Layout, letters_of
+from distattn.cache.replicas import arrays_of, replica_layout, replica_letters, retagged
 from distattn.cache.storage import as_integers
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
     letters = ("BS", "B.", "B", "B", "B", "B")
     arrays = (getattr(self, name) for name in names)
     changed = self.layout.run(_reset, ("B", *letters), letters, gone, *arrays)
-    return dataclasses.replace(self, **dict(zip(names, changed, strict=True)))
+    cache = dataclasses.replace(self, **dict(zip(names, changed, strict=True)))
+    return retagged(cache, ["B"], _unless, gone)
 
 
 def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
@@ -134,7 +136,20 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
     arrays = [getattr(self, name) for name in letters]
     letters_in = (".", ".", *own)
     changed = layout.run(_fork, letters_in, own, source, target, *arrays, static=(own,))
-    return dataclasses.replace(self, **dict(zip(letters, changed, strict=True)))
+    cache = dataclasses.replace(self, **dict(zip(letters, changed, strict=True)))
+    if cache.replica is None:
+        return cache
+    letters = replica_letters(self)
+    own = tuple(letters.values())
+    copies = replica_layout(layout).run(
+        _fork,
+        (".", ".", *own),
+        own,
+        *(source, target, *arrays_of(cache.replica, letters)),
+        static=(own,),
+    )
+    replica = dataclasses.replace(cache.replica, **dict(zip(letters, copies, strict=True)))
+    return dataclasses.replace(cache, replica=replica)
 
 
 def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
@@ -143,14 +158,15 @@ def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
     tags, counts = cache.layout.run(
         _retag_own, ("BS", *letters), ("BS", "B."), cache.positions, *numbers, static=(kept,)
     )
-    return dataclasses.replace(cache, positions=tags, counts=counts)
+    cache = dataclasses.replace(cache, positions=tags, counts=counts)
+    return retagged(cache, letters, kept, *numbers)
 
 
 # What one device does, in `Layout.run`.
 
 
 def _reset(layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers) -> tuple:
-    tags = jnp.where(gone[:, None], FREE, tags)
+    tags = _unless(tags, gone)
     counts = jnp.where(gone[:, None], 0, counts)
     return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
 
@@ -158,6 +174,10 @@ def _reset(layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, 
 def _retag_own(layout: Layout, kept: Callable, tags: jax.Array, *numbers: jax.Array) -> tuple:
     tags = kept(tags, *numbers)
     return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
+
+
+def _unless(tags: jax.Array, gone: jax.Array) -> jax.Array:
+    return jnp.where(gone[:, None], FREE, tags)
 
 
 def _below(tags: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distattn.cache import checkpoint, edits, moving, reading, writing
+from distattn.cache import checkpoint, edits, moving, reading, recovery, writing
 from distattn.cache.layout import Layout, make_layout
+from distattn.cache.replicas import Replica, check_replicas
 from distattn.cache.slots import PLACEMENTS
 from distattn.cache.storage import is_quantised
 from distattn.placement import AxisNames
@@ -43,6 +44,9 @@ class KVCache:
     appended: jax.Array  # int32[B]: how many tokens the last append brought
     placed: jax.Array  # int32[B]: how many tokens were ever appended to the row
     overflow: jax.Array  # bool[B]: whether the last append was refused, the row left as it was
+    replica: (
+        Replica | None
+    )  # of each device: the share of its ward, where each token is there twice
     layout: Layout = dataclasses.field(metadata={"static": True})
     placement: str = dataclasses.field(metadata={"static": True})
 
@@ -61,6 +65,7 @@ class KVCache:
         batch_axis_name: AxisNames = None,
         heads_axis_name: AxisNames = None,
         placement: str = "least_loaded",
+        replicas: int = 1,
     ) -> "KVCache":
         """An empty cache.
 
@@ -80,6 +85,9 @@ class KVCache:
           placement: where a new token goes. 'least_loaded': to the device with the fewest of its row, so
             that a row is full only when all devices are; 'round_robin': to each in turn, and refused if
             that one is full; 'block': to the first device until it is full, then to the next.
+          replicas: 2: each token lies on two devices of different hosts, so that `recover` loses none
+            with a host; the cache takes twice the memory, and nothing more is sent, unless tokens come
+            with owner='local'. In a program of one process the first of the axes stands for hosts.
 
         Returns:
           KVCache.
@@ -113,6 +121,7 @@ class KVCache:
                     f"{name} is {sizes[name]}, and the axes {axes} have {layout.size(axes)} devices; it "
                     "must be a multiple of them: choose another size, or shard over fewer axes"
                 )
+        check_replicas(replicas, layout)
         devices = layout.devices
         slots = math.ceil(capacity / devices) * devices
         lead, stack = ("", ()) if layers is None else ("L", (layers,))
@@ -131,18 +140,23 @@ class KVCache:
         def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
             return filled("row", (batch,), fill, kind)
 
-        scale = (lambda: filled("key_scale", keys, 0, jnp.float32)) if quantised else lambda: None
+        def share() -> dict[str, jax.Array | None]:
+            return {
+                "key": filled("key", (*keys, head_dim), 0, dtype),
+                "value": filled("key", (*keys, sizes["value_dim"]), 0, dtype),
+                "key_scale": filled("key_scale", keys, 0, jnp.float32) if quantised else None,
+                "value_scale": filled("key_scale", keys, 0, jnp.float32) if quantised else None,
+                "positions": filled("positions", (batch, slots), -1, jnp.int32),
+            }
+
         return KVCache(
-            key=filled("key", (*keys, head_dim), 0, dtype),
-            value=filled("key", (*keys, sizes["value_dim"]), 0, dtype),
-            key_scale=scale(),
-            value_scale=scale(),
-            positions=filled("positions", (batch, slots), -1, jnp.int32),
+            **share(),
             counts=filled("counts", (batch, devices), 0, jnp.int32),
             next_position=numbers(),
             appended=numbers(),
             placed=numbers(),
             overflow=numbers(False, jnp.bool_),
+            replica=Replica(**share()) if replicas == 2 else None,
             layout=layout,
             placement=placement,
         )
@@ -157,6 +171,11 @@ class KVCache:
         """L, or None."""
         return self.key.shape[0] if self.key.ndim == 5 else None
 
+    @property
+    def replicas(self) -> int:
+        """How many devices hold each token."""
+        return 1 if self.replica is None else 2
+
     reserve = writing.reserve
     write = writing.write
     append = writing.append
@@ -167,6 +186,7 @@ class KVCache:
     accept = edits.accept
     fork = edits.fork
     resize = moving.resize
+    recover = recovery.recover
     save = checkpoint.save
     restore = classmethod(checkpoint.restore)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +30,7 @@ class Layout:
     slots: Axes = ()  # in the order of the mesh
     batch: Axes = ()
     heads: Axes = ()
+    wards: tuple[int, ...] = ()  # whose share each of the D devices works on; (): its own
 
     def size(self, axes: Axes) -> int:
         """The number of devices along the axes."""
@@ -40,8 +42,11 @@ class Layout:
         return self.size(self.slots)
 
     def rank(self) -> jax.Array | int:
-        """Which of the D devices this is; to be called in the body of `run`."""
-        return lax.axis_index(self.slots) if self.slots else 0
+        """Which of the D devices' shares this is; to be called in the body of `run`."""
+        if not self.slots:
+            return 0
+        own = lax.axis_index(self.slots)
+        return jnp.asarray(self.wards, jnp.int32)[own] if self.wards else own
 
     def gather(self, x: jax.Array) -> jax.Array:
         """[B, D] from [B] of each device; to be called in the body of `run`."""

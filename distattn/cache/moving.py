@@ -23,6 +23,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from distattn.cache.capacity import counted, counts_of, with_slots
 from distattn.cache.layout import Layout, letters_of, make_layout
+from distattn.cache.replicas import check_replicas, with_replica
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def resize(
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
     placement: str | None = None,
+    replicas: int | None = None,
 ) -> "KVCache":
     """The same tokens in a cache of another capacity, on another mesh, or both. Not under jit.
 
@@ -57,6 +59,8 @@ def resize(
       batch_axis_name: axes that shard the rows; None: they are not.
       heads_axis_name: axes that shard the key/value heads; None: they are not.
       placement: where new tokens go from now on; None: as before.
+      replicas: of each token from now on, as in `create`; None: as before. Second copies are not moved, but
+        made anew: each device sends its share once.
 
     Returns:
       The cache. Positions, next positions and all that a row has been through stay as they are.
@@ -85,9 +89,11 @@ def resize(
         layout = self.layout
     else:
         layout = make_layout(mesh, **axes)
+    replicas = self.replicas if replicas is None else replicas
+    check_replicas(replicas, layout)
     with context_of(layout):
         blank = blank_like(self, self.capacity if capacity is None else capacity, layout, placement)
-    cache, slots = self, blank.capacity
+    cache, slots = with_replica(self, 1), blank.capacity
     _check_fit(cache, slots)
     if layout != self.layout:
         both = math.lcm(self.layout.devices, layout.devices)
@@ -97,7 +103,7 @@ def resize(
         with context_of(layout):
             cache = moved(cache, layout)
     with context_of(layout):
-        cache = with_slots(cache, slots)
+        cache = with_replica(with_slots(cache, slots), replicas)
     return dataclasses.replace(cache, placement=blank.placement)
 
 

@@ -26,6 +26,7 @@ class Slots:
     index: jax.Array  # int32[D, B, T], with `local` int32[D, B, T / D]
     positions: jax.Array  # int32[B, T], -1 for tokens that go nowhere
     overflow: jax.Array  # bool[B], rows that were refused as a whole
+    replica_index: jax.Array | None = None  # as index, in the copies of a cache that has them
     local: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

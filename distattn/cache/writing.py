@@ -1,7 +1,7 @@
 """New tokens: slots are reserved once for all layers, then each layer writes its keys and values there."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from distattn.cache import storage
 from distattn.cache.arguments import check_new, known, token_numbers, up_to_lengths
 from distattn.cache.layout import Layout, letters_of
+from distattn.cache.replicas import Replica, replica_layout, sent_to_replica
 from distattn.cache.slots import Slots, take_slots
 
 if TYPE_CHECKING:
@@ -75,14 +76,22 @@ def reserve(
     else:
         new = token_numbers("positions", positions, batch, tokens)
     new = up_to_lengths(new, lengths)
-    tags, counts, slots, taken, overflow = layout.run(
-        take_slots,
-        ("BS", "B.", "B", "B.", None if devices is None else "B."),
-        ("BS", "B.", "DB.", "B.", "B"),
-        *(self.positions, self.counts, self.placed, new, devices),
-        static=(self.placement, local),
-    )
+
+    def take(layout: Layout, tags: jax.Array) -> tuple:
+        return layout.run(
+            take_slots,
+            ("BS", "B.", "B", "B.", None if devices is None else "B."),
+            ("BS", "B.", "DB.", "B.", "B"),
+            *(tags, self.counts, self.placed, new, devices),
+            static=(self.placement, local),
+        )
+
+    tags, counts, index, taken, overflow = take(layout, self.positions)
     _refuse(self, new, overflow)
+    replica, replica_index = self.replica, None
+    if replica is not None:
+        copies, _, replica_index, _, _ = take(replica_layout(layout), replica.positions)
+        replica = dataclasses.replace(replica, positions=copies)
     appended = (taken >= 0).sum(axis=1, dtype=jnp.int32)
     cache = dataclasses.replace(
         self,
@@ -92,8 +101,9 @@ def reserve(
         appended=appended,
         placed=self.placed + appended,
         overflow=overflow,
+        replica=replica,
     )
-    return cache, Slots(slots, taken, overflow, local)
+    return cache, Slots(index, taken, overflow, replica_index, local)
 
 
 def write(
@@ -127,27 +137,33 @@ def write(
     layers = self.layers if layer is None else None
     check_new("key", key, batch, tokens, heads, self.key.shape[-1], layers)
     check_new("value", value, batch, tokens, heads, self.value.shape[-1], layers)
-    stored = {"key": self.key, "value": self.value}
     new = {"key": key, "value": value}
     if self.key_scale is not None:
-        for name, scale in (("key", self.key_scale), ("value", self.value_scale)):
-            stored[f"{name}_scale"] = scale
+        for name in ("key", "value"):
             new[name], new[f"{name}_scale"] = storage.quantise(new[name], self.key.dtype)
 
     letters = letters_of(self)
-    at_rest = [letters[name] for name in stored]
+    at_rest = [letters[name] for name in new]
     arriving = [x.replace("S", "D" if slots.local else "T") for x in at_rest]
     if layer is not None:
         arriving = [x.removeprefix("L") for x in arriving]
-    written = self.layout.run(
-        _write,
-        ("DB.", None if layer is None else "", *at_rest, *arriving),
-        at_rest,
-        *(slots.index, None if layer is None else jnp.asarray(layer, jnp.int32)),
-        *(*stored.values(), *(new[name] for name in stored)),
-        static=(self.layers is not None,),
-    )
-    return dataclasses.replace(self, **dict(zip(stored, written, strict=True)))
+
+    def put(layout: Layout, holder: "KVCache | Replica", index: jax.Array) -> Any:
+        written = layout.run(
+            _write,
+            ("DB.", None if layer is None else "", *at_rest, *arriving),
+            at_rest,
+            *(index, None if layer is None else jnp.asarray(layer, jnp.int32)),
+            *(*(getattr(holder, name) for name in new), *new.values()),
+            static=(self.layers is not None, slots.local),
+        )
+        return dataclasses.replace(holder, **dict(zip(new, written, strict=True)))
+
+    cache = put(self.layout, self, slots.index)
+    if self.replica is None:
+        return cache
+    copies = put(replica_layout(self.layout), self.replica, slots.replica_index)
+    return dataclasses.replace(cache, replica=copies)
 
 
 def append(
@@ -187,11 +203,18 @@ def append(
 
 
 def _write(
-    layout: Layout, stacked: bool, index: jax.Array, layer: jax.Array | None, *arrays: jax.Array
+    layout: Layout,
+    stacked: bool,
+    local: bool,
+    index: jax.Array,
+    layer: jax.Array | None,
+    *arrays: jax.Array,
 ) -> tuple:
     """What one device does, in `Layout.run`: the second half of the arrays at their slots of the first."""
-    half = len(arrays) // 2
-    pairs = zip(arrays[:half], arrays[half:], strict=True)
+    stored, new = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+    if layout.wards and local:  # only its owner has the part of the new tokens
+        new = [sent_to_replica(layout, x) for x in new]
+    pairs = zip(stored, new, strict=True)
     if not stacked:
         return tuple(storage.write(old[None], new[None], index[0], 0)[0] for old, new in pairs)
     if layer is None:

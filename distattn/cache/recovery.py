@@ -1,0 +1,219 @@
+"""What is left of a cache when devices are gone: on the others, without a restart.
+
+Nothing of the cache is read from another host but what is there already: each device keeps its share, and
+that of its ward where the ward is gone. Then the tokens are spread evenly again, and each gets its second
+copy anew.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from distattn.cache.capacity import counted, with_slots
+from distattn.cache.edits import FREE
+from distattn.cache.layout import Layout, letters_of
+from distattn.cache.moving import context_of
+from distattn.cache.replicas import (
+    arrays_of,
+    check_replicas,
+    replica_letters,
+    replica_of,
+    replicas_fit,
+    wards_of,
+    with_replica,
+)
+
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
+
+
+def recover(
+    self: "KVCache",
+    mesh: Mesh,
+    *,
+    expected: Sequence[ArrayLike] | None = None,
+    replicas: int | None = None,
+) -> tuple["KVCache", tuple[np.ndarray, ...]]:
+    """The cache on those of its devices that are left, and the positions that are lost.
+
+    With two replicas no position is lost with one host. The capacity stays, and the tokens are spread
+    evenly over the devices that are left. Meanwhile a device needs memory for twice its share of the old
+    cache, beside the old and the new one.
+
+    The lost positions can be computed again from their tokens, all at once: reserve slots for them
+    (`reserve(..., positions=lost)`) and attend to what is there by `query_positions`.
+
+    Args:
+      mesh: the mesh of the cache without the devices that are gone: along one axis, over which slots lie or
+        copies of all, some indices are left out. `distattn.distributed.all_or_none` gives it.
+      expected: int32[n] for each row, the positions that the row had; None: all below its next one. To be
+        given where some had been evicted.
+      replicas: from now on, 1 or 2; None: as before, or 1 where the devices left are of one host.
+
+    Returns:
+      The cache, and for each row the positions that it had and has no more, int32[n], ascending.
+
+    Raises:
+      ValueError: another mesh than that; positions that are expected and were not there, where some are
+        lost; a cache under a trace. Nothing has changed then.
+    """
+    if isinstance(self.positions, Tracer):
+        raise ValueError("recover was called under a trace of the cache; call it outside of jit")
+    old = self.layout
+    axis, kept = _what_is_left(old, mesh)
+    layout = dataclasses.replace(old, mesh=mesh)
+    own = _shares_left(old, axis, kept)
+    promoted, lost = _fate(self, own)
+    if replicas is None:
+        replicas = self.replicas if replicas_fit(layout) else 1
+    check_replicas(replicas, layout)
+    slots = math.ceil(self.capacity / layout.devices) * layout.devices
+    with context_of(layout):
+        cache, holder = _carried(self, layout)
+        was = np.asarray(_everywhere(layout, _carry(self.counts, layout, "B.")))
+        if any(promoted):
+            letters = replica_letters(cache)
+            arrays = layout.run(
+                _promote,
+                tuple(letters.values()) * 2,
+                tuple(letters.values()),
+                *(*arrays_of(cache, letters), *arrays_of(holder, letters)),
+                static=(tuple(letters.items()), promoted),
+            )
+            cache = dataclasses.replace(cache, **dict(zip(letters, arrays, strict=True)))
+        cache = counted(cache)
+        gone = _lost_positions(cache, was[:, lost].sum(axis=1), expected)
+        cache = with_slots(cache, slots)
+        return with_replica(cache, replicas), gone
+
+
+def _what_is_left(layout: Layout, mesh: Mesh) -> tuple[str, list[int]]:
+    """The axis along which devices are gone, and the indices that are left."""
+    old = layout.mesh
+    if old is None:
+        raise ValueError("recover is for a cache on a mesh, and this one lies on one device")
+    if mesh.axis_names == old.axis_names:
+        for number, axis in enumerate(old.axis_names):
+            slabs = [list(slab.flat) for slab in np.moveaxis(old.devices, number, 0)]
+            left = [list(slab.flat) for slab in np.moveaxis(mesh.devices, number, 0)]
+            kept = [index for index, slab in enumerate(slabs) if slab in left]
+            if len(kept) == len(left) and [slabs[index] for index in kept] == left:
+                if axis in (*layout.batch, *layout.heads):
+                    raise ValueError(
+                        f"mesh lacks devices along {axis!r}, over which the cache has its rows or heads: "
+                        "these are gone as a whole; restore a saved cache on the mesh that is left"
+                    )
+                return axis, kept
+    raise ValueError(
+        f"mesh is {dict(mesh.shape)} and the cache lies on {dict(old.shape)}; mesh must be the same with "
+        "some indices along one axis left out, in the same order, as distattn.distributed.all_or_none "
+        "gives it"
+    )
+
+
+def _shares_left(layout: Layout, axis: str, kept: list[int]) -> list[int]:
+    """Which of the old shares each of the devices along the slots' axes has that are left."""
+    shares = np.arange(layout.devices).reshape([layout.mesh.shape[a] for a in layout.slots])
+    if axis in layout.slots:
+        shares = shares.take(kept, axis=layout.slots.index(axis))
+    return [int(share) for share in shares.flat]
+
+
+def _fate(cache: "KVCache", own: list[int]) -> tuple[tuple[bool, ...], list[int]]:
+    """Of which devices the ward is gone, so that its copy takes its place; and the shares that are lost."""
+    gone = set(range(cache.layout.devices)) - set(own)
+    if cache.replica is None:
+        return (False,) * len(own), sorted(gone)
+    wards = wards_of(cache.layout)
+    promoted = tuple(wards[share] in gone for share in own)
+    return promoted, sorted(gone - {wards[share] for share in own})
+
+
+def _carried(cache: "KVCache", layout: Layout) -> tuple["KVCache", object]:
+    """The arrays of the devices that are left, as they are, as those of a cache there; and its copies."""
+    letters = letters_of(cache)
+    arrays = {
+        name: _carry(getattr(cache, name), layout, own)
+        for name, own in letters.items()
+        if name != "counts"
+    }
+    holder = cache.replica
+    if holder is not None:
+        letters = replica_letters(cache)
+        copies = {name: _carry(getattr(holder, name), layout, own) for name, own in letters.items()}
+        holder = replica_of(copies)
+    return dataclasses.replace(cache, **arrays, layout=layout, replica=None), holder
+
+
+def _carry(x: jax.Array, layout: Layout, letters: str) -> jax.Array:
+    sharding = layout.sharding(letters)
+    data = {shard.device: shard.data for shard in x.addressable_shards}
+    # The addressable devices may hold copies, and each of them has its own.
+    parts = [data[device] for device in sharding.addressable_devices]
+    spread = zip(parts[0].shape, sharding.spec, strict=True)
+    shape = [
+        n * layout.size(() if a is None else a if isinstance(a, tuple) else (a,)) for n, a in spread
+    ]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
+
+
+def _everywhere(layout: Layout, x: jax.Array) -> jax.Array:
+    """The array with all of it on every device, where each process can read it."""
+    return jax.device_put(x, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def _lost_positions(
+    cache: "KVCache", lost: np.ndarray, expected: Sequence[ArrayLike] | None
+) -> tuple[np.ndarray, ...]:
+    """Of each row the positions that are lost, of which the numbers are known."""
+    if not lost.any():
+        return tuple(np.zeros(0, np.int32) for _ in lost)
+    tags, ends = (
+        np.asarray(_everywhere(cache.layout, x)) for x in (cache.positions, cache.next_position)
+    )
+    wanted = (
+        [np.arange(end) for end in ends] if expected is None else list(map(np.asarray, expected))
+    )
+    if len(wanted) != len(lost):
+        raise ValueError(
+            f"expected has {len(wanted)} rows, and the cache {len(lost)}; one for each row"
+        )
+    missing = tuple(
+        np.setdiff1d(w, own).astype(np.int32) for w, own in zip(wanted, tags, strict=True)
+    )
+    for row, (found, count) in enumerate(zip(missing, lost, strict=True)):
+        if len(found) != count:
+            raise ValueError(
+                f"row {row} has lost {count} positions with the devices that are gone, and of those that "
+                f"are expected {len(found)} are missing: some had been evicted, or stood at other "
+                "positions; pass expected=, the positions that each row had"
+            )
+    return missing
+
+
+# What one device does, in `Layout.run`.
+
+
+def _promote(
+    layout: Layout,
+    letters: tuple[tuple[str, str], ...],
+    promoted: tuple[bool, ...],
+    *arrays: jax.Array,
+) -> tuple:
+    """Own share and copy, one behind the other; the copy free where its owner is there."""
+    half = len(letters)
+    mine = jnp.asarray(promoted)[layout.rank()]
+    joined = []
+    for (name, own), x, copy in zip(letters, arrays[:half], arrays[half:], strict=True):
+        if name == "positions":
+            copy = jnp.where(mine, copy, FREE)
+        joined.append(jnp.concatenate([x, copy], axis=own.index("S")))
+    return tuple(joined)
