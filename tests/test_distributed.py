@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import distattn
 import distattn.distributed
 from distattn import reference
+from distattn.distributed import meshes
 from distattn.distributed.health import describe, differences, ranks
 from tests.tolerance import assert_close
 
@@ -242,6 +244,49 @@ def job_hangs() -> None:
     distattn.distributed.fetch(arrays[0])
 
 
+def job_survives() -> None:
+    """Rank 1 of three is killed; the two others go on, in a job of two."""
+    mesh, rank = distattn.distributed.make_mesh(), jax.process_index()
+    with distattn.distributed.all_or_none(mesh):
+        before = distattn.distributed.fetch(check_lost(mesh))
+    with pytest.raises(KeyError, match="everywhere"), distattn.distributed.all_or_none(mesh):
+        raise KeyError("everywhere")
+
+    def dies():
+        with distattn.distributed.all_or_none(mesh):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 0:  # the others get all of their results
+                distattn.distributed.fetch(check_lost(mesh))
+
+    with pytest.raises(distattn.distributed.HostsLost, match="lost rank 1;") as lost:
+        dies()
+    assert lost.value.ranks == (1,)
+    smaller = lost.value.mesh
+    assert smaller.devices.tolist() == mesh.devices[[0, 2]].tolist()
+    assert distattn.distributed.make_mesh() == smaller
+    distattn.distributed.barrier("the two")
+    distattn.distributed.assert_same("the mesh", smaller)
+    with distattn.distributed.all_or_none(smaller):
+        after = distattn.distributed.fetch(check_lost(smaller))
+    assert (before, after) == (3, 2)
+    mine = Sequence.make()
+    part = slice(0, 5) if rank == 0 else slice(5, 9)
+    arrays = distattn.distributed.from_process_local(
+        mine.key[:, part], mine.value[:, part], mine.positions[part], mesh=smaller
+    )
+    positions = distattn.distributed.fetch(arrays[2])
+    assert sorted(positions[positions >= 0]) == sorted(mine.positions[:9])
+
+
+def check_lost(mesh: Mesh) -> jax.Array:
+    """How many devices the mesh has, as they count it themselves."""
+    along = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ones = jax.make_array_from_callback((mesh.size,), along, lambda index: np.ones(1, np.int32))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda x: x.sum(dtype=np.int32), out_shardings=whole)(ones)
+
+
 def job_none() -> None:
     """Starts, if it can."""
 
@@ -250,6 +295,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "all": job_all,
     "fails": job_fails,
     "hangs": job_hangs,
+    "survives": job_survives,
     "late": job_none,
     "devices": job_none,
     "world": job_none,
@@ -259,6 +305,10 @@ JOBS: dict[str, Callable[[], None]] = {
 ARGUMENTS = {
     ("late", 0): {"initialization_timeout_s": 2},
     ("hangs", 0): {"collective_timeout_s": 2},
+    **dict.fromkeys(
+        (("survives", rank) for rank in range(3)),
+        {"recoverable": True, "heartbeat_timeout_s": 3, "collective_timeout_s": 3},
+    ),
     ("devices", 1): {"cpu_devices": 1},
     ("world", 1): {"num_processes": 3},
     ("extra", 1): {"num_processes": 3, "process_id": 2},
@@ -340,6 +390,38 @@ def test_a_rank_that_fails_is_named_within_two_seconds(how, says):
     assert f"distattn launch: {says}" in text
     assert how == "kill" or "  [1] ValueError: only here" in text
     assert ended - float(re.search(r"at ([\d.]+)", text)[1]) < 2
+
+
+def test_those_who_are_left_go_on():
+    code, text, ended = run("-n", "3", "--may-fail", "1", job=("survives",))
+    assert code == 0, text
+    assert "rank 1 was killed by SIGKILL; the others go on" in text
+    assert [f"[{rank}] done" in text for rank in range(3)] == [True, False, True]
+
+
+def test_a_mesh_without_processes():
+    def device(process):
+        return types.SimpleNamespace(process_index=process)
+
+    grid = np.array([[device(0), device(0)], [device(1), device(1)], [device(2), device(2)]])
+    mesh = types.SimpleNamespace(
+        devices=grid, axis_names=("a", "b"), axis_types=None, shape={"a": 3, "b": 2}
+    )
+    with pytest.raises(
+        ValueError, match="devices of ranks 0-2 are not whole slices along one axis"
+    ):
+        meshes.without(mesh, (0, 1, 2))
+    mesh.devices = np.array([[device(0), device(1)], [device(1), device(0)]])
+    with pytest.raises(ValueError, match="devices of rank 1 are not whole slices"):
+        meshes.without(mesh, (1,))
+
+
+def test_alone_a_block_is_what_it_is_without():
+    mesh = distattn.distributed.make_mesh()
+    with distattn.distributed.all_or_none(mesh):
+        assert int(check_lost(mesh)) == 8
+    with pytest.raises(KeyError), distattn.distributed.all_or_none(mesh):
+        raise KeyError("x")
 
 
 def test_a_collective_that_nobody_else_comes_to():

@@ -193,6 +193,26 @@ def test_those_that_fail_because_of_another_are_not_blamed(capfd):
     assert "Gloo" not in err
 
 
+def test_ranks_that_may_fail(capfd):
+    code = """
+    if rank == 1:
+        sys.exit(9)
+    time.sleep(0.5)
+    print("still here")
+    if rank == 2 and len(sys.argv) > 1:
+        sys.exit(4)
+    """
+    assert launch("-n", "3", "--may-fail", "1", code=code) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "distattn launch: rank 1 ended with exit code 9; the others go on\n"
+    assert captured.out.count("still here") == 2
+    assert main(["launch", "-n", "3", "--may-fail", "1", *script(code), "again"]) in (4, 9)
+    assert "the others go on" in capfd.readouterr().err
+    code = "sys.exit(6) if rank == 0 else time.sleep(100)"
+    assert launch("-n", "3", "--may-fail", "2", code=code) == 6
+    assert "rank 0 ended with exit code 6" in capfd.readouterr().err
+
+
 def test_a_failure_seen_only_from_another_is_said_to_be_that(capfd):
     code = """
     if rank == 0:

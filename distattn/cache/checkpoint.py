@@ -9,39 +9,40 @@ compared before anything is read.
 
 import dataclasses
 import os
-import shutil
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from distattn.cache import steps
 from distattn.cache.capacity import counted
 from distattn.cache.edits import FREE
 from distattn.cache.layout import Layout, letters_of, make_layout
-from distattn.cache.manifest import damage, read_manifest, sync, write_manifest
+from distattn.cache.manifest import read_manifest, sync, write_manifest
 from distattn.cache.moving import context_of, sharding_of
 from distattn.cache.replicas import check_replicas
+from distattn.distributed.health import fail_together, from_first, meet, present, ranks
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
 
 FORMAT = 1  # of a step; a reader refuses those that it does not know
-ARRAYS, UNFINISHED = "arrays", ".unfinished"
+ARRAYS = "arrays"
+TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
 
 
 def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None) -> int:
     """Writes the cache to disk, as a step of its own; returns when all of it is there.
 
     Args:
-      directory: of all steps, on a file system of this machine; made if it is not there. Steps are
-        directories in it, and may be deleted.
+      directory: of all steps, on a file system of this machine, or one that all processes share; made if
+        it is not there. Steps are directories in it, and may be deleted.
       step: a number that is not there yet; None: one more than the largest, or 0.
 
     Returns:
@@ -49,34 +50,30 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
       does not count it: an interrupted save changes nothing of the steps before.
 
     Raises:
-      ValueError: a step that is there already.
+      ValueError: a step that is there already; a directory that only some processes see.
       ModuleNotFoundError: Orbax is not installed.
-      NotImplementedError: a program of several processes.
+      NotImplementedError: a cache that does not lie on all processes of the program.
+      TimeoutError, RuntimeError: a process that does not come, as `distattn.distributed.barrier`.
     """
     orbax = _orbax()
+    _check_processes(self.layout)
     if isinstance(self.positions, Tracer):
         raise ValueError("save was called under a trace of the cache; call it outside of jit")
     directory = Path(directory).absolute()
-    steps = _steps(directory)
-    if step is None:
-        step = max(steps, default=-1) + 1
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"step is {step!r}; it must be an int of at least 0")
-    if step in steps:
-        raise ValueError(
-            f"step={step} is in {directory} already (steps there: {steps}); a step is never overwritten: "
-            "pass another one, or delete that directory first"
-        )
-    unfinished = directory / f"{step}{UNFINISHED}"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was interrupted
-    unfinished.mkdir(parents=True)
+    step = _agreed("KVCache.save", lambda: steps.begin(directory, step))
+    unfinished = directory / f"{step}{steps.UNFINISHED}"
+    _check_shared(unfinished)
     arrays = {name: getattr(self, name) for name in letters_of(self) if name != "counts"}
-    with orbax.StandardCheckpointer() as checkpointer:
+    with _checkpointer(orbax) as checkpointer:
         checkpointer.save(unfinished / ARRAYS, arrays)
         checkpointer.wait_until_finished()
-    write_manifest(unfinished, _description(self))
-    unfinished.rename(directory / str(step))
-    sync(directory)
+
+    def finish() -> None:
+        write_manifest(unfinished, _description(self))
+        unfinished.rename(directory / str(step))
+        sync(directory)
+
+    from_first("KVCache.save: all is written", finish, timeout_s=TIMEOUT_S)
     return step
 
 
@@ -117,21 +114,22 @@ def restore(
       OSError: a file of the step is missing or has changed; says which, and what earlier step is whole.
       ValueError: what `create` or `resize` refuses; a step in the format of another release.
       ModuleNotFoundError: Orbax is not installed.
-      NotImplementedError: a program of several processes.
+      NotImplementedError: a mesh that has not the devices of all processes of the program.
     """
     orbax = _orbax()
+    layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
+    check_replicas(replicas, layout)
+    _check_processes(layout)
     directory = Path(directory).absolute()
-    step = _choose_step(directory, step)
+    step = _agreed("KVCache.restore", lambda: steps.choose(directory, step))
     folder = directory / str(step)
-    _check_whole(directory, step)
+    _check_shared(folder)
     saved = read_manifest(folder)
     if saved.pop("format") != FORMAT:
         raise ValueError(
             f"step {step} in {directory} was written in another format than {FORMAT}, the one that this "
             "release of distattn reads; use the release that wrote it, or a newer one"
         )
-    layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
-    check_replicas(replicas, layout)
     with context_of(layout):
         cache = _read(orbax, cls, folder / ARRAYS, saved, layout)
     if placement is None and capacity is None and replicas == 1:
@@ -158,7 +156,7 @@ def _read(
         if name != "counts" and (x := getattr(blank, name)) is not None
     }
     # Not strict: where these devices do not divide the slots, there are more of them now, at the end.
-    with orbax.StandardCheckpointer() as checkpointer:
+    with _checkpointer(orbax) as checkpointer:
         arrays = checkpointer.restore(folder, wanted, strict=False)
     arrays["positions"] = _free_from(arrays["positions"], jnp.int32(saved["capacity"]))
     return counted(dataclasses.replace(blank, **arrays))
@@ -170,10 +168,6 @@ def _free_from(tags: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def _orbax() -> ModuleType:
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"a cache is saved and restored by one process, and this program has {jax.process_count()}"
-        )
     try:
         import orbax.checkpoint
     except ModuleNotFoundError as error:
@@ -187,36 +181,49 @@ def _orbax() -> ModuleType:
     return orbax.checkpoint
 
 
-def _steps(directory: Path, suffix: str = "") -> list[int]:
-    """The steps in a directory, in order; with a suffix, those under such a name."""
-    if not directory.is_dir():
-        return []
-    names = (path.name for path in directory.iterdir() if path.is_dir())
-    numbers = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
-    return sorted(int(x) for x in numbers if x.isdecimal() and x == str(int(x)))
+def _checkpointer(orbax: ModuleType) -> Any:
+    """Orbax's, of all processes that are there."""
+    there = present()
+    if len(there) == jax.process_count():
+        return orbax.StandardCheckpointer()
+    options = orbax.options.MultiprocessingOptions(
+        primary_host=there[0],
+        active_processes=set(there),
+        barrier_sync_key_prefix="-".join(map(str, there)),
+    )
+    return orbax.StandardCheckpointer(multiprocessing_options=options)
 
 
-def _choose_step(directory: Path, step: int | None) -> int:
-    steps, interrupted = _steps(directory), _steps(directory, UNFINISHED)
-    if step in steps:
-        return step
-    note = f"; interrupted, and not complete: {interrupted}" if interrupted else ""
-    if not steps or step is not None:
-        what = "no step" if step is None else f"no step {step}"
-        raise FileNotFoundError(f"{what} in {directory}; complete steps there: {steps}{note}")
-    if interrupted and interrupted[-1] > steps[-1]:
-        warnings.warn(f"step {steps[-1]} of {directory} is restored{note}", stacklevel=3)
-    return steps[-1]
+def _check_processes(layout: Layout) -> None:
+    """That the cache lies on all processes that are there."""
+    mesh, there = layout.mesh, present()
+    on = (
+        {device.process_index for device in mesh.devices.flat}
+        if mesh is not None
+        else {jax.process_index()}
+    )
+    if on != set(there):
+        raise NotImplementedError(
+            f"a cache is saved and restored by all processes, {ranks(there)}, and this one is to lie on "
+            f"devices of {ranks(on)}; use a mesh that has devices of all (distattn.distributed.make_mesh)"
+        )
 
 
-def _check_whole(directory: Path, step: int) -> None:
-    wrong = damage(directory / str(step))
-    if wrong is None:
-        return
-    earlier = [x for x in reversed(_steps(directory)) if x < step]
-    whole = next((x for x in earlier if damage(directory / str(x)) is None), None)
-    remedy = "no earlier step is whole" if whole is None else f"pass step={whole}, which is whole"
-    raise OSError(f"step {step} in {directory} is damaged: {wrong}; {remedy}")
+def _agreed(name: str, work: Callable[[], int]) -> int:
+    """The number that the first process finds, in all of them."""
+    return from_first(name, work, timeout_s=TIMEOUT_S)
+
+
+def _check_shared(folder: Path) -> None:
+    """That all processes see it."""
+    seen = meet("KVCache: the directory is there", str(folder.is_dir()), timeout_s=TIMEOUT_S)
+    if blind := [rank for rank, text in seen.items() if text != str(True)]:
+        fail_together(
+            ValueError(
+                f"directory {folder.parent} is not the same for all processes: {ranks(blind)} cannot see "
+                f"{folder.name} in it; pass one on a file system that all of them share"
+            )
+        )
 
 
 def _description(cache: "KVCache") -> dict[str, Any]:

@@ -31,8 +31,8 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
     parser = subparsers.add_parser(
         "launch",
         help="runs a script as several processes on this machine, each with its own CPU devices",
-        usage="distattn launch [-h] -n N [--devices-per-process N] [--timeout S] [--log-dir DIR] "
-        "-- COMMAND ...",
+        usage="distattn launch [-h] -n N [--devices-per-process N] [--may-fail N] [--timeout S] "
+        "[--log-dir DIR] -- COMMAND ...",
         description="Starts a command N times, as the ranks of one job. A script that calls "
         "distattn.distributed.initialize() without arguments becomes one of N processes of a JAX program. "
         "What the ranks print comes out line by line as [rank] line. When a rank fails the others are "
@@ -46,6 +46,13 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
         default=1,
         metavar="N",
         help="CPU devices of each (default %(default)s)",
+    )
+    argument(
+        "--may-fail",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="so many ranks may fail, but not rank 0, and the others go on (default %(default)s)",
     )
     argument("--timeout", type=_seconds, metavar="S", help="end the job after so many seconds")
     argument("--log-dir", metavar="DIR", help="also write what each rank prints to DIR/rank-N.log")
@@ -83,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
                     roll_call=roll_call,
                 )
                 ranks.append(start(place, command, log_dir, guard))
-            failed = _watch(ranks, options.timeout and began + options.timeout)
+            failed = _watch(ranks, options.may_fail, options.timeout and began + options.timeout)
         finally:
             running = [rank.number for rank in ranks if rank.code() is None]
             for rank in ranks:
@@ -100,13 +107,24 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _watch(ranks: list[Rank], deadline: float | None) -> list[Rank]:
-    """Waits for the ranks: until all are done, one has failed, or it is too late. Those that failed."""
+def _watch(ranks: list[Rank], may_fail: int, deadline: float | None) -> list[Rank]:
+    """Waits for the ranks: until all are done, too many have failed, or it is too late.
+
+    Returns:
+      Those that failed; none where they were not too many.
+    """
     settled = None
+    said: set[int] = set()
     while True:
         codes = [rank.code() for rank in ranks]
         failed = [rank for rank, code in zip(ranks, codes, strict=True) if code]
         now = time.monotonic()
+        if len(failed) <= may_fail and not ranks[0].code():
+            for rank in failed:
+                if rank.number not in said:
+                    _say(f"rank {rank.number} {rank.what()}; the others go on")
+            said |= {rank.number for rank in failed}
+            failed = []
         if failed:
             secondary = all(rank.remoteness() for rank in failed)
             first = min(rank.ended for rank in failed)

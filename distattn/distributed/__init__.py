@@ -8,5 +8,15 @@ from distattn.distributed.arrays import fetch, from_process_local
 from distattn.distributed.health import assert_same, barrier
 from distattn.distributed.meshes import make_mesh
 from distattn.distributed.start import initialize
+from distattn.distributed.surviving import HostsLost, all_or_none
 
-__all__ = ["assert_same", "barrier", "fetch", "from_process_local", "initialize", "make_mesh"]
+__all__ = [
+    "HostsLost",
+    "all_or_none",
+    "assert_same",
+    "barrier",
+    "fetch",
+    "from_process_local",
+    "initialize",
+    "make_mesh",
+]

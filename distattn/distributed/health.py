@@ -6,10 +6,11 @@ under a name: they must come to the same places in the same order, and are told 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -22,7 +23,24 @@ ROUNDS = "distattn/rounds"  # of the keys in the store
 TIMEOUT_S = 60.0
 KNOWN_S = 10  # for all to read what all have handed in
 
-_rounds = itertools.count()  # of this process: the same everywhere while the programs agree
+
+@dataclasses.dataclass
+class _Progress:
+    """How often this process has met the others: the same everywhere while the programs agree."""
+
+    rounds: int = 0  # since the last loss
+    lost: frozenset[int] = frozenset()  # the ranks that are waited for no more
+
+    def next_folder(self) -> str:
+        """Of the next round, in the store."""
+        self.rounds += 1
+        return self.folder(self.rounds)
+
+    def folder(self, number: int) -> str:
+        return f"{ROUNDS}/{len(self.lost)}/{number}"
+
+
+_progress = _Progress()
 
 
 def barrier(name: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -76,20 +94,19 @@ def meet(name: str, text: str, *, timeout_s: float) -> dict[int, str]:
       TimeoutError: some have not come; says which.
       RuntimeError: some are at another place, or have failed; says which.
     """
-    client, rank, count = coordination()
+    client, rank, _ = coordination()
     if client is None:
         return {0: text}
-    number = next(_rounds)
-    folder, digest = f"{ROUNDS}/{number}", hashlib.sha256(text.encode()).hexdigest()
+    folder, digest = _progress.next_folder(), hashlib.sha256(text.encode()).hexdigest()
     client.key_value_set(f"{folder}/texts/{digest}", text, allow_overwrite=True)
     client.key_value_set(f"{folder}/ranks/{rank}", json.dumps([name, digest]))
     try:
-        client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)))
+        client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)), present())
     except jax.errors.JaxRuntimeError as error:
-        raise _failure(error, name, timeout_s, _posted(client, folder), count) from None
+        raise _failure(error, name, timeout_s, _posted(client, folder)) from None
     came = _posted(client, folder)
-    if rank == 0 and number:  # all are past the round before: nobody reads that any more
-        client.key_value_delete(f"{ROUNDS}/{number - 1}/")
+    if rank == 0:  # all are past the round before: nobody reads that any more
+        client.key_value_delete(f"{_progress.folder(_progress.rounds - 1)}/")
     if elsewhere := _places(came):
         fail_together(
             RuntimeError(f"the processes are at different places of the program{elsewhere}")
@@ -100,6 +117,35 @@ def meet(name: str, text: str, *, timeout_s: float) -> dict[int, str]:
     return {other: texts[came[other][1]] for other in sorted(came)}
 
 
+def from_first(name: str, work: Callable[[], Any], *, timeout_s: float) -> Any:
+    """What work() gives in the first process that is there, in all of them; its error too.
+
+    Args:
+      name: of the place, the same in every process.
+      work: gives what JSON can say; done by the first process alone.
+      timeout_s: seconds to wait for it, and for the others.
+
+    Raises:
+      ValueError, OSError: what work() raises.
+      RuntimeError, TimeoutError: as `barrier`.
+    """
+    client, rank, _ = coordination()
+    if client is None:
+        return work()
+    first, result = present()[0], []
+    if rank == first:
+        try:
+            result = [work()]
+        except (ValueError, OSError) as error:
+            result = [type(error).__name__, str(error)]
+    text = meet(name, json.dumps(result), timeout_s=timeout_s)[first]
+    value, *message = json.loads(text)
+    if message:
+        kinds = (ValueError, FileNotFoundError, PermissionError)
+        fail_together(next((x for x in kinds if x.__name__ == value), OSError)(*message))
+    return value
+
+
 def fail_together(error: Exception) -> NoReturn:
     """Raises what all processes raise, when all of them know it.
 
@@ -108,8 +154,20 @@ def fail_together(error: Exception) -> NoReturn:
     client, _, _ = coordination()
     if client is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.wait_at_barrier(f"{ROUNDS}/{next(_rounds)}", 1000 * KNOWN_S)
+            client.wait_at_barrier(_progress.next_folder(), 1000 * KNOWN_S, present())
     raise error
+
+
+def present() -> list[int]:
+    """The ranks that are waited for."""
+    _, _, count = coordination()
+    return [rank for rank in range(count) if rank not in _progress.lost]
+
+
+def go_on_without(lost: Iterable[int]) -> None:
+    """Waits for these ranks no more. All others call it at the same place: they count anew from there."""
+    _progress.lost |= set(lost)
+    _progress.rounds = 0
 
 
 def differences(facts: Mapping[int, dict[str, str]]) -> str:
@@ -183,10 +241,11 @@ def _places(came: dict[int, list[str]]) -> str:
 
 
 def _failure(
-    error: Exception, name: str, timeout_s: float, came: dict[int, list[str]], count: int
+    error: Exception, name: str, timeout_s: float, came: dict[int, list[str]]
 ) -> Exception:
     """What a barrier that fails is for the user."""
-    missing = [rank for rank in range(count) if rank not in came]
+    count = len(present())
+    missing = [rank for rank in present() if rank not in came]
     if not str(error).startswith("DEADLINE_EXCEEDED"):
         reason = str(error).partition("\n")[0]
         absent = f"; {ranks(missing)} had not come" if missing else ""

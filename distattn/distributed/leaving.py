@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import jax
 
-LINGER_S = 0.5  # of rank 0, with which the others end: they may be about to say why
+LINGER_S = 1.0  # of rank 0, with which the others end: they may be about to say why, or to leave
 
 
 def leave_at_once_on_error() -> None:

@@ -1,11 +1,13 @@
 """Meshes whose slow axis comes first."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from distattn.distributed.health import present, ranks
 
 
 def make_mesh(
@@ -23,7 +25,8 @@ def make_mesh(
       axis_types: of each axis; None: both `AxisType.Auto`.
 
     Returns:
-      Mesh of (processes, devices of a process); of (1, devices) for a process that is alone.
+      Mesh of (processes, devices of a process), without processes that are lost; of (1, devices) for a
+      process that is alone.
 
     Raises:
       ValueError: names or types that are not two; processes with different numbers of devices.
@@ -35,16 +38,36 @@ def make_mesh(
                 f"{argument} is {given}; it must have two: of the axis between processes, and of that "
                 "between the devices of a process"
             )
-    processes, own = jax.process_count(), jax.local_device_count()
-    if processes * own != jax.device_count():
+    there = set(present())
+    devices = [device for device in jax.devices() if device.process_index in there]
+    processes, own = len(there), jax.local_device_count()
+    if processes * own != len(devices):
         raise ValueError(
-            f"{jax.device_count()} devices in {processes} processes, {own} of them in this one: a mesh "
+            f"{len(devices)} devices in {processes} processes, {own} of them in this one: a mesh "
             "needs as many in each; start every process with the same number"
         )
     if processes == 1:
-        devices = mesh_utils.create_device_mesh((1, own))
+        grid = mesh_utils.create_device_mesh((1, own), devices)
     else:
-        devices = mesh_utils.create_hybrid_device_mesh(
-            (1, own), (processes, 1), process_is_granule=True
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, own), (processes, 1), devices, process_is_granule=True
         )
-    return Mesh(np.asarray(devices), tuple(axis_names), axis_types=types)
+    return Mesh(np.asarray(grid), tuple(axis_names), axis_types=types)
+
+
+def without(mesh: Mesh, lost: Collection[int]) -> Mesh:
+    """The mesh without the devices of some processes.
+
+    Raises:
+      ValueError: these are not whole slices along one axis.
+    """
+    gone = np.vectorize(lambda device: device.process_index in lost, otypes=[bool])(mesh.devices)
+    for axis in range(gone.ndim):
+        slices = np.moveaxis(gone, axis, 0).reshape(gone.shape[axis], -1)
+        if (slices.all(axis=1) == slices.any(axis=1)).all() and not slices.all():
+            left = np.delete(mesh.devices, np.flatnonzero(slices[:, 0]), axis)
+            return Mesh(left, mesh.axis_names, axis_types=mesh.axis_types)
+    raise ValueError(
+        f"the devices of {ranks(lost)} are not whole slices along one axis of the mesh {dict(mesh.shape)}; "
+        "make the mesh so that they are (distattn.distributed.make_mesh), and restore what was saved"
+    )

@@ -1,11 +1,13 @@
 """The start of a process that is one of many."""
 
+import atexit
+import contextlib
 import dataclasses
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +15,9 @@ import jaxlib.version
 
 from distattn.distributed import launched
 from distattn.distributed.coordinator import await_coordinator, check_port
-from distattn.distributed.health import assert_same, differences
+from distattn.distributed.health import assert_same, barrier, differences
 from distattn.distributed.launched import Launched
-from distattn.distributed.leaving import end, leave_at_once_on_error
+from distattn.distributed.leaving import LINGER_S, end, leave_at_once_on_error
 
 LOCAL_TIMEOUT_S, CLUSTER_TIMEOUT_S = 60, 300
 SPARE_S = 30  # by which JAX's own time-out is later: it ends the process without saying why
@@ -45,9 +47,10 @@ def initialize(
     cluster_detection_method: str | None = None,
     coordinator_bind_address: str | None = None,
     initialization_timeout_s: int | None = None,
-    heartbeat_timeout_s: int = 30,
+    heartbeat_timeout_s: int | None = None,
     shutdown_timeout_s: int = 300,
-    collective_timeout_s: int = 300,
+    collective_timeout_s: int | None = None,
+    recoverable: bool = False,
 ) -> None:
     """Makes this process one of a job: `jax.distributed.initialize`, with checks and errors that say who.
 
@@ -72,19 +75,22 @@ def initialize(
         (JAX's `initialization_timeout`). After it the process ends with exit code 1 and says what is
         missing: what JAX waits in cannot be interrupted.
       heartbeat_timeout_s: after how long a process that is silent counts as dead: JAX then ends the others
-        (its `heartbeat_timeout_seconds`, 100 by default).
+        (its `heartbeat_timeout_seconds`, 100 by default). None: 30, or 10 where recoverable.
       shutdown_timeout_s: how long a process that is done waits for the others (JAX's
         `shutdown_timeout_seconds`).
       collective_timeout_s: after how long a collective on the CPU that waits for another process raises an
         error ("Gloo ... Timed out"): XLA's flag `--xla_cpu_collective_timeout_seconds`, unless `XLA_FLAGS`
-        has it. Used where JAX is set to run on the CPU. The first collective among some devices waits for
-        30 s, whatever is set ("Gloo context initialization failed"): where processes come to it at
-        different times, `barrier` before it.
+        has it. None: 300, or 30 where recoverable. Used where JAX is set to run on the CPU. The first
+        collective among some devices waits for 30 s, whatever is set ("Gloo context initialization
+        failed"): where processes come to it at different times, `barrier` before it.
+      recoverable: a process that dies does not end the others (JAX's `jax_enable_recoverability`): they can
+        go on without it, see `all_or_none`. At its end a process waits for the others.
 
     Raises:
       ValueError: arguments that do not fit together.
       RuntimeError: JAX has been used already; a second call with other arguments; the port is in use; the
-        processes differ in the size of the job, in versions, or in devices.
+        processes differ in the size of the job, in versions, or in devices; an MPI that JAX does not detect
+        has started several.
       TimeoutError: nobody answers at `coordinator_address`.
     """
     job = launched.read(os.environ)
@@ -95,7 +101,7 @@ def initialize(
     place = _place(given, job)
     timeout_s = initialization_timeout_s or (LOCAL_TIMEOUT_S if job else CLUSTER_TIMEOUT_S)
     _check_place(place)
-    _configure(place, collective_timeout_s)
+    _configure(place, collective_timeout_s or (30 if recoverable else 300), recoverable)
     if place.num_processes == 1:
         _first.append(place)
         return
@@ -104,12 +110,14 @@ def initialize(
         "cluster_detection_method": cluster_detection_method,
         "coordinator_bind_address": coordinator_bind_address,
         "initialization_timeout": timeout_s + SPARE_S,
-        "heartbeat_timeout_seconds": heartbeat_timeout_s,
+        "heartbeat_timeout_seconds": heartbeat_timeout_s or (10 if recoverable else 30),
         "shutdown_timeout_seconds": shutdown_timeout_s,
     }
     if jax.distributed.is_initialized() or _connect(place, job, timeout_s, options):
         leave_at_once_on_error()
         _check_others(place, timeout_s)
+        if recoverable:
+            atexit.register(_end_together, shutdown_timeout_s)
     _first.append(place)
 
 
@@ -138,6 +146,7 @@ def _connect(place: Place, job: Launched | None, timeout_s: float, options: dict
         jax.distributed.initialize(*where, **options)
     except ValueError as error:  # of cluster detection
         if set(where) == {None} and "coordinator_address should" in str(error):
+            _check_alone(os.environ)
             return False
         raise
     except RuntimeError as error:
@@ -155,6 +164,17 @@ def _place(given: Place, job: Launched | None) -> Place:
         return given
     fields = dataclasses.asdict(given).items()
     return Place(**{name: getattr(job, name) if x is None else x for name, x in fields})
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """That MPI has not started several: JAX detects Open MPI alone, and its version 5 only since 0.12."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environment.get(name, "1") != "1":
+            raise RuntimeError(
+                f"MPI has started several processes, {name}={environment[name]}, but JAX does not see it "
+                "(Open MPI 5: only since jax 0.12), and each would be alone; pass coordinator_address, "
+                "num_processes and process_id"
+            )
 
 
 def _check_same_call(given: Place, first: Place) -> None:
@@ -188,8 +208,9 @@ def _check_place(place: Place) -> None:
         raise ValueError(f"cpu_devices={place.cpu_devices}; a process has at least 1")
 
 
-def _configure(place: Place, collective_timeout_s: int) -> None:
+def _configure(place: Place, collective_timeout_s: int, recoverable: bool) -> None:
     """The settings of JAX that count only before it starts."""
+    jax.config.update("jax_enable_recoverability", recoverable)
     if place.cpu_devices is not None:
         try:
             jax.config.update("jax_num_cpu_devices", place.cpu_devices)
@@ -200,6 +221,14 @@ def _configure(place: Place, collective_timeout_s: int) -> None:
     if jax.config.values.get("jax_platforms") == "cpu" and COLLECTIVE_TIMEOUT_FLAG not in flags:
         flags += f" --{COLLECTIVE_TIMEOUT_FLAG}={collective_timeout_s}"
         os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _end_together(timeout_s: float) -> None:
+    """JAX waits for no recoverable process at its end, and with rank 0 ends what the others need."""
+    with contextlib.suppress(RuntimeError, TimeoutError):  # they have said what they had to say
+        barrier("the end of the program", timeout_s)
+    if jax.process_index() == 0:
+        time.sleep(LINGER_S)  # while they take their leave
 
 
 def _too_late() -> RuntimeError:

@@ -232,6 +232,7 @@ def forward(
     lengths: jax.Array | None = None,
     read: jax.Array | None = None,
     owner: jax.Array | None = None,
+    positions: jax.Array | None = None,
     combine: Combine = "auto",
 ) -> tuple[jax.Array, KVCache]:
     """Runs each row's next tokens through the model; their keys and values go into the cache.
@@ -244,6 +245,8 @@ def forward(
       mesh: one-axis mesh of Auto type over which the weights are split; None: one device.
       lengths: int32[B], how many of the T tokens each row has; default T.
       read: int32[B, W], after which of its tokens a row's logits are wanted; default the last one, W = 1.
+      positions: int32[B, T] of the tokens, to compute again what a cache has lost (`KVCache.recover`);
+        negative: no token. Default: those that follow the row's in the cache.
       owner: int32[B, T], the device for the key and value of each token; default by the cache's placement.
       combine: as in `KVCache.attend`.
 
@@ -263,8 +266,11 @@ def forward(
         # Pinned before anything else: asked for the whole output, XLA would gather the weight.
         return pin(jnp.einsum("bti,oi->bto", x, weight), None, None, axis)
 
-    positions = cache.next_position[:, None] + np.arange(count, dtype=np.int32)[None]
-    cache, slots = cache.reserve(count, lengths=lengths, owner=owner)
+    if positions is None:
+        positions = cache.next_position[:, None] + np.arange(count, dtype=np.int32)[None]
+        cache, slots = cache.reserve(count, lengths=lengths, owner=owner)
+    else:
+        cache, slots = cache.reserve(count, positions=positions, owner=owner)
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
         # The cache of all layers is carried, and written at T slots, each by the device that has the

@@ -1,0 +1,152 @@
+"""A host dies in the middle of a sentence, and the others finish it: no restart, no key lost.
+
+A language model (small, of random weights: this is about processes) answers on four processes of two
+devices, its keys and values spread over all of them in a `distattn.KVCache`. Then again, and in the middle
+of the answer one of the processes is killed (SIGKILL, as when a machine goes). What one learns:
+
+1. `replicas=2`: each token lies on two devices of different hosts. The three processes that are left
+   agree that the last token did not count, `cache.recover` makes what is left of the cache whole, and they
+   go on: the same tokens as those of the undisturbed run.
+2. `replicas=1`: nothing is there twice. `recover` says which positions are lost, exactly, and their keys
+   and values are computed again from the tokens, in one step.
+
+    python examples/09_survive_a_host.py
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from distattn import KVCache, distributed
+from small_llama import CONFIG, decode, encode, make_weights, place, step
+
+PROCESSES, DEVICES, VICTIM = 4, 2, 2
+PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. what does it dream of?"
+ANSWER, KILLED_AT = 24, 10  # tokens
+
+
+def say(*words: object) -> None:
+    """What the first process prints: they all know the same."""
+    if jax.process_index() == 0:
+        print(*words, flush=True)
+
+
+# ------------------------------------------------------------------------ what each process does
+
+
+def answer(replicas: int, killed_at: int | None) -> list[int]:
+    """The tokens of the answer, as all processes that are left know them."""
+    mesh, prompt = distributed.make_mesh(), encode(PROMPT)
+    host_weights = make_weights()
+    weights = place(host_weights, mesh)
+    cache = KVCache.create(
+        1,
+        len(prompt) + ANSWER,
+        CONFIG.kv_heads,
+        CONFIG.head_dim,
+        layers=CONFIG.layers,
+        dtype=np.float32,
+        mesh=mesh,
+        axis_name=mesh.axis_names,
+        replicas=replicas,
+    )
+    unread, tokens = list(prompt), []
+    while len(tokens) < ANSWER:
+        began = time.monotonic()
+        try:
+            with distributed.all_or_none(mesh):
+                if len(tokens) == killed_at and jax.process_index() == VICTIM:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if cache.layout.mesh != mesh:  # hosts were lost
+                    weights = place(host_weights, mesh)
+                    whole = made_whole(weights, cache, mesh, prompt + tokens)
+                else:
+                    whole = cache
+                token, new = step(weights, whole, np.array([unread], np.int32))
+                token = int(token[0])
+        except distributed.HostsLost as lost:
+            mesh = lost.mesh
+            say(f"  lost rank {lost.ranks[0]}; known after {time.monotonic() - began:.1f} s")
+        else:
+            if whole is not cache:
+                say(f"  on {mesh.size} devices, next token after {time.monotonic() - began:.1f} s")
+            cache, unread = new, [token]
+            tokens.append(token)
+    return tokens
+
+
+def made_whole(
+    weights: dict, cache: KVCache, mesh: jax.sharding.Mesh, tokens: list[int]
+) -> KVCache:
+    """The cache on the mesh that is left; what is lost is computed again from the tokens."""
+    cache, (lost,) = cache.recover(mesh)
+    say(f"  positions lost: {lost.tolist() or 'none'}")
+    if lost.size:
+        again = np.array([tokens], np.int32)[:, lost]
+        _, cache = step(weights, cache, again, lost[None])
+    return cache
+
+
+def run_process(options: argparse.Namespace) -> None:
+    """One of the processes that `distattn launch` starts."""
+    distributed.initialize(recoverable=True, heartbeat_timeout_s=5, collective_timeout_s=10)
+    tokens = answer(options.replicas, options.killed_at)
+    distributed.assert_same("the answer", tokens)
+    say(f"answer {decode(tokens)!r}")
+
+
+# ------------------------------------------------------------------------ what the user starts
+
+
+def launch(replicas: int, killed_at: int | None = None) -> str:
+    """Runs the processes; the answer."""
+    command = [sys.executable, "-m", "distattn", "launch", "-n", str(PROCESSES), "--timeout", "120"]
+    command += [
+        "--devices-per-process",
+        str(DEVICES),
+        "--may-fail",
+        str(int(killed_at is not None)),
+    ]
+    command += ["--", sys.executable, __file__, "--replicas", str(replicas)]
+    if killed_at is not None:
+        command += ["--killed-at", str(killed_at)]
+    # Programs this small are compiled longer than they run, and each process compiles its own.
+    quick = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | quick
+    )
+    lines = [
+        line.removeprefix("[0] ") for line in done.stdout.splitlines() if line.startswith("[0] ")
+    ]
+    print(*(line for line in lines if line.startswith(("  ", "answer"))), sep="\n")
+    if done.returncode:
+        raise SystemExit(f"the job ended with exit code {done.returncode}:\n{done.stdout}")
+    return lines[-1]
+
+
+def main() -> None:
+    """The runs, and their comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--replicas", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--killed-at", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.replicas is not None:
+        run_process(options)
+        return
+    print(f"{PROCESSES} processes of {DEVICES} devices, undisturbed:")
+    expected = launch(replicas=2)
+    print(f"rank {VICTIM} is killed after {KILLED_AT} tokens; each token is on two hosts:")
+    assert launch(replicas=2, killed_at=KILLED_AT) == expected
+    print("the same, each token on one host:")
+    assert launch(replicas=1, killed_at=KILLED_AT) == expected
+    print("A host was lost, and no token of the answer changed.")
+
+
+if __name__ == "__main__":
+    main()
