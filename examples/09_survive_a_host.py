@@ -72,10 +72,10 @@ def answer(replicas: int, killed_at: int | None) -> list[int]:
                 token = int(token[0])
         except distributed.HostsLost as lost:
             mesh = lost.mesh
-            say(f"  lost rank {lost.ranks[0]}; known after {time.monotonic() - began:.1f} s")
+            say(f" - lost rank {lost.ranks[0]}; known after {time.monotonic() - began:.1f} s")
         else:
             if whole is not cache:
-                say(f"  on {mesh.size} devices, next token after {time.monotonic() - began:.1f} s")
+                say(f" - on {mesh.size} devices, next token after {time.monotonic() - began:.1f} s")
             cache, unread = new, [token]
             tokens.append(token)
     return tokens
@@ -86,7 +86,7 @@ def made_whole(
 ) -> KVCache:
     """The cache on the mesh that is left; what is lost is computed again from the tokens."""
     cache, (lost,) = cache.recover(mesh)
-    say(f"  positions lost: {lost.tolist() or 'none'}")
+    say(f" - positions lost: {lost.tolist() or 'none'}")
     if lost.size:
         again = np.array([tokens], np.int32)[:, lost]
         _, cache = step(weights, cache, again, lost[None])
@@ -124,7 +124,7 @@ def launch(replicas: int, killed_at: int | None = None) -> str:
     lines = [
         line.removeprefix("[0] ") for line in done.stdout.splitlines() if line.startswith("[0] ")
     ]
-    print(*(line for line in lines if line.startswith(("  ", "answer"))), sep="\n")
+    print(*(line for line in lines if line.startswith((" - ", "answer"))), sep="\n")
     if done.returncode:
         raise SystemExit(f"the job ended with exit code {done.returncode}:\n{done.stdout}")
     return lines[-1]

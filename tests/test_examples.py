@@ -41,6 +41,20 @@ EXAMPLES = {
         r"all keys, then all values +at most +256 waited, .*",
         r"Pairs cost their names; .*",
     ),
+    "10_restart_on_fewer.py": (
+        r"distattn launch: rank 2 was killed by SIGKILL after .*",
+        r"goes on behind 10 tokens, on 4 devices",
+        r"was told to end: saved, and ends",
+        r"goes on behind \d+ tokens, on 3 devices",
+        r"Killed, preempted and moved, it said what the undisturbed one said\.",
+    ),
+    "09_survive_a_host.py": (
+        r"lost rank 2; known after [\d.]+ s",
+        r"positions lost: none",
+        r"positions lost: \[4, 5, 12, 13, .*",
+        r"on 6 devices, next token after [\d.]+ s",
+        r"A host was lost, and no token of the answer changed\.",
+    ),
 }
 # tests/test_language_model.py, tests/test_generation.py and tests/test_training.py
 TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py", "08_train.py"}

@@ -280,6 +280,29 @@ def test_wrong_use(capfd, arguments, says):
     assert says in capfd.readouterr().err
 
 
+def test_the_ranks_get_a_notice_and_time_to_save():
+    rank = """
+    def save(number, frame):
+        time.sleep(0.3)
+        print("saved")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, save)
+    print("ready", flush=True)
+    time.sleep(100)
+    """
+    process = launcher("-n", "2", "--grace", "20", code=rank)
+    try:
+        assert [process.stdout.readline()[4:] for _ in range(2)] == ["ready\n"] * 2
+        began = time.monotonic()
+        process.terminate()
+        text, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 143
+        assert time.monotonic() - began < 10
+        assert text.count("] saved") == 2
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
@@ -292,7 +315,7 @@ def test_the_end_of_the_launcher_is_the_end_of_all(number, code):
     print("roll", os.environ["DISTATTN_ROLL_CALL"], flush=True)
     time.sleep(100)
     """
-    process = launcher("-n", "2", code=rank)
+    process = launcher("-n", "2", "--grace", "0.5", code=rank)
     try:
         lines = [process.stdout.readline() for _ in range(6)]
         numbers, (roll, _) = pids("".join(lines)), re.findall(r"roll (.*)", "".join(lines))

@@ -26,13 +26,17 @@ TIMED_OUT, TERMINATED = 124, 143  # exit codes, as of timeout(1) and of a shell
 EXAMPLE = "distattn launch -n 4 --devices-per-process 2 -- python script.py"
 
 
+class Terminated(SystemExit):
+    """The launcher has got a SIGTERM."""
+
+
 def add(subparsers: "argparse._SubParsersAction") -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "launch",
         help="runs a script as several processes on this machine, each with its own CPU devices",
         usage="distattn launch [-h] -n N [--devices-per-process N] [--may-fail N] [--timeout S] "
-        "[--log-dir DIR] -- COMMAND ...",
+        "[--grace S] [--log-dir DIR] -- COMMAND ...",
         description="Starts a command N times, as the ranks of one job. A script that calls "
         "distattn.distributed.initialize() without arguments becomes one of N processes of a JAX program. "
         "What the ranks print comes out line by line as [rank] line. When a rank fails the others are "
@@ -53,6 +57,13 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
         default=0,
         metavar="N",
         help="so many ranks may fail, but not rank 0, and the others go on (default %(default)s)",
+    )
+    argument(
+        "--grace",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="on SIGTERM the ranks get one, and so many seconds to save and end (default %(default)s)",
     )
     argument("--timeout", type=_seconds, metavar="S", help="end the job after so many seconds")
     argument("--log-dir", metavar="DIR", help="also write what each rank prints to DIR/rank-N.log")
@@ -91,6 +102,9 @@ def _run(options: argparse.Namespace) -> int:
                 )
                 ranks.append(start(place, command, log_dir, guard))
             failed = _watch(ranks, options.may_fail, options.timeout and began + options.timeout)
+        except Terminated:
+            _give_notice(ranks, options.grace)
+            raise
         finally:
             running = [rank.number for rank in ranks if rank.code() is None]
             for rank in ranks:
@@ -131,6 +145,15 @@ def _watch(ranks: list[Rank], may_fail: int, deadline: float | None) -> list[Ran
             settled = first + (SETTLE_SECONDARY_S if secondary else SETTLE_S)
         if None not in codes or (settled and now > settled) or (deadline and now > deadline):
             return failed
+        time.sleep(POLL_S)
+
+
+def _give_notice(ranks: list[Rank], grace_s: float) -> None:
+    """Tells the ranks that they will be ended, and waits for those that end by themselves."""
+    for rank in ranks:
+        rank.notify()
+    deadline = time.monotonic() + grace_s
+    while None in [rank.code() for rank in ranks] and time.monotonic() < deadline:
         time.sleep(POLL_S)
 
 
@@ -186,7 +209,7 @@ def _terminable() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         _say(f"ended by {signal.Signals(number).name}")
-        raise SystemExit(TERMINATED)
+        raise Terminated(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:

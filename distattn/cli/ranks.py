@@ -85,6 +85,11 @@ class Rank:
             self._reader.join(DRAIN_S)
         return code
 
+    def notify(self) -> None:
+        """Sends it a SIGTERM, the notice of an end to come, if it runs."""
+        if self.code() is None:
+            self._process.terminate()
+
     def end(self) -> None:
         """Ends it, and all that it has started in its session, if it runs."""
         if self.code() is None:
