@@ -5,7 +5,7 @@ messages and a butterfly is many launches of one, and with the merges, which cos
 messages where devices are threads:
 
     time_s = launches * launch_s + messages * latency_s + message_bytes / bytes_per_s
-           + merges * merge_s + merged_bytes / merge_bytes_per_s - hidden_s
+           + merges * merge_s + merged_bytes / merge_bytes_per_s - hidden_s - nearer_s
 
 The attention itself is not in it: whether the query or the keys are gathered, each of the D devices
 multiplies T * S / D pairs. It only hides messages that are on their way meanwhile, those of a ring.
@@ -13,7 +13,9 @@ multiplies T * S / D pairs. It only hides messages that are on their way meanwhi
 
 import dataclasses
 import math
-from typing import Literal
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Link:
                 f"latency_s is {self.latency_s}, bytes_per_s is {self.bytes_per_s}; they must be "
                 ">= 0 and > 0: measure seconds of an empty message, bytes a second of a long one"
             )
+
+
+def worst(links: Sequence[Link]) -> Link:
+    """The longest latency and the least bandwidth of some links."""
+    return Link(max(x.latency_s for x in links), min(x.bytes_per_s for x in links))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +90,23 @@ class Topology:
       platform: 'cpu', 'gpu' or 'tpu'.
       sizes: devices on each mesh axis that takes part, slowest axis first; () for one device.
       processes: of the job. Several on a CPU or GPU: messages cross a network.
-      link: a measured one, in place of the table's.
+      link: a measured one, in place of the table's, for all axes.
+      links: a measured one for each of `sizes`, instead of `link`.
     """
 
     platform: str
     sizes: tuple[int, ...]
     processes: int = 1
     link: Link | None = None
+    links: tuple[Link, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that there are constants for it."""
+        """Check that there are constants for it, and a link for each axis."""
+        if self.links is not None and (self.link or len(self.links) != len(self.sizes)):
+            raise ValueError(
+                f"links is {self.links}, link is {self.link} and sizes is {self.sizes}; pass one link for "
+                "each of sizes, or link alone for all of them"
+            )
         if (self.platform, self.processes > 1) not in PLATFORMS:
             raise ValueError(
                 f"platform is {self.platform!r}; the constants are for 'cpu', 'gpu' and 'tpu': "
@@ -106,9 +120,18 @@ class Topology:
 
     @property
     def constants(self) -> Platform:
-        """Its row of the table, with the measured link if there is one."""
+        """Its row of the table, with the measured link if there is one: of several, the worst of all.
+
+        What runs along all axes at once, such as a ring, waits for the slowest in each of its steps.
+        """
         row = PLATFORMS[self.platform, self.processes > 1]
-        return dataclasses.replace(row, link=self.link or row.link)
+        crossed = zip(self.links or (), self.sizes, strict=False)
+        used = [link for link, size in crossed if size > 1]
+        return dataclasses.replace(row, link=worst(used) if used else self.link or row.link)
+
+    def link_of(self, axis: int) -> Link:
+        """The link along one of `sizes`."""
+        return self.links[axis] if self.links else self.constants.link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +183,7 @@ class Traffic:
     merges: int = 0
     merged_bytes: float = 0.0
     hidden_s: float = 0.0  # of the messages, while something else is computed
+    nearer_s: float = 0.0  # of the messages, by which their axes' links are faster than the worst
 
     def __add__(self, other: "Traffic") -> "Traffic":
         """First one, then the other."""
@@ -175,7 +199,81 @@ def time_s(traffic: Traffic, topology: Topology) -> float:
         + traffic.messages * row.link.latency_s
         + traffic.message_bytes / row.link.bytes_per_s
         - traffic.hidden_s
+        - traffic.nearer_s
         + traffic.merges * row.merge_s
         + traffic.merged_bytes / row.merge_bytes_per_s
     )
     return seconds * topology.size if row.shared else seconds
+
+
+def fit_link(samples: Sequence[tuple[float, float]]) -> tuple[Link, float]:
+    """The link whose latency_s + bytes / bytes_per_s is nearest to what was measured.
+
+    Least squares of the relative error, so that a small message counts as much as a large one, over
+    latencies of at least 0. Where time does not grow with the size, bytes_per_s is what the largest
+    message reached: no more can be said.
+
+    Args:
+      samples: (bytes, seconds) of single messages; of two sizes or more.
+
+    Returns:
+      Link, and the root of the mean square of (fitted - measured) / measured.
+
+    Raises:
+      ValueError: fewer than two sizes, or times that are not above 0.
+    """
+    if len({size for size, _ in samples}) < 2 or not all(t > 0 for _, t in samples):
+        raise ValueError(
+            f"samples is {list(samples)}; it must be (bytes, seconds) of two sizes or more, with seconds "
+            "above 0: measure a small message and a large one"
+        )
+    weights = [(size, 1 / seconds) for size, seconds in samples]
+    ww = sum(w * w for _, w in weights)
+    wx = sum(w * w * x for x, w in weights)
+    xx = sum((w * x) ** 2 for x, w in weights)
+    w1, x1 = sum(w for _, w in weights), sum(w * x for x, w in weights)
+    determinant = ww * xx - wx * wx
+    latency_s = (xx * w1 - wx * x1) / determinant
+    s_per_byte = (ww * x1 - wx * w1) / determinant
+    if latency_s < 0:
+        latency_s, s_per_byte = 0.0, x1 / xx
+    largest, seconds = max(samples)
+    if s_per_byte <= 0:
+        latency_s, s_per_byte = w1 / ww, 0.0
+    errors = [w * (latency_s + s_per_byte * x) - 1 for x, w in weights]
+    residual = math.sqrt(sum(e * e for e in errors) / len(errors))
+    return Link(latency_s, 1 / s_per_byte if s_per_byte else largest / seconds), residual
+
+
+def links_from(report: Mapping[str, Any]) -> dict[str, Link]:
+    """The links of a `Topology`, by the name of the axis, from what `distattn check --json` measured.
+
+    There the latency is that of a whole permute, and the model counts its launch apart: it is taken off.
+    Where the devices share their cores, a launch is all there is to a permute, and the bandwidth that is
+    shared between the devices counts whole, as `time_s` divides it between them.
+
+    Args:
+      report: the JSON, with 'platform', 'processes', 'devices' and 'axes'.
+
+    Returns:
+      A Link for each axis that was measured: those of more than one device.
+
+    Raises:
+      ValueError: no such report, or of an unknown platform.
+    """
+    try:
+        platform, processes = report["platform"], report["processes"]
+        row = Topology(platform, (), processes).constants
+        shared = report["devices"] if row.shared else 1
+        return {
+            name: Link(
+                0.0 if row.shared else max(0.0, axis["latency_s"] - row.launch_s),
+                axis["bytes_per_s"] * shared,
+            )
+            for name, axis in report["axes"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"report is {reprlib.repr(report)}; it must have platform, processes, devices and axes: pass "
+            "what distattn check --json has written"
+        ) from None

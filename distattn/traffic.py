@@ -4,9 +4,9 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from distattn.cost import Shape, Topology, Traffic
+from distattn.cost import Link, Shape, Topology, Traffic, worst
 from distattn.schedule import Schedule, butterfly_round_count
 
 
@@ -18,7 +18,7 @@ def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffi
                 f"combine is a schedule for {combine.size} devices; it must be for the "
                 f"{topology.size} of the topology {topology.sizes}: build it for {topology.size}"
             )
-        return _schedule(combine, shape)
+        return _schedule(combine, shape, topology)
     if combine not in FORMULAS:
         raise ValueError(
             f"combine is {combine!r}; it must be a Schedule or one of {tuple(FORMULAS)}: name one"
@@ -35,19 +35,51 @@ def fits(combine: str, shape: Shape, topology: Topology) -> bool:
     return len(topology.sizes) > 1 and shape.num_heads % topology.sizes[-1] == 0
 
 
-def _schedule(schedule: Schedule, shape: Shape) -> Traffic:
+def _schedule(schedule: Schedule, shape: Shape, topology: Topology) -> Traffic:
     sent = collections.Counter(source for pairs in schedule.rounds for source, _ in pairs)
     merges = sum(step.receives != step.replaces for step in schedule.steps)
-    return _rounds(len(schedule.rounds), max(sent.values(), default=0), merges, shape)
+    busiest = max(sent.values(), default=0)
+    whole = _rounds(len(schedule.rounds), busiest, merges, shape)
+    if topology.links is None:
+        return whole
+    links = (_link_of_round(pairs, topology) for pairs in schedule.rounds)
+    return whole + _nearer(((link, 1, shape.payload_bytes) for link in links), topology)
+
+
+def _link_of_round(pairs: tuple[tuple[int, int], ...], topology: Topology) -> Link:
+    """The worst link that a message of the round crosses; ranks are row-major."""
+    stride, links = 1, []
+    for axis in reversed(range(len(topology.sizes))):
+        size = topology.sizes[axis]
+        if any(a // stride % size != b // stride % size for a, b in pairs):
+            links.append(topology.link_of(axis))
+        stride *= size
+    return worst(links) if links else topology.constants.link
+
+
+def _nearer(messages: Iterable[tuple[Link, int, float]], topology: Topology) -> Traffic:
+    """What messages, each (link, count, bytes of all), save over those that cross the worst link."""
+    slowest = topology.constants.link
+    saved_s = sum(
+        count * (slowest.latency_s - link.latency_s)
+        + size * (1 / slowest.bytes_per_s - 1 / link.bytes_per_s)
+        for link, count, size in messages
+    )
+    return Traffic(nearer_s=saved_s)
 
 
 def _butterfly(shape: Shape, topology: Topology) -> Traffic:
-    """Sends n log2 D, in as many launches."""
-    rounds = sum(butterfly_round_count(size) for size in topology.sizes)
+    """Sends n log2 D, in as many launches, each along one axis."""
+    counts = [butterfly_round_count(size) for size in topology.sizes]
     # Where a size is no power of two, the busiest rank sends nothing in the round that folds, and
     # nobody merges in the round that unfolds.
     sent = sum((size - 1).bit_length() for size in topology.sizes)
-    return _rounds(rounds, sent, sent, shape)
+    whole = _rounds(sum(counts), sent, sent, shape)
+    if topology.links is None:
+        return whole
+    links = zip(topology.links, counts, strict=True)
+    messages = ((link, count, count * shape.payload_bytes) for link, count in links)
+    return whole + _nearer(messages, topology)
 
 
 def _rounds(rounds: int, sent: int, merges: int, shape: Shape) -> Traffic:
@@ -118,10 +150,17 @@ def _heads_over(shape: Shape, inner: int, size: int) -> Traffic:
 def _two_levels(outside: "_Formula", shape: Shape, topology: Topology) -> Traffic:
     """Heads over the last axis, then `outside` over the others, of a part of the heads each."""
     inner = topology.sizes[-1]
-    others = dataclasses.replace(topology, sizes=(topology.size // inner,))
+    links = topology.links and topology.links[:-1]
+    others = dataclasses.replace(topology, sizes=topology.sizes[:-1], links=links)
     kv_heads = math.lcm(shape.num_kv_heads, inner) // inner
     part = dataclasses.replace(shape, num_heads=shape.num_heads // inner, num_kv_heads=kv_heads)
-    return _heads_over(shape, inner, topology.size) + outside(part, others)
+    heads, keys = _heads_over(shape, inner, topology.size), outside(part, others)
+    if topology.links is None:
+        return heads + keys
+    # Both have been counted without regard to each other's link.
+    crossed = ((topology.links[-1], heads), (others.constants.link, keys))
+    messages = ((link, part.messages, part.message_bytes) for link, part in crossed)
+    return heads + keys + _nearer(messages, topology)
 
 
 def _gather(whole_bytes: float, topology: Topology) -> Traffic:

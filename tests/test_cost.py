@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.cost import PLATFORMS, Link, Shape, Topology, Traffic, time_s
+from distattn.cost import (
+    PLATFORMS,
+    Link,
+    Shape,
+    Topology,
+    Traffic,
+    fit_link,
+    links_from,
+    time_s,
+    worst,
+)
 from distattn.schedule import Schedule, butterfly, halving, hierarchical
-from distattn.traffic import traffic
+from distattn.traffic import FORMULAS, fits, traffic
 
 SHAPE = Shape(
     batch=2,
@@ -159,6 +169,134 @@ def test_a_measured_link_stands_in_for_the_table():
     assert time_s(cost, topology) == pytest.approx(3 * 0.25 + 0.25)
 
 
+SLOW, FAST = Link(latency_s=0.25, bytes_per_s=1e4), Link(latency_s=1e-3, bytes_per_s=1e6)
+links = st.builds(Link, st.floats(0, 1), st.floats(1, 1e12))
+
+
+def test_each_round_of_a_butterfly_takes_what_its_axis_takes():
+    topology = Topology("tpu", (2, 8), links=(SLOW, FAST))
+    row = topology.constants
+    expected = 4 * (row.launch_s + row.merge_s + N / row.merge_bytes_per_s)
+    expected += SLOW.latency_s + N / SLOW.bytes_per_s + 3 * (FAST.latency_s + N / FAST.bytes_per_s)
+    assert seconds("butterfly", SHAPE, topology) == pytest.approx(expected)
+
+
+def test_what_runs_along_all_axes_waits_for_the_worst_link():
+    crossed = Link(1.0, 1e9), Link(0.1, 1e6)
+    assert worst(crossed) == Link(1.0, 1e6)
+    topology = Topology("tpu", (2, 4), links=crossed)
+    assert topology.constants.link == Link(1.0, 1e6)
+    alike = Topology("tpu", (2, 4), link=Link(1.0, 1e6))
+    for combine in ("psum", "all_gather", "gather_kv", "ring", "reduce_scatter", "ulysses"):
+        assert seconds(combine, SHAPE, topology) == seconds(combine, SHAPE, alike)
+    # An axis of one device has no link to wait for.
+    assert Topology("tpu", (1, 4), links=crossed).constants.link == crossed[1]
+    table = PLATFORMS["tpu", False].link
+    assert Topology("tpu", (1, 1), links=crossed).constants.link == table
+
+
+def test_heads_over_the_fast_axis_take_what_it_takes():
+    shape = dataclasses.replace(SHAPE, query_length=1, key_length=8)
+    topology = Topology("gpu", (2, 4), links=(SLOW, FAST))
+    outer = Topology("gpu", (2,), link=SLOW)
+    part = dataclasses.replace(shape, num_heads=2, num_kv_heads=1)  # of a device of a host
+    whole = traffic("ulysses_gather_kv", shape, topology)
+    moved = shape.query_bytes + shape.key_value_bytes + shape.query_bytes * 2  # V = 2 H
+    expected = 3 * topology.constants.launch_s + 9 * FAST.latency_s
+    expected += moved / 8 * 3 / 4 / FAST.bytes_per_s + seconds("gather_kv", part, outer)
+    assert time_s(whole, topology) == pytest.approx(expected)
+
+
+@given(shapes, topologies, links)
+def test_links_that_are_alike_are_one_link(shape, topology, link):
+    alike = dataclasses.replace(topology, links=(link,) * len(topology.sizes))
+    one = dataclasses.replace(topology, link=link)
+    for combine in FORMULAS:
+        if fits(combine, shape, topology):
+            expected = seconds(combine, shape, one)
+            assert seconds(combine, shape, alike) == pytest.approx(expected)
+
+
+@given(shapes, topologies, st.data())
+def test_a_better_axis_never_takes_more(shape, topology, data):
+    own = tuple(data.draw(links) for _ in topology.sizes)
+    worse = tuple(Link(2 * x.latency_s, x.bytes_per_s / 2) for x in own[:1]) + own[1:]
+    here, there = (dataclasses.replace(topology, links=x) for x in (own, worse))
+    for combine in COMBINES:
+        fast, slow = (seconds(combine, shape, where) for where in (here, there))
+        assert 0 <= fast <= slow * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_schedule_takes_the_links_that_its_rounds_cross(sizes):
+    own = tuple(Link(0.5**axis, 1e6 * 3**axis) for axis in range(len(sizes)))
+    topology = Topology("gpu", sizes, links=own)
+    by_name, by_schedule = (seconds(c, SHAPE, topology) for c in ("butterfly", hierarchical(sizes)))
+    assert by_name == pytest.approx(by_schedule)
+
+
+@given(st.floats(0, 1), st.floats(1, 1e12))
+def test_a_fit_finds_the_link_that_made_the_samples(latency_s, bytes_per_s):
+    sizes = (8, 1 << 10, 1 << 16, 1 << 22)
+    link, residual = fit_link([(size, latency_s + size / bytes_per_s) for size in sizes])
+    assert residual < 1e-6
+    for size in sizes:
+        assert link.latency_s + size / link.bytes_per_s == pytest.approx(
+            latency_s + size / bytes_per_s
+        )
+
+
+def test_a_fit_weighs_small_messages_as_much_as_large_ones():
+    exact = Link(1e-4, 1e9)
+    noisy = [
+        (size, (exact.latency_s + size / exact.bytes_per_s) * noise)
+        for size, noise in ((8, 1.05), (4096, 0.95), (1 << 16, 1.05), (1 << 24, 0.95))
+    ]
+    link, residual = fit_link(noisy)
+    assert 0.9 < link.latency_s / exact.latency_s < 1.1
+    assert 0.9 < link.bytes_per_s / exact.bytes_per_s < 1.1
+    assert 0.02 < residual < 0.06
+
+
+def test_a_fit_keeps_to_what_a_link_can_be():
+    # Faster than in proportion: no latency is below 0.
+    link, _ = fit_link([(100, 1.0), (200, 4.0)])
+    assert link.latency_s == 0
+    assert link.bytes_per_s == pytest.approx((1e4 + 2500) / (100 + 50))
+    # As long for a large one as for a small one, or less: at least what it reached.
+    assert fit_link([(8, 2.0), (1000, 2.0)])[0] == Link(2.0, 500.0)
+    link, residual = fit_link([(8, 2.0), (1000, 1.0)])
+    assert 1 < link.latency_s < 2
+    assert link.bytes_per_s == 1000
+    assert residual > 0.1
+
+
+def report(platform, processes, **axes):
+    """As `distattn check --json` writes it, of 8 devices."""
+    measured = {
+        name: {"latency_s": a, "bytes_per_s": b, "residual": 0.1, "samples": []}
+        for name, (a, b) in axes.items()
+    }
+    return {"platform": platform, "processes": processes, "devices": 8, "axes": measured}
+
+
+@pytest.mark.parametrize(("platform", "processes"), [("cpu", 2), ("gpu", 1), ("tpu", 4)])
+def test_a_report_gives_links_that_predict_what_was_measured(platform, processes):
+    given = report(platform, processes, host=(1e-3, 1e6), device=(1e-8, 1e9))
+    found = links_from(given)
+    assert list(found) == ["host", "device"]
+    assert found["device"] == Link(0.0, 1e9)  # shorter than a launch alone
+    topology = Topology(platform, (2,), processes, links=(found["host"],))
+    assert time_s(Traffic(1, 1, 1e6), topology) == pytest.approx(1e-3 + 1.0)
+
+
+def test_a_report_of_threads_divides_the_bandwidth_once():
+    found = links_from(report("cpu", 1, device=(5e-4, 1e9)))
+    topology = Topology("cpu", (8,), links=(found["device"],))
+    launch_s = 8 * topology.constants.launch_s
+    assert time_s(Traffic(1, 1, 1e9), topology) == pytest.approx(launch_s + 1.0)
+
+
 # Milliseconds over TCP, one process a host, 5 ms of delay each way, a payload of 2 KiB.
 DELAYED = {
     "psum": {2: 36.8, 4: 108, 8: 204, 16: 412},
@@ -242,6 +380,22 @@ def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
         (lambda: Link(-1.0, 1e9), "latency_s is -1.0", "measure seconds"),
         (lambda: Link(0.0, 0.0), "bytes_per_s is 0.0", "bytes a second"),
         (lambda: Link(float("nan"), 1e9), "latency_s is nan", "measure seconds"),
+        (
+            lambda: Topology("cpu", (2, 4), links=(SLOW,)),
+            "sizes is (2, 4)",
+            "pass one link for each of sizes",
+        ),
+        (
+            lambda: Topology("cpu", (2,), link=SLOW, links=(FAST,)),
+            "link is Link(latency_s=0.25",
+            "or link alone for all of them",
+        ),
+        (lambda: fit_link([(8, 1.0)]), "samples is [(8, 1.0)]", "two sizes or more"),
+        (lambda: fit_link([(8, 1.0), (9, 0.0)]), "samples is [(8, 1.0), (9, 0.0)]", "above 0"),
+        (lambda: links_from({"platform": "cpu"}), "report is {'platform': 'cpu'}", "--json"),
+        (lambda: links_from([]), "report is []", "pass what distattn check --json has written"),
+        (lambda: links_from(report("cpu", 1, x=(1, 2)) | {"axes": 3}), "report is {", "--json"),
+        (lambda: links_from(report("abacus", 1)), "platform is 'abacus'", "name a combine"),
         (
             lambda: Topology("abacus", (8,)),
             "platform is 'abacus'",

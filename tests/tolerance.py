@@ -1,38 +1,22 @@
-"""How close is close enough: one rule by dtype, derived; no other file has such numbers.
-
-`assert_close` compares with a float64 reference. An error is relative to the largest magnitude of
-the reference, not to each element: attention is an average, and where it cancels to nearly nothing
-no float32 sum is right to its last digits.
-"""
+"""How close is close enough: the rule of `distattn.checkup.tolerance`; no other test has such numbers."""
 
 import json
 import os
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-# The oracle is float64 too, so a float64 result meets an error of its own size: the rule twice for
-# each of the two sides.
-FLOAT64_ROUNDINGS = 4.0
+from distattn.checkup.tolerance import FLOAT64_EPS, tolerance, worst
+
 # A central difference of step h is off by h^2 |f'''| / 6 + eps |f| / h. At h = eps^(1/3) both terms
 # have the order eps^(2/3); 64 stands for |f| and |f'''| in units of the gradient.
-FLOAT64_EPS = float(np.finfo(np.float64).eps)
 DIFFERENCE_STEP = FLOAT64_EPS ** (1 / 3)
 DIFFERENCE_TOLERANCE = 64 * FLOAT64_EPS ** (2 / 3)
 
 
-def tolerance(dtype: Any, keys: int) -> float:
-    """Relative to max|reference|: one rounding of the output, a float32 sum over `keys` terms."""
-    dtype = np.dtype(dtype)
-    if dtype == np.float64:
-        return FLOAT64_ROUNDINGS * FLOAT64_EPS * (1 + keys**0.5)
-    return float(jnp.finfo(dtype).eps) + float(jnp.finfo(jnp.float32).eps) * keys**0.5
-
-
 def fraction(actual: Any, desired: Any, dtype: Any, keys: int) -> float:
     """The worst error as a fraction of the tolerance; inf if a value that is not finite differs."""
-    return _worst(actual, desired)[0] / tolerance(dtype, keys)
+    return worst(actual, desired)[0] / tolerance(dtype, keys)
 
 
 def assert_close(
@@ -60,8 +44,8 @@ def assert_close(
         unit: the unit is at least this. For sums that cancel: the gradient of a bias that is one
             number for all the keys of a row is zero but for rounding, that of its terms.
     """
-    worst, where = _worst(actual, desired, unit)
-    share = worst / tolerance(dtype, keys)
+    error, where = worst(actual, desired, unit)
+    share = error / tolerance(dtype, keys)
     path = os.environ.get("DISTATTN_RECORD_ERRORS")
     if path:
         line = {"what": what, "dtype": np.dtype(dtype).name, "fraction": share, "factor": factor}
@@ -78,24 +62,6 @@ def assert_close(
 
 def assert_close_to_difference(actual: Any, difference: Any, what: str = "") -> None:
     """Assert that a float64 gradient is the central difference taken with DIFFERENCE_STEP."""
-    worst, where = _worst(actual, difference)
-    share = worst / DIFFERENCE_TOLERANCE
+    error, where = worst(actual, difference)
+    share = error / DIFFERENCE_TOLERANCE
     assert share <= 1, f"{what}: worst error is {share:.3g} of the tolerance, at {where}"
-
-
-def _worst(actual: Any, desired: Any, unit: float = 0.0) -> tuple[float, tuple[int, ...]]:
-    """The largest |actual - desired| / max|desired| and its place; inf if non-finites differ."""
-    got, want = (np.asarray(x, dtype=np.float64) for x in (actual, desired))
-    if got.shape != want.shape:
-        raise AssertionError(f"shapes differ: got {got.shape}, want {want.shape}")
-    if got.size == 0:
-        return 0.0, ()
-    finite = np.isfinite(want)
-    unit = max(unit, np.max(np.abs(want), initial=0.0, where=finite)) or 1.0
-    both = finite & np.isfinite(got)
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
-    errors = np.full(got.shape, np.inf)
-    errors[same] = 0.0
-    errors[both] = np.abs(got[both] - want[both]) / unit
-    where = np.unravel_index(np.argmax(errors), errors.shape)
-    return float(errors[where]), tuple(int(i) for i in where)

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distattn.cli import generate, launch
+from distattn.cli import check, generate, launch
 from distattn.cli.arguments import CommandError
 
-COMMANDS = (generate, launch)
+COMMANDS = (check, generate, launch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

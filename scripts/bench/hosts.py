@@ -1,0 +1,229 @@
+"""Hosts on this machine: each has a network, a name and an address of its own, and is some way away.
+
+                       wire, delays what leaves          no delay
+    host-0: tap0 -- its switch ======================= central switch ==== host-1, host-2, ...
+
+A host is a process in namespaces without a name (of the network, the host's name and /etc/hosts): they
+end with the last process in them, so that to end the processes is to take the hosts down. Whatever
+becomes of this process, nothing stays: the switches and wires end with their standard input, all of
+them when their parent ends, and a guard ends the rest.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distattn.cli import child
+from distattn.cli.ranks import Guard, Rank, first_cause, start
+from distattn.distributed.health import ranks as ranks_text
+from distattn.distributed.launched import Launched
+
+MAX_HOSTS = 64
+PORT = 4711  # of rank 0's coordinator: nobody else is in its network
+READY_S, SETTLE_S = 10.0, 1.0
+# The programs, and the Debian packages that they are in.
+PROGRAMS = {
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "vde_switch": "vde2",
+    "wirefilter": "vde2",
+    "vde_plug2tap": "vde2",
+}
+# The queues between switches, wires and hosts hold 10 frames, and lose what comes when they are full; a
+# network card's hold a thousand. The number is of the network of the process that makes the queue.
+QUEUES = "echo 1000 >/proc/sys/net/unix/max_dgram_qlen"
+# What a host does first. $1 the directory, $2 its number, $3 its address, then what it is to become.
+BOOT = (
+    f"set -e; {QUEUES}"
+    """
+mount --bind "$1/hosts" /etc/hosts
+hostname "host-$2"
+ip link set lo up
+vde_plug2tap --sock "$1/host-$2" tap0 &
+tries=0
+until ip link set tap0 up 2>/dev/null; do
+  tries=$((tries + 1))
+  [ $tries -lt 200 ] || { echo "host $2: no tap0; is there a /dev/net/tun?"; exit 1; }
+  sleep 0.05
+done
+ip address add "$3/24" dev tap0
+shift 3
+exec "$@" >/dev/null # Gloo greets each new connection there
+"""
+)
+
+
+class HostError(Exception):
+    """A host, a switch or a wire that failed; the message is for the user."""
+
+
+def lacking(platform: str, user: int, which: Callable[[str], str | None] = shutil.which) -> str:
+    """What hosts need that is not here, and how to get it; empty if nothing."""
+    if not platform.startswith("linux"):
+        return f"network namespaces are of Linux, and this is {platform}; run it on Linux"
+    problems = []
+    if packages := sorted({PROGRAMS[name] for name in PROGRAMS if which(name) is None}):
+        names = ", ".join(name for name in PROGRAMS if which(name) is None)
+        problems.append(f"not found: {names}; on Debian: apt-get install {' '.join(packages)}")
+    if user != 0:
+        problems.append("making network namespaces needs root; run it with sudo")
+    return "\n".join(problems)
+
+
+def address(number: int) -> str:
+    return f"10.77.0.{number + 1}"
+
+
+def hosts_file(count: int) -> str:
+    """Gloo listens at the address of the host's own name, which /etc/hosts says."""
+    return "127.0.0.1 localhost\n" + "".join(f"{address(i)} host-{i}\n" for i in range(count))
+
+
+def queued(command: Sequence[str]) -> list[str]:
+    return ["unshare", "--net", "sh", "-c", f'{QUEUES} && exec "$@"', "sh", *command]
+
+
+def switch_command(directory: Path, name: str) -> list[str]:
+    ports = ["--numports", str(MAX_HOSTS + 1)]
+    return queued(["vde_switch", *ports, "--sock", str(directory / name)])
+
+
+def wire_command(directory: Path, number: int) -> list[str]:
+    return queued(["wirefilter", "-v", f"{directory / f'host-{number}'}:{directory / 'central'}"])
+
+
+def delay_command(delay_ms: int) -> str:
+    """To a wire: all of the delay lies on the way out of the host.
+
+    It counts whole milliseconds and drops what is less: half of 1 ms on either side would be none.
+    """
+    return f"delay LR{delay_ms}\n"
+
+
+def host_command(directory: Path, number: int, command: Sequence[str]) -> list[str]:
+    namespaces = ["unshare", "--net", "--uts", "--mount"]
+    return [
+        *namespaces,
+        *("sh", "-c", BOOT, "sh", str(directory), str(number), address(number)),
+        *command,
+    ]
+
+
+class Hosts:
+    """A network for so many hosts, and the hosts when they `run`; a context, which takes all down."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.directory: Path  # which the hosts and this process share
+        self._devices: list[subprocess.Popen] = []
+        self._wires: list[subprocess.Popen] = []
+        self._ranks: list[Rank] = []
+
+    def __enter__(self) -> "Hosts":
+        with contextlib.ExitStack() as stack:
+            self._guard = stack.enter_context(Guard())
+            self.directory = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(
+                        prefix="distattn-hosts-", ignore_cleanup_errors=True
+                    )
+                )
+            )
+            self._guard.tell(f"directory {self.directory}")
+            stack.callback(
+                self._end
+            )  # should a second Ctrl-C break it off, the guard does the rest
+            self._connect()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def run(self, command: Sequence[str]) -> None:
+        """Starts the hosts: each runs the command, as a rank of one job with one CPU device."""
+        for number in range(self.count):
+            place = Launched(
+                coordinator_address=f"{address(0)}:{PORT}",
+                num_processes=self.count,
+                process_id=number,
+                cpu_devices=1,
+                roll_call=str(self.directory / "roll-call"),
+            )
+            becoming = host_command(self.directory, number, command)
+            self._ranks.append(start(place, becoming, None, self._guard))
+
+    def delay(self, delay_ms: int) -> None:
+        """Sets the one-way delay between any two hosts."""
+        for wire in self._wires:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `check` will say so
+                wire.stdin.write(delay_command(delay_ms).encode())
+                wire.stdin.flush()
+
+    def check(self) -> None:
+        """Raises HostError where a host, a switch or a wire has ended."""
+        if ended := [rank for rank in self._ranks if rank.code() is not None]:
+            deadline = time.monotonic() + SETTLE_S  # others may turn out to be the cause
+            while time.monotonic() < deadline:
+                ended = [rank for rank in self._ranks if rank.code() is not None]
+                time.sleep(0.05)
+            cause = first_cause(ended)
+            raise HostError(
+                f"host {cause.number} {cause.what()}; its last lines:{cause.last_lines()}"
+            )
+        for process in self._devices:
+            if process.poll() is not None:
+                what = " ".join(process.args[-3:])
+                raise HostError(f"{what} ended with {process.returncode}: the network is down")
+
+    def _connect(self) -> None:
+        (self.directory / "hosts").write_text(hosts_file(self.count), encoding="utf-8")
+        (self.directory / "roll-call").mkdir()
+        names = ["central", *(f"host-{i}" for i in range(self.count))]
+        for name in names:
+            self._device(switch_command(self.directory, name))
+        self._await([self.directory / name / "ctl" for name in names])
+        for number in range(self.count):
+            self._wires.append(self._device(wire_command(self.directory, number)))
+
+    def _device(self, command: Sequence[str]) -> subprocess.Popen:
+        """A switch or a wire: it reads commands, and ends when nobody is left to give any."""
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", child.__file__, "rank", str(os.getpid()), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._devices.append(process)
+        self._guard.tell(f"group {process.pid}")
+        return process
+
+    def _end(self) -> None:
+        for process in self._devices:
+            process.kill()
+        for rank in self._ranks:
+            rank.end()
+        for process in self._devices:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait()
+
+    def _await(self, sockets: Sequence[Path]) -> None:
+        deadline = time.monotonic() + READY_S
+        while not all(path.exists() for path in sockets):
+            self.check()
+            if time.monotonic() > deadline:
+                raise HostError(f"vde_switch: not up after {READY_S:g} s")
+            time.sleep(0.02)
+
+
+def named(numbers: Sequence[int]) -> str:
+    """'host 3', or 'hosts 0, 2-5'."""
+    return ranks_text(numbers).replace("rank", "host", 1)
