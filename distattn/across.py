@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
 from distattn.call import Call
-from distattn.collectives import all_reduce, reduce_scatter
+from distattn.collectives import all_reduce, all_sum, reduce_scatter
 from distattn.local import fold_gradients, local_fold, refuse_second_derivative
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
@@ -274,4 +274,4 @@ def _summed(x: jax.Array, axes: Axes, scatter: Axes) -> jax.Array:
     if scatter:
         x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scatter)
-    return lax.psum(x, rest) if rest else x
+    return all_sum(x, rest) if rest else x

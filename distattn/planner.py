@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from distattn import cost
 from distattn.cost import Shape, Topology, Traffic
-from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, traffic
+from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, sum_traffic, traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,14 @@ def choose(
         bytes_sent=amounts[best].bytes_sent,
         alternatives=alternatives,
         reason=_reason(best, seconds[best], amounts[best], alternatives, topology),
+    )
+
+
+def choose_sum(payload_bytes: int, topology: Topology) -> str:
+    """How an array is summed over devices in the least time: 'psum', one all-reduce, or 'butterfly'."""
+    names = ("psum", "butterfly")
+    return min(
+        names, key=lambda name: cost.time_s(sum_traffic(name, payload_bytes, topology), topology)
     )
 
 

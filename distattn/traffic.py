@@ -39,7 +39,7 @@ def _schedule(schedule: Schedule, shape: Shape, topology: Topology) -> Traffic:
     sent = collections.Counter(source for pairs in schedule.rounds for source, _ in pairs)
     merges = sum(step.receives != step.replaces for step in schedule.steps)
     busiest = max(sent.values(), default=0)
-    whole = _rounds(len(schedule.rounds), busiest, merges, shape)
+    whole = _rounds(len(schedule.rounds), busiest, merges, shape.payload_bytes)
     if topology.links is None:
         return whole
     links = (_link_of_round(pairs, topology) for pairs in schedule.rounds)
@@ -68,22 +68,35 @@ def _nearer(messages: Iterable[tuple[Link, int, float]], topology: Topology) -> 
     return Traffic(nearer_s=saved_s)
 
 
+def sum_traffic(combine: str, payload_bytes: int, topology: Topology) -> Traffic:
+    """What the sum of an array on each device costs: by 'butterfly', or by one all-reduce, 'psum'."""
+    if combine == "butterfly":
+        return _doubling(payload_bytes, topology)
+    there = _gather(payload_bytes, topology)
+    sent = 2 * there.bytes_sent
+    return Traffic(1, 2 * there.messages, sent, sent)
+
+
 def _butterfly(shape: Shape, topology: Topology) -> Traffic:
     """Sends n log2 D, in as many launches, each along one axis."""
+    return _doubling(shape.payload_bytes, topology)
+
+
+def _doubling(payload_bytes: int, topology: Topology) -> Traffic:
     counts = [butterfly_round_count(size) for size in topology.sizes]
     # Where a size is no power of two, the busiest rank sends nothing in the round that folds, and
     # nobody merges in the round that unfolds.
     sent = sum((size - 1).bit_length() for size in topology.sizes)
-    whole = _rounds(sum(counts), sent, sent, shape)
+    whole = _rounds(sum(counts), sent, sent, payload_bytes)
     if topology.links is None:
         return whole
     links = zip(topology.links, counts, strict=True)
-    messages = ((link, count, count * shape.payload_bytes) for link, count in links)
+    messages = ((link, count, count * payload_bytes) for link, count in links)
     return whole + _nearer(messages, topology)
 
 
-def _rounds(rounds: int, sent: int, merges: int, shape: Shape) -> Traffic:
-    n = shape.payload_bytes
+def _rounds(rounds: int, sent: int, merges: int, payload_bytes: int) -> Traffic:
+    n = payload_bytes
     return Traffic(rounds, rounds, rounds * n, sent * n, merges, merges * n)
 
 

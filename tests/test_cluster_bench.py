@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))  # where its modules find each other
@@ -182,13 +184,15 @@ def test_a_slow_contender_has_its_share_and_no_more():
     assert not cluster.enough([0.1] * 100)
 
 
-PLAN = cluster_host.Plan((0,), cluster.PASSES, tuple(cluster_report.CONTENDERS), 1, 1, 6, 8, 2, 4)
+PLAN = cluster_host.Plan(
+    (0,), cluster.PASSES, tuple(cluster_report.CONTENDERS), 1, 1, 6, 1, 8, 2, 4
+)
 
 
 @pytest.mark.parametrize("direction", cluster.PASSES)
 @pytest.mark.parametrize("name", ["auto", "xla", "pmax_psums"])
 def test_contenders_give_what_is_wanted_and_what_is_wrong_is_named(name, direction):
-    mesh = cluster_host.mesh_of(jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1), cluster_host.AXES, (AxisType.Auto,) * 2)
     arrays = cluster_host.arrays_of(PLAN, 1)
     contender = cluster_host.Contender(name, direction, arrays, mesh)
     want = cluster_host.wanted(direction, arrays)
@@ -196,3 +200,30 @@ def test_contenders_give_what_is_wanted_and_what_is_wrong_is_named(name, directi
     cluster_host.check(name, got, want)
     with pytest.raises(AssertionError, match=f"{name} is wrong by"):
         cluster_host.check(name, got, tuple(np.roll(x, 1, axis=-1) for x in want))
+
+
+def test_a_run_on_loopback(tmp_path):
+    saved = tmp_path / "x.json"
+    options = ["--loopback", "--hosts", "2", "--devices-per-host", "2", "--delay-ms", "0"]
+    options += ["--contenders", "auto,xla", "--pass", "forward", "--keys", "8", "--repeats", "2"]
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "cluster.py"), *options, "--json", str(saved)],
+        env=os.environ | {"PYTHONPATH": str(BENCH.parent.parent)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = cluster_report.load(saved)["results"]
+    assert (result["hosts"], result["devices_per_host"], result["delay_ms"]) == (2, 2, 0)
+    assert set(result["ms"]) == {"auto", "xla"}
+    assert all(ms > 0 for ms in result["ms"].values())
+    assert result["collectives"]["xla"] != result["collectives"]["auto"]
+
+
+def test_loopback_has_no_delay(capsys):
+    with pytest.raises(SystemExit):
+        cluster.main(["--loopback", "--delay-ms", "5"])
+    assert "--loopback has no delay to set; pass --delay-ms 0" in capsys.readouterr().err

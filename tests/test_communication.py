@@ -10,8 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
+from distattn import collectives as collectives_of_states
 from distattn.testing import collective_bytes, collectives
 from tests.cases import KINDS, mesh_of
+from tests.tolerance import assert_close
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
@@ -76,6 +78,29 @@ def test_backward_is_one_all_reduce_of_the_query_gradient(kind):
     assert (
         collective_bytes(text)["all-reduce"] == 4 * HEADS * WIDTH * 4
     )  # dq in float32, nothing else
+
+
+@pytest.mark.parametrize(("devices", "rounds"), [(8, 3), (6, 4), (3, 3), (2, 1)])
+def test_where_messages_are_slow_the_query_gradient_is_summed_by_messages(
+    monkeypatch, devices, rounds
+):
+    monkeypatch.setattr(collectives_of_states.planner, "choose_sum", lambda *_: "butterfly")
+    mesh = mesh_of(devices, "auto")
+    sharded = shapes(mesh, 4, 40 * devices)
+    run = jax.jit(
+        gradient(call(mesh, "butterfly")), out_shardings=tuple(x.sharding for x in sharded)
+    )
+    assert collectives(run.lower(*sharded).compile().as_text()) == {
+        "collective-permute": 2 * rounds
+    }
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in sharded]
+    got = run(*(jax.device_put(x, s.sharding) for x, s in zip(arrays, sharded, strict=True)))
+    replicas = {shard.data.tobytes() for shard in got[0].addressable_shards}
+    assert len(replicas) == 1, "equal bit for bit"
+    expected = gradient(functools.partial(distattn.dot_product_attention, is_causal=True))(*arrays)
+    for x, y, name in zip(got, expected, ("dq", "dk", "dv"), strict=True):
+        assert_close(x, np.asarray(y, np.float64), jnp.float32, 40 * devices, what=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.cost import Link, Shape, Topology, time_s
-from distattn.planner import choose
+from distattn.planner import choose, choose_sum
 from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, traffic
 
 DECODE = Shape(1, 1, 4096, 8, 2, 64, 64, 4)  # a payload of 2 KiB
@@ -52,6 +52,20 @@ def test_eight_threads_launch_as_little_as_they_can(rows):
 def test_hosts_far_apart_take_a_butterfly(hosts):
     choice = replicated(DECODE, Topology("cpu", (hosts,), hosts, FAR))
     assert choice.combine == "butterfly"
+
+
+@pytest.mark.parametrize(
+    ("platform", "processes", "payload_bytes", "expected"),
+    [
+        ("cpu", 1, 2048, "psum"),  # threads meet for each launch
+        ("cpu", 8, 2048, "butterfly"),  # Gloo's all-reduce is a ring
+        ("cpu", 8, 1 << 28, "psum"),  # which sends 2 n (D-1)/D, and a butterfly n log2 D
+        ("gpu", 8, 2048, "psum"),
+        ("tpu", 1, 2048, "psum"),
+    ],
+)
+def test_how_a_small_array_is_summed(platform, processes, payload_bytes, expected):
+    assert choose_sum(payload_bytes, Topology(platform, (8,), processes)) == expected
 
 
 def test_a_large_payload_takes_the_all_reduce_that_sends_least():

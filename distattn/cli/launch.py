@@ -5,7 +5,6 @@ import contextlib
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from distattn.cli.arguments import CommandError, at_least
-from distattn.cli.ranks import Guard, Rank, first_cause, start
+from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
 from distattn.distributed.health import ranks as ranks_text
 from distattn.distributed.launched import Launched
 
@@ -90,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     log_dir = _make(options.log_dir)
     began = time.monotonic()
     ranks: list[Rank] = []
-    with _port() as port, Guard() as guard, _roll_call(guard) as roll_call, _terminable():
+    with free_port() as port, Guard() as guard, _roll_call(guard) as roll_call, _terminable():
         try:
             for number in range(options.processes):
                 place = Launched(
@@ -181,19 +180,6 @@ def _make(log_dir: str | None) -> Path | None:
     except OSError as error:
         raise CommandError(f"--log-dir {shlex.quote(log_dir)}: {error.strerror}") from None
     return path
-
-
-@contextlib.contextmanager
-def _port() -> Iterator[int]:
-    """A free port that nobody else is given while the job runs.
-
-    Bound and not listening: JAX's coordinator shares a port with its own user (SO_REUSEPORT), and all
-    others find it taken.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -147,6 +148,19 @@ def start(place: Launched, command: Sequence[str], log_dir: Path | None, guard: 
     guard.tell(f"group {process.pid}")
     log = None if log_dir is None else log_dir / f"rank-{place.process_id}.log"
     return Rank(place.process_id, process, log)
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A free port that nobody else is given while the job runs.
+
+    Bound and not listening: JAX's coordinator shares a port with its own user (SO_REUSEPORT), and all
+    others find it taken.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def first_cause(failed: Sequence[Rank]) -> Rank:

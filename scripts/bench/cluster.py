@@ -1,10 +1,12 @@
 """Attention between hosts with a delay between them, all on this machine: time against their number.
 
     cluster.py --hosts 2,4,8,16 --delay-ms 0,1,5 [--pass forward,gradient] [--json FILE] [--plot FILE]
+    cluster.py --loopback --hosts 2 --devices-per-host 4 --delay-ms 0 ...
     cluster.py --plot-from FILE --plot FILE
 
-Each host is a network namespace with one process and one CPU device; the query is on all of them, keys and
-values are spread over them. Contenders take turns within one run; all hosts start each call at the same
+Each host is a network namespace with one process, and one CPU device unless more are asked for; with
+--loopback it is a plain process. The query is on all of them, keys and values are spread over them.
+Contenders take turns within one run, in another order each time; all hosts start each call at the same
 moment, and the median of rank 0's time counts. All results are checked before they are timed.
 
 auto, butterfly, psum, all_gather, ring: distattn's combines (ring: keys and values travel). xla:
@@ -112,7 +114,9 @@ def arguments() -> argparse.ArgumentParser:
         "--contenders", type=words(tuple(CONTENDERS)), default=tuple(CONTENDERS), metavar="NAME,..."
     )
     add("--tokens", type=count, default=1, metavar="T", help="of the query (default %(default)s)")
-    add("--keys", type=count, default=512, metavar="N", help="of each host (default %(default)s)")
+    add("--devices-per-host", type=count, default=1, metavar="N", help="default %(default)s")
+    add("--loopback", action="store_true", help="plain processes: no root, and no delay but 0")
+    add("--keys", type=count, default=512, metavar="N", help="of each device (default %(default)s)")
     add(
         "--repeats", type=count, default=15, metavar="N", help="calls of each (default %(default)s)"
     )
@@ -175,13 +179,16 @@ class Meeting:
                 file.flush()
 
 
-def measure(count: int, plan: Plan) -> list[dict]:
+def measure(count: int, plan: Plan, *, loopback: bool) -> list[dict]:
     """One result for each pass and delay, on so many hosts."""
     program = Path(__file__).with_name("cluster_host.py")
     sent: dict[tuple[str, str], dict] = {}
     trips: dict[int, float] = {}
     times: dict[tuple[int, str], dict[str, list[dict[int, float]]]] = {}
-    with Hosts(count) as hosts, Meeting(hosts.directory / "meeting", hosts) as meeting:
+    with (
+        Hosts(count, devices=plan.devices, loopback=loopback) as hosts,
+        Meeting(hosts.directory / "meeting", hosts) as meeting,
+    ):
         text = json.dumps(dataclasses.asdict(plan))
         hosts.run([sys.executable, str(program), str(hosts.directory / "meeting"), text])
         while True:
@@ -207,6 +214,7 @@ def measure(count: int, plan: Plan) -> list[dict]:
     return [
         {
             "hosts": count,
+            "devices_per_host": plan.devices,
             "delay_ms": delay_ms,
             "pass": direction,
             "ms": {name: median_ms(call[0] for call in calls) for name, calls in of.items()},
@@ -238,7 +246,7 @@ def environment(plan: Plan) -> dict:
         "cores": os.cpu_count(),
         "repeats": plan.repeats,
         "shape": f"B 1, T {plan.tokens}, N {plan.heads}, K {plan.kv_heads}, H {plan.width}, "
-        f"{plan.keys} keys a host, float32",
+        f"{plan.keys} keys a device, float32",
     }
 
 
@@ -270,6 +278,7 @@ def run(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         tokens=options.tokens,
         keys=options.keys,
+        devices=options.devices_per_host,
         **HEADS,
     )
     saved = {"environment": environment(plan), "results": [], "fits": []}
@@ -280,7 +289,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with terminable():
             for hosts in options.hosts:
-                saved["results"] += measure(hosts, plan)
+                saved["results"] += measure(hosts, plan, loopback=options.loopback)
                 saved["fits"] = fits(saved["results"])
                 if options.json:  # what there is, should the rest not come
                     options.json.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
@@ -310,7 +319,11 @@ def main(given: Sequence[str] | None = None) -> int:
         print(table(saved["results"]))
         plot(saved, options.plot)
         return 0
-    if lack := lacking(sys.platform, os.geteuid() if hasattr(os, "geteuid") else 0):
+    if options.loopback and options.delay_ms != (0,):
+        parser.error("--loopback has no delay to set; pass --delay-ms 0 with it")
+    if not options.loopback and (
+        lack := lacking(sys.platform, os.geteuid() if hasattr(os, "geteuid") else 0)
+    ):
         parser.error(lack)
     return run(options)
 

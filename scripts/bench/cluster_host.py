@@ -11,14 +11,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
@@ -26,7 +25,7 @@ from distattn import distributed, reference
 from distattn.distributed import launched
 from distattn.testing import collectives
 
-AXIS = "host"
+AXES = ("host", "device")
 OURS = ("auto", "butterfly", "psum", "all_gather", "ring")
 TOLERANCE = 1e-4  # of the largest magnitude: float32, sums over thousands of keys
 ECHO_PORT, ECHOES = 4712, 21
@@ -43,7 +42,8 @@ class Plan:
     contenders: tuple[str, ...]
     repeats: int
     tokens: int  # T
-    keys: int  # of a host
+    keys: int  # of a device
+    devices: int  # of a host
     heads: int
     kv_heads: int
     width: int
@@ -72,15 +72,11 @@ class Bench:
         return wanted
 
 
-def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
-    return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
-
-
-def arrays_of(plan: Plan, hosts: int) -> tuple[np.ndarray, ...]:
+def arrays_of(plan: Plan, devices: int) -> tuple[np.ndarray, ...]:
     """Query, key, value, and the cotangent of the output."""
     rng = np.random.default_rng(0)
     rows = (1, plan.tokens, plan.heads, plan.width)
-    slots = (1, hosts * plan.keys, plan.kv_heads, plan.width)
+    slots = (1, devices * plan.keys, plan.kv_heads, plan.width)
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in (rows, slots, slots, rows))
 
 
@@ -90,13 +86,13 @@ def pmax_psums(mesh: Mesh, query: jax.Array, key: jax.Array, value: jax.Array) -
     def one_host(query, key, value):
         grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
         logits = jnp.einsum("btkgh,bskh->btkgs", grouped, key) / query.shape[3] ** 0.5
-        high = lax.pmax(lax.stop_gradient(logits.max(axis=-1, keepdims=True)), AXIS)
+        high = lax.pmax(lax.stop_gradient(logits.max(axis=-1, keepdims=True)), AXES)
         weights = jnp.exp(logits - high)
-        total = lax.psum(weights.sum(axis=-1, keepdims=True), AXIS)
-        out = lax.psum(jnp.einsum("btkgs,bskh->btkgh", weights, value), AXIS)
+        total = lax.psum(weights.sum(axis=-1, keepdims=True), AXES)
+        out = lax.psum(jnp.einsum("btkgs,bskh->btkgh", weights, value), AXES)
         return (out / total).reshape(query.shape)
 
-    slots = P(None, AXIS)
+    slots = P(None, AXES)
     return jax.shard_map(one_host, mesh=mesh, in_specs=(P(), slots, slots), out_specs=P())(
         query, key, value
     )
@@ -108,7 +104,7 @@ def attention_of(name: str, mesh: Mesh) -> Any:
     if name == "pmax_psums":
         return functools.partial(pmax_psums, mesh)
     return functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name=AXIS, combine=name
+        distattn.dot_product_attention, mesh=mesh, axis_name=AXES, combine=name
     )
 
 
@@ -116,7 +112,7 @@ class Contender:
     """An attention, forward or with its gradient, compiled."""
 
     def __init__(self, name: str, direction: str, arrays: tuple[np.ndarray, ...], mesh: Mesh):
-        same, slots = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXIS))
+        same, slots = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXES))
         shardings = (same, slots, slots, same)
         attention = attention_of(name, mesh)
 
@@ -173,10 +169,10 @@ def echo() -> None:
     threading.Thread(target=serve, daemon=True).start()
 
 
-def round_trip_ms() -> float:
+def round_trip_ms(first: str) -> float:
     """To rank 0 and back, the median of small messages on one connection."""
     times = []
-    with socket.create_connection(("host-0", ECHO_PORT), timeout=10) as connection:
+    with socket.create_connection((first, ECHO_PORT), timeout=10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(ECHOES):
             began = time.perf_counter()
@@ -188,16 +184,16 @@ def round_trip_ms() -> float:
 
 def main() -> None:
     path, plan = sys.argv[1], Plan(**json.loads(sys.argv[2]))
-    rank = launched.read(os.environ).process_id
+    place = launched.read(os.environ)
+    rank, first = place.process_id, place.coordinator_address.partition(":")[0]
     bench = Bench(path, rank)
     bench.meet("the start")  # whoever is late is named: in what follows all wait for it
     distributed.initialize(initialization_timeout_s=LIMIT_S)
-    hosts = jax.process_count()
     if rank == 0:
         echo()
     bench.meet("initialized")
-    mesh = mesh_of(jax.devices())
-    arrays = arrays_of(plan, hosts)
+    mesh = distributed.make_mesh(AXES)
+    arrays = arrays_of(plan, mesh.size)
     contenders = {}
     for direction in plan.passes:
         want = wanted(direction, arrays)
@@ -208,9 +204,11 @@ def main() -> None:
             check(f"{direction} by {name}", contender(), want)
     for delay_ms in plan.delays_ms:
         bench.meet("delay", delay_ms)
-        bench.meet("round trip", delay_ms, hand_in=round_trip_ms() if rank == 1 else None)
+        bench.meet("round trip", delay_ms, hand_in=round_trip_ms(first) if rank == 1 else None)
         for repeat in range(WARM_UPS + plan.repeats):
-            for (direction, name), contender in contenders.items():
+            order = list(contenders.items())
+            np.random.default_rng(repeat).shuffle(order)  # the one before may leave its mark
+            for (direction, name), contender in order:
                 if not bench.meet("call", delay_ms, direction, name):
                     continue
                 began = time.perf_counter()

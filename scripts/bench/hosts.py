@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distattn.cli import child
-from distattn.cli.ranks import Guard, Rank, first_cause, start
+from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
 from distattn.distributed.health import ranks as ranks_text
 from distattn.distributed.launched import Launched
 
@@ -116,10 +116,13 @@ def host_command(directory: Path, number: int, command: Sequence[str]) -> list[s
 
 
 class Hosts:
-    """A network for so many hosts, and the hosts when they `run`; a context, which takes all down."""
+    """A network for so many hosts, and the hosts when they `run`; a context, which takes all down.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    Without a network of their own (`loopback`) the hosts are plain processes of this machine.
+    """
+
+    def __init__(self, count: int, *, devices: int = 1, loopback: bool = False) -> None:
+        self.count, self._devices_each, self._loopback = count, devices, loopback
         self.directory: Path  # which the hosts and this process share
         self._devices: list[subprocess.Popen] = []
         self._wires: list[subprocess.Popen] = []
@@ -139,7 +142,12 @@ class Hosts:
             stack.callback(
                 self._end
             )  # should a second Ctrl-C break it off, the guard does the rest
-            self._connect()
+            if self._loopback:
+                self._coordinator = f"127.0.0.1:{stack.enter_context(free_port())}"
+            else:
+                self._coordinator = f"{address(0)}:{PORT}"
+                self._connect()
+            (self.directory / "roll-call").mkdir()
             self._stack = stack.pop_all()
         return self
 
@@ -147,16 +155,16 @@ class Hosts:
         self._stack.__exit__(kind, error, trace)
 
     def run(self, command: Sequence[str]) -> None:
-        """Starts the hosts: each runs the command, as a rank of one job with one CPU device."""
+        """Starts the hosts: each runs the command, as a rank of one job."""
         for number in range(self.count):
             place = Launched(
-                coordinator_address=f"{address(0)}:{PORT}",
+                coordinator_address=self._coordinator,
                 num_processes=self.count,
                 process_id=number,
-                cpu_devices=1,
+                cpu_devices=self._devices_each,
                 roll_call=str(self.directory / "roll-call"),
             )
-            becoming = host_command(self.directory, number, command)
+            becoming = command if self._loopback else host_command(self.directory, number, command)
             self._ranks.append(start(place, becoming, None, self._guard))
 
     def delay(self, delay_ms: int) -> None:
@@ -184,7 +192,6 @@ class Hosts:
 
     def _connect(self) -> None:
         (self.directory / "hosts").write_text(hosts_file(self.count), encoding="utf-8")
-        (self.directory / "roll-call").mkdir()
         names = ["central", *(f"host-{i}" for i in range(self.count))]
         for name in names:
             self._device(switch_command(self.directory, name))
