@@ -101,7 +101,7 @@ def meet(name: str, text: str, *, timeout_s: float) -> dict[int, str]:
     client.key_value_set(f"{folder}/texts/{digest}", text, allow_overwrite=True)
     client.key_value_set(f"{folder}/ranks/{rank}", json.dumps([name, digest]))
     try:
-        client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)), present())
+        _wait(client, folder, timeout_s)
     except jax.errors.JaxRuntimeError as error:
         raise _failure(error, name, timeout_s, _posted(client, folder)) from None
     came = _posted(client, folder)
@@ -154,7 +154,7 @@ def fail_together(error: Exception) -> NoReturn:
     client, _, _ = coordination()
     if client is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.wait_at_barrier(_progress.next_folder(), 1000 * KNOWN_S, present())
+            _wait(client, _progress.next_folder(), KNOWN_S)
     raise error
 
 
@@ -229,6 +229,12 @@ def _describe(leaf: Any) -> str:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _wait(client: Any, folder: str, timeout_s: float) -> None:
+    """JAX's barrier: of all processes that it knows of, unless some are lost."""
+    among = present() if _progress.lost else None
+    client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)), among)
 
 
 def _posted(client: Any, folder: str) -> dict[int, list[str]]:
