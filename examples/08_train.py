@@ -1,4 +1,4 @@
-"""Train a transformer on bytes of text, with its sequence split over devices from end to end.
+r"""Train a transformer on bytes of text, with its sequence split over devices from end to end.
 
 What one learns:
 
@@ -10,10 +10,16 @@ What one learns:
 3. Memory: what a step takes on each device, and what it would take on one with dense attention.
 4. Checkpoints do not depend on the mesh: half of the steps is saved with orbax, restored on a mesh of
    another shape and trained to the end. The losses are those of the run that was not interrupted.
+5. A job of several processes that may die: `--save-every` saves as it goes, and on SIGTERM, and `--resume`
+   goes on, curve and all, from the last checkpoint, on as many processes and devices as there are then.
 
     python examples/08_train.py
     python examples/08_train.py --length 512 --steps 20 --combine gather_kv --compare
     python examples/08_train.py --length 2048 --mesh 2x2x2 --combine auto --resume-mesh 1x4
+    distattn launch -n 4 --devices-per-process 2 -- \
+        python examples/08_train.py --mesh 2x4 --out runs/job --save-every 2
+    distattn launch -n 2 --devices-per-process 2 -- \
+        python examples/08_train.py --mesh 1x4 --out runs/job --save-every 2 --resume
 """
 
 import argparse
@@ -25,18 +31,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import distattn
 from byte_transformer import Attention, Config, Job, byte_entropy, train_step
-from distattn import layouts
+from distattn import distributed
 from distattn.testing import fake_devices
-from training_report import difference, listed, moved, plot, progress, say
+from training_checkpoints import disturb, listen, restore, save
+from training_options import LAYOUTS, name_of, parse
+from training_report import difference, listed, moved, plot, progress, say, show
 
-LAYOUTS = {name: getattr(layouts, name) for name in ("contiguous", "zigzag", "striped")}
 DEVICE_MIB = 4096  # the memory of the one device, to compare with
+AfterStep = Callable[[list[float], nnx.State], bool]
 BOUND = 1e-3  # of differences between losses, relative: rounding, which training amplifies
 
 
@@ -135,17 +142,23 @@ class Trainer:
         return jax.jit(lambda: nnx.state(self.job.create()), out_shardings=shardings)()
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch of a step in the order of the slots, each device's part on that device."""
+        """The batch of a step in the order of the slots, each device's part on that device.
+
+        Each process reads the whole batch, and takes from it what its devices need.
+        """
         rows = self.job.read(step)
         slots = {name: x[:, self.order] for name, x in rows.items()} | {"positions": self.order}
-        return jax.device_put(slots, self.batch_sharding)
+        return {
+            name: jax.make_array_from_callback(x.shape, self.batch_sharding[name], x.__getitem__)
+            for name, x in slots.items()
+        }
 
     def train(
-        self, state: nnx.State, steps: range, after: Callable[[int, nnx.State], None] | None = None
+        self, state: nnx.State, steps: range, after: AfterStep | None = None
     ) -> tuple[nnx.State, list[float]]:
         """The state behind the steps, and the loss of each. `state` itself is used up.
 
-        `after(number of steps done, state)` is called behind each step.
+        `after(losses, state)` is called behind each step; where it is True, that was the last.
         """
         losses = []
         for i in steps:
@@ -154,8 +167,8 @@ class Trainer:
             losses.append(float(loss))
             tokens_per_s = self.job.batch * self.job.length / (time.perf_counter() - began)
             progress(i + 1, self.job.steps, losses[-1], tokens_per_s)
-            if after is not None:
-                after(i + 1, state)
+            if after is not None and after(losses, state):
+                break
         return state, losses
 
     @property
@@ -164,97 +177,86 @@ class Trainer:
         return self.step.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def save(directory: Path, step: int, state: nnx.State) -> None:
-    """Writes a checkpoint, and waits for it: the next step takes the memory of the state."""
-    with ocp.CheckpointManager(directory) as manager:
-        manager.save(step, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+# ------------------------------------------------------------------------ a job that may die
 
 
-def restore(directory: Path, state_like: nnx.State) -> tuple[int, nnx.State]:
-    """The latest checkpoint: its number of steps, and the state, laid out as `state_like` says."""
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-        return step, manager.restore(step, args=ocp.args.StandardRestore(state_like))
+def train_on(options: argparse.Namespace, job: Job) -> None:
+    """Trains from the last checkpoint on, if there is one, and saves; in all processes there are."""
+    here, directory = name_of(options.mesh), options.out.resolve() / "checkpoints"
+    if math.prod(options.mesh) != len(jax.devices()):
+        raise ValueError(
+            f"--mesh {here} has {math.prod(options.mesh)} devices, and there are {len(jax.devices())}, "
+            f"in {jax.process_count()} process(es); pass a mesh of all of them"
+        )
+    trainer = Trainer.compile(job, make_mesh(options.mesh), options.layout, options.combine)
+    report(trainer)
+    saved = restore(directory, job, trainer.state_like) if options.resume else None
+    before, state = saved or ([], trainer.start())
+    how = f"going on behind step {len(before)} of" if before else "training"
+    where = f"on {here} devices, processes: {jax.process_count()}"
+    say(f"{how} {job.steps} steps of {job.batch} x {job.length} bytes, {where}")
+    told = listen()
+
+    def after(losses: list[float], state: nnx.State) -> bool:
+        done = len(before) + len(losses)
+        last = told(done)
+        if last or done == job.steps or done % (options.save_every or job.steps) == 0:
+            save(directory, job, before + losses, state)
+        if last:
+            say(f"was told to end: saved behind step {done}, and ends")
+        disturb(done, options.at, options.signal)
+        return last
+
+    _, losses = trainer.train(state, range(len(before), job.steps), after)
+    if len(before) + len(losses) < job.steps:
+        return
+    curves = {
+        "saved before": (range(len(before)), before),
+        f"on {here} devices": (range(len(before), job.steps), losses),
+    }
+    if jax.process_index() == 0:
+        plot(options.out / "loss.png", {k: v for k, v in curves.items() if v[1]}, byte_entropy())
+    conclude(before + losses, options.out)
 
 
 # ------------------------------------------------------------------------ the command
 
 
-def mesh_sizes(text: str) -> tuple[int, ...]:
-    """2x4 or 2x2x2 as numbers."""
-    sizes = text.split("x")
-    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a mesh; write data x sequence, as 2x4, or 2x2x2 for two axes of sequence"
-        )
-    return tuple(int(size) for size in sizes)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level transformer whose sequence is split over fake devices.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=Job.steps, help="of training, 4 or more")
-    add("--length", type=int, default=Job.length, help="bytes in a window")
-    add("--batch", type=int, default=Job.batch, help="windows in a step")
-    add("--mesh", type=mesh_sizes, default="2x4", help="devices: data x sequence")
-    add("--resume-mesh", type=mesh_sizes, default="1x8", help="where the second half is repeated")
-    add("--combine", default="ring", help="how the devices exchange, as in distattn")
-    add("--layout", choices=LAYOUTS, default="zigzag", help="which position lies where")
-    add(
-        "--dim", type=int, default=Config.dim, help="width of the model: 4 heads, 2 key/value heads"
-    )
-    add("--layers", type=int, default=Config.layers, help="blocks of the model")
-    add("--remat", action="store_true", help="compute activations again in the backward pass")
-    add("--lr", type=float, default=Job.lr, help="the highest learning rate")
-    add("--seed", type=int, default=Job.seed, help="of weights and batches")
-    add("--compare", action="store_true", help="train on one device too, with dense attention")
-    add("--out", type=Path, help="for checkpoint and curve, a new directory (default: runs/DATE)")
-    options = parser.parse_args(arguments)
-    if options.steps < 4:
-        parser.error(f"--steps {options.steps}: a run is at least 4 steps")
-    if options.dim % 8:
-        parser.error(f"--dim {options.dim}: it must be a multiple of 8, for 4 heads of pairs")
-    for sizes in (options.mesh, options.resume_mesh):
-        if options.batch % sizes[0]:
-            parser.error(
-                f"--batch {options.batch} does not split over the {sizes[0]} devices of 'data'; "
-                "pass a multiple, or a mesh with fewer of them"
-            )
-    if options.out is None:
-        options.out = Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    if options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"--out {options.out} is not empty; pass a new directory")
-    return options
-
-
-def report(many: Trainer, one: Trainer) -> None:
-    """What moves in a step, and what it takes."""
+def report(many: Trainer, one: Trainer | None = None) -> None:
+    """What moves in a step, and what it takes; on one device too, if that is known."""
     inside, elsewhere = moved(many.step.as_text())
-    print(f"""
+    show(f"""
 Collectives of a step, counted in the program
   attention, layers: {many.job.config.layers}           {listed(inside)}
   all the rest                   {listed(elsewhere)}: the gradients, and the loss""")
     assert set(elsewhere) <= {"all-reduce"}
-    verdict = "more than" if one.temp_mib > DEVICE_MIB else "within"
-    print(f"""Memory of a step, compiled at {many.job.length} bytes
-  one device, dense attention    {one.temp_mib:.0f} MiB: {verdict} the {DEVICE_MIB} MiB of our device
-  here, on each                  {many.temp_mib:.0f} MiB
-""")
+    show(f"Memory of a step, compiled at {many.job.length} bytes")
+    if one is not None:
+        verdict = "more than" if one.temp_mib > DEVICE_MIB else "within"
+        dense = f"{one.temp_mib:.0f} MiB: {verdict} the {DEVICE_MIB} MiB of our device"
+        show(f"  one device, dense attention    {dense}")
+    show(f"  here, on each                  {many.temp_mib:.0f} MiB\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Trains, resumes on another mesh, and compares."""
-    options = parse(arguments)
-    fake_devices(max(math.prod(options.mesh), math.prod(options.resume_mesh)))
-    config = Config(dim=options.dim, layers=options.layers, remat=options.remat)
-    job = Job(config, options.batch, options.length, options.steps, options.lr, options.seed)
+def conclude(losses: list[float], out: Path, apart: dict[str, float] | None = None) -> None:
+    """Where the loss began and ended, and how far the losses of other runs are apart."""
+    first, last, bytewise = losses[0], losses[-1], byte_entropy()
+    show(f"""
+Loss, nats a byte                {first:.4f} at first, {last:.4f} in the end
+  byte frequencies alone give    {bytewise:.4f}, which is {"more" if bytewise > last else "less"}""")
+    if apart:
+        show("Largest relative difference of losses")
+    for name, apart_by in (apart or {}).items():
+        show(f"  {name:<30} {apart_by:.1e}")
+        assert apart_by < BOUND
+    assert last < first
+    show(f"The curve is in {out / 'loss.png'}")
+
+
+def train_twice(options: argparse.Namespace, job: Job) -> None:
+    """Trains, resumes half of it on another mesh, and compares."""
     how = {"layout": options.layout, "combine": options.combine}
-    here, there = (" x ".join(map(str, mesh)) for mesh in (options.mesh, options.resume_mesh))
+    here, there = name_of(options.mesh), name_of(options.resume_mesh)
     say(f"compiling for {here}, {there} and one, {options.layout}, combine={options.combine!r}")
     many = Trainer.compile(job, make_mesh(options.mesh), **how)
     other = Trainer.compile(job, make_mesh(options.resume_mesh), **how)
@@ -263,20 +265,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     directory, half = options.out.resolve() / "checkpoints", job.steps // 2
 
-    def save_half(done: int, state: nnx.State) -> None:
-        if done == half:
-            save(directory, done, state)
+    def save_half(losses: list[float], state: nnx.State) -> bool:
+        if len(losses) == half:
+            save(directory, job, losses, state)
+        return False
 
     say(f"training {job.steps} steps of {job.batch} x {job.length} bytes, saving after step {half}")
     _, losses = many.train(many.start(), range(job.steps), save_half)
     curves = {f"on {here} devices": (range(job.steps), losses)}
 
     say(f"resuming behind step {half} on {there} devices")
-    done, state = restore(directory, other.state_like)
-    assert done == half
-    _, tail = other.train(state, range(done, job.steps))
-    curves[f"resumed on {there} devices"] = (range(done, job.steps), tail)
-    apart = {"resumed from uninterrupted": difference(tail, losses[done:])}
+    before, state = restore(directory, job, other.state_like)
+    assert before == losses[:half]
+    _, tail = other.train(state, range(half, job.steps))
+    curves[f"resumed on {there} devices"] = (range(half, job.steps), tail)
+    apart = {"resumed from uninterrupted": difference(tail, losses[half:])}
 
     if options.compare:
         say("the same on one device, with jax.nn.dot_product_attention")
@@ -285,17 +288,22 @@ def main(arguments: list[str] | None = None) -> None:
         apart["many devices from one"] = difference(losses, expected)
 
     plot(options.out / "loss.png", curves, byte_entropy())
-    first, last, bytewise = losses[0], losses[-1], byte_entropy()
-    print(f"""
-Loss, nats a byte                {first:.4f} at first, {last:.4f} in the end
-  byte frequencies alone give    {bytewise:.4f}, which is {"more" if bytewise > last else "less"}
-Largest relative difference of losses""")
-    for name, apart_by in apart.items():
-        print(f"  {name:<30} {apart_by:.1e}")
-        assert apart_by < BOUND
-    assert last < first
-    print(f"The curve is in {options.out / 'loss.png'}")
+    conclude(losses, options.out, apart)
     print("It learns, and where it does so cannot be told from the losses.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One of the processes of a job, or the only one."""
+    options = parse(arguments)  # before the others are there, so that --out is as they all found it
+    distributed.initialize()
+    if not jax.distributed.is_initialized():
+        others = () if options.as_job else options.resume_mesh
+        fake_devices(max(math.prod(options.mesh), math.prod(others)))
+    elif not options.as_job:
+        raise ValueError("several processes only train; pass --save-every N and --out DIRECTORY")
+    config = Config(dim=options.dim, layers=options.layers, remat=options.remat)
+    job = Job(config, options.batch, options.length, options.steps, options.lr, options.seed)
+    (train_on if options.as_job else train_twice)(options, job)
 
 
 if __name__ == "__main__":

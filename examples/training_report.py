@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 from matplotlib.figure import Figure
 
 from distattn.testing import collectives
@@ -14,17 +15,25 @@ SCOPE = re.compile(r'op_name="[^"]*\battention\b')  # of the model, in the metad
 STARTED = time.perf_counter()
 
 
+def show(text: str) -> None:
+    """Prints; of several processes the first does, as they all know the same."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def say(text: str) -> None:
     """A line of progress, with the time since the start."""
-    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+    show(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
 
 
 def progress(done: int, steps: int, loss: float, tokens_per_s: float) -> None:
-    """A bar that is drawn again and again on one line of the terminal."""
+    """A bar that is drawn again and again on one line of the terminal, or of several processes a line."""
     bar = ("=" * (24 * done // steps)).ljust(24)
-    end = "\n" if done == steps else ""
-    line = f"\r[{bar}] step {done}/{steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s "
-    print(line, end=end, file=sys.stderr, flush=True)
+    text = f"[{bar}] step {done}/{steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s "
+    if jax.process_count() > 1:  # what starts them passes on whole lines
+        show(text)
+        return
+    print(f"\r{text}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
 
 
 def moved(hlo: str) -> tuple[Counter[str], Counter[str]]:

@@ -37,9 +37,13 @@ _start_jax()
 
 # What runs whole programs, mostly in processes of their own: minutes, of which little is JAX's behaviour.
 WHOLE_PROGRAMS = {
+    "test_check.py",
+    "test_cluster_bench.py",
+    "test_cluster_files.py",
     "test_examples.py",
     "test_generation.py",
     "test_language_model.py",
+    "test_launch.py",
     "test_training.py",
 }
 

@@ -34,10 +34,10 @@ from tests.tolerance import assert_close
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 100  # of a job
-B, T, S, N, K, H, V = 2, 6, 29, 4, 2, 8, 6
+B, T, S, N, K, H, V = 2, 6, 29, 8, 2, 8, 6
 TOKENS = {1: (29,), 2: (21, 8), 3: (12, 0, 17), 4: (3, 0, 20, 6)}  # of each host, by their number
 ALL_REDUCES = ("auto", "butterfly", "psum", "all_gather")
-QUERY_SHARDED = ("reduce_scatter", "gather_kv", "ring")
+QUERY_SHARDED = ("reduce_scatter", "gather_kv", "ring", "ulysses", "ulysses_ring")
 
 
 # --- what ranks run ---
@@ -80,7 +80,7 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
     """Forward and gradient against the oracle, and the same bits in every process."""
     whole = Sequence.make()
     key, value, positions = distattn.distributed.from_process_local(*whole.own(), mesh=mesh)
-    sharded = {"query_axis_name": axes if combine in QUERY_SHARDED else None}
+    sharded = {"query_axis_name": None if combine in ALL_REDUCES else axes}
 
     @jax.jit
     def run(query, key, value, positions):
@@ -277,6 +277,23 @@ def job_survives() -> None:
     )
     positions = distattn.distributed.fetch(arrays[2])
     assert sorted(positions[positions >= 0]) == sorted(mine.positions[:9])
+    where = {"mesh": smaller, "axis_name": smaller.axis_names}
+    cache = distattn.KVCache.create(B, 16, K, H, value_dim=V, dtype=jnp.float32, **where)
+    cache = cache.append(mine.key[:, :9], mine.value[:, :9])
+    assert cache.save(sys.argv[2]) == 0
+    restored = distattn.KVCache.restore(sys.argv[2], **where)
+    got, saved = (
+        [distattn.distributed.fetch(x) for x in (c.positions, c.key)] for c in (restored, cache)
+    )
+    for x, y in zip(got, saved, strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="step=0 is in .* already"):
+        cache.save(sys.argv[2], 0)
+    with pytest.raises(FileNotFoundError, match="no step 5"):
+        distattn.KVCache.restore(sys.argv[2], 5, **where)
+    private = f"{sys.argv[2]}/of-{rank}"
+    with pytest.raises(ValueError, match=r"not the same for all processes: rank 2 cannot see 0"):
+        cache.save(private)
 
 
 def check_lost(mesh: Mesh) -> jax.Array:
@@ -366,7 +383,7 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
     ("processes", "devices", "kind", "combines"),
     [
         (2, 4, "Explicit", ALL_REDUCES + QUERY_SHARDED),
-        (4, 2, "Auto", ("auto", "psum", "reduce_scatter", "gather_kv")),
+        (4, 2, "Auto", ("auto", "psum", "reduce_scatter", "ulysses_gather_kv")),
         (3, 1, "Auto", ("butterfly", "all_gather", "ring")),
     ],
     ids=lambda x: str(x) if isinstance(x, int) else "",
@@ -392,8 +409,8 @@ def test_a_rank_that_fails_is_named_within_two_seconds(how, says):
     assert ended - float(re.search(r"at ([\d.]+)", text)[1]) < 2
 
 
-def test_those_who_are_left_go_on():
-    code, text, ended = run("-n", "3", "--may-fail", "1", job=("survives",))
+def test_those_who_are_left_go_on(tmp_path):
+    code, text, _ = run("-n", "3", "--may-fail", "1", job=("survives", str(tmp_path)))
     assert code == 0, text
     assert "rank 1 was killed by SIGKILL; the others go on" in text
     assert [f"[{rank}] done" in text for rank in range(3)] == [True, False, True]

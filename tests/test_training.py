@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import importlib
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -154,19 +159,19 @@ def test_each_label_is_the_next_byte_of_the_text(model, trainer, layout):
         np.testing.assert_array_equal(shards[device][0], model.TEXT[at + 1])
 
 
-def test_resuming_on_another_mesh(example, trainer, start, tmp_path):
+def test_resuming_on_another_mesh(example, job, trainer, start, tmp_path):
     run = trainer((2, 4), "gather_kv", "zigzag")
     saved = []
 
-    def save_half(done, state):
-        if done == 2:
-            example.save(tmp_path, done, state)
+    def save_half(losses, state):
+        if len(losses) == 2:
+            example.save(tmp_path, job, losses, state)
             saved.extend(np.asarray(x) for x in jax.tree.leaves(state))
 
     _, losses = run.train(start(run), range(STEPS), save_half)
     other = trainer((1, 8), "gather_kv", "striped")
-    done, state = example.restore(tmp_path, other.state_like)
-    assert done == 2
+    before, state = example.restore(tmp_path, job, other.state_like)
+    assert before == losses[:2]
     for x, wanted in zip(jax.tree.leaves(state), saved, strict=True):
         assert x.sharding == NamedSharding(example.make_mesh((1, 8)), PartitionSpec())
         np.testing.assert_array_equal(x, wanted)
@@ -224,7 +229,10 @@ def test_as_it_is_run(tmp_path):
         (["--mesh", "8"], "'8' is not a mesh; write data x sequence, as 2x4"),
         (["--mesh", "2x0"], "'2x0' is not a mesh"),
         (["--batch", "3"], "--batch 3 does not split over the 2 devices of 'data'"),
-        (["--out", str(EXAMPLES)], "is not empty; pass a new directory"),
+        (["--out", str(EXAMPLES)], "is not empty; pass a new directory, or --resume"),
+        (["--save-every", "0"], "--save-every 0: a checkpoint is behind 1 step or more"),
+        (["--save-every", "2"], "--save-every and --resume need --out"),
+        (["--resume", "--out", "x", "--compare"], "--resume only train; leave out --compare"),
     ],
 )
 def test_wrong_arguments(example, capsys, arguments, message):
@@ -244,3 +252,138 @@ def test_the_bar_is_full_in_the_end(example, capsys):
     first, last = capsys.readouterr().err.strip("\n").split("\r")[1:]
     assert first == f"[{'=' * 12}{' ' * 12}] step 1/2  loss 3.0000  1,234 tokens/s "
     assert last == f"[{'=' * 24}] step 2/2  loss 2.5000  1,234 tokens/s "
+
+
+# ------------------------------------------------------------------------ a job that may die
+
+SMALL = ("--length", "64", "--dim", "32", "--layers", "1", "--combine", "gather_kv")
+SMALL_JOB = (*SMALL, "--steps", "12", "--save-every", "2")
+
+
+def recorded(out):
+    """The losses in the latest checkpoint: of all steps up to it."""
+    names = (path.name for path in (out / "checkpoints").iterdir())
+    latest = max(int(name) for name in names if name.isdecimal())
+    record = json.loads((out / "checkpoints" / str(latest) / "record" / "metadata").read_text())
+    assert len(record["losses"]) == latest
+    return record["losses"]
+
+
+@pytest.fixture(scope="module")
+def train(example):
+    """`train(out, *arguments)`: the small job in this process on its 8 devices, compiled once."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example.Trainer, "compile", functools.cache(example.Trainer.compile))
+
+        def run(out, *arguments):
+            options = example.parse([*SMALL_JOB, "--out", str(out), *arguments])
+            job = example.Job(
+                example.Config(dim=options.dim, layers=options.layers),
+                length=options.length,
+                steps=options.steps,
+                lr=options.lr,
+            )
+            example.train_on(options, job)
+
+        yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory):
+    """Where the job was saved that nobody disturbed; with nothing to go on from, it begins."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(out, "--resume")
+    return out
+
+
+def test_the_latest_checkpoints_are_kept_and_a_finished_job_is_finished(train, undisturbed, capsys):
+    kept = {path.name for path in (undisturbed / "checkpoints").iterdir()}
+    assert kept == {"8", "10", "12"}
+    train(undisturbed, "--resume")
+    text = capsys.readouterr().out
+    assert (
+        "going on behind step 12 of 12 steps of 2 x 64 bytes, on 2 x 4 devices, processes: 1"
+        in text
+    )
+    assert "The curve is in" in text
+
+
+def test_sigterm_saves_and_the_rest_is_the_same_to_the_bit(train, undisturbed, tmp_path, capsys):
+    train(tmp_path / "run", "--at", "5", "--signal", "SIGTERM")  # noticed behind the next step
+    text = capsys.readouterr().out
+    saved = recorded(tmp_path / "run")
+    assert 5 < len(saved) < 12
+    assert f"was told to end: saved behind step {len(saved)}, and ends" in text
+    assert not (tmp_path / "run" / "loss.png").exists()
+    train(tmp_path / "run", "--resume")
+    assert f"going on behind step {len(saved)} of 12 steps" in capsys.readouterr().out
+    assert recorded(tmp_path / "run") == recorded(undisturbed)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "0.5"], "is of another run: lr was 0.01 and is 0.5; pass the same, or a new"),
+        (["--mesh", "1x4"], "--mesh 1 x 4 has 4 devices, and there are 8, in 1 process.*; pass a"),
+    ],
+)
+def test_wrong_resumption(train, undisturbed, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train(undisturbed, "--resume", *arguments)
+
+
+def test_several_processes_need_to_be_told_where_to_save(example, monkeypatch):
+    monkeypatch.setattr(example.distributed, "initialize", lambda: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="several processes only train; pass --save-every N and"):
+        example.main([])
+
+
+def launched(processes, *arguments):
+    """The exit code of the small job in so many processes of two devices, and what is printed."""
+    launch = ("-m", "distattn", "launch", "-n", str(processes), "--devices-per-process", "2")
+    program = (sys.executable, "-W", "error", str(EXAMPLES / "08_train.py"), *SMALL_JOB, *arguments)
+    done = subprocess.run(
+        [sys.executable, *launch, "--timeout", "120", "--", *program],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_killed_and_preempted_it_goes_on_on_fewer_processes(example, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    code, text = launched(4, "--out", str(out), "--mesh", "2x4", "--at", "5")
+    assert code == 128 + signal.SIGKILL, text
+    assert "distattn launch: rank 2 was killed by SIGKILL" in text
+    assert text.count("training 12 steps") == text.count("step 5/12") == 1  # one of four says it
+    before_kill = recorded(out)
+    assert len(before_kill) == 4
+
+    preempted = ("--resume", "--at", "5", "--signal", "SIGTERM")
+    code, text = launched(2, "--out", str(out), "--mesh", "1x4", *preempted)
+    assert code == 0, text
+    assert (
+        "going on behind step 4 of 12 steps of 2 x 64 bytes, on 1 x 4 devices, processes: 2" in text
+    )
+    before_end = recorded(out)
+    assert f"was told to end: saved behind step {len(before_end)}, and ends" in text
+    assert before_end[:4] == before_kill
+
+    text = printed(
+        "examples/08_train.py", *SMALL_JOB, "--out", str(out), "--mesh", "1x2", "--resume"
+    )
+    assert f"going on behind step {len(before_end)} of 12 steps" in text
+    losses = recorded(out)
+    assert losses[: len(before_end)] == before_end
+    assert len(losses) == 12
+    assert example.difference(losses, recorded(undisturbed)) < example.BOUND
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

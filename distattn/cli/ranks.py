@@ -28,6 +28,8 @@ SECONDARY = (
     ),
     re.compile(r"detected fatal errors(?!.*(INVALID_ARGUMENT|ALREADY_EXISTS))|heartbeat timeout"),
 )
+# What Gloo says of each of its connections: a screen of it, and nothing of how a rank ended.
+GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks")
 
 _output = threading.Lock()  # lines of different ranks do not mix
 
@@ -130,7 +132,8 @@ class Rank:
                 if log is not None:
                     log.write(raw)
                 line = raw.decode(errors="replace").rstrip("\r\n")
-                self._tail.append(line)
+                if not GREETING.match(line):
+                    self._tail.append(line)
                 with _output, contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
                     print(f"[{self.number}] {line}", flush=True)
 

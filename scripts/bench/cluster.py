@@ -211,19 +211,20 @@ def measure(count: int, plan: Plan, *, loopback: bool) -> list[dict]:
                 case ["done"]:
                     break
             meeting.go_on(wanted)
+    names = plan.contenders  # the order in which they take turns is another one each time
     return [
         {
             "hosts": count,
             "devices_per_host": plan.devices,
             "delay_ms": delay_ms,
             "pass": direction,
-            "ms": {name: median_ms(call[0] for call in calls) for name, calls in of.items()},
+            "ms": {name: median_ms(call[0] for call in of[name]) for name in names},
             "slowest_host_ms": {
-                name: median_ms(max(call.values()) for call in calls) for name, calls in of.items()
+                name: median_ms(max(call.values()) for call in of[name]) for name in names
             },
             "round_trip_ms": round(trips[delay_ms], 2),
-            "calls": {name: len(calls) for name, calls in of.items()},
-            "collectives": {name: sent[direction, name] for name in of},
+            "calls": {name: len(of[name]) for name in names},
+            "collectives": {name: sent[direction, name] for name in names},
         }
         for (delay_ms, direction), of in times.items()
     ]
