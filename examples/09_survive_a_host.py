@@ -1,8 +1,9 @@
 """A host dies in the middle of a sentence, and the others finish it: no restart, no key lost.
 
-A language model (small, of random weights: this is about processes) answers on four processes of two
-devices, its keys and values spread over all of them in a `distattn.KVCache`. Then again, and in the middle
-of the answer one of the processes is killed (SIGKILL, as when a machine goes). What one learns:
+A language model (small, of random weights: this is about processes) answers on one process of eight
+devices, undisturbed. Then on four processes of two, its keys and values spread over all of them in a
+`distattn.KVCache`, and in the middle of the answer one of the processes is killed (SIGKILL, as when a
+machine goes). What one learns:
 
 1. `replicas=2`: each token lies on two devices of different hosts. The three processes that are left
    agree that the last token did not count, `cache.recover` makes what is left of the cache whole, and they
@@ -14,6 +15,7 @@ of the answer one of the processes is killed (SIGKILL, as when a machine goes). 
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -26,9 +28,10 @@ import numpy as np
 from distattn import KVCache, distributed
 from small_llama import CONFIG, decode, encode, make_weights, place, step
 
-PROCESSES, DEVICES, VICTIM = 4, 2, 2
+PROCESSES, DEVICES = 4, 2
 PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. what does it dream of?"
-ANSWER, KILLED_AT = 24, 10  # tokens
+ANSWER = 24  # tokens
+KILLED = {2: 10}  # which rank, after how many tokens
 
 
 def say(*words: object) -> None:
@@ -40,7 +43,7 @@ def say(*words: object) -> None:
 # ------------------------------------------------------------------------ what each process does
 
 
-def answer(replicas: int, killed_at: int | None) -> list[int]:
+def answer(replicas: int, killed: dict[int, int]) -> list[int]:
     """The tokens of the answer, as all processes that are left know them."""
     mesh, prompt = distributed.make_mesh(), encode(PROMPT)
     host_weights = make_weights()
@@ -61,7 +64,7 @@ def answer(replicas: int, killed_at: int | None) -> list[int]:
         began = time.monotonic()
         try:
             with distributed.all_or_none(mesh):
-                if len(tokens) == killed_at and jax.process_index() == VICTIM:
+                if killed.get(jax.process_index()) == len(tokens):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if cache.layout.mesh != mesh:  # hosts were lost
                     weights = place(host_weights, mesh)
@@ -95,8 +98,9 @@ def made_whole(
 
 def run_process(options: argparse.Namespace) -> None:
     """One of the processes that `distattn launch` starts."""
-    distributed.initialize(recoverable=True, heartbeat_timeout_s=5, collective_timeout_s=10)
-    tokens = answer(options.replicas, options.killed_at)
+    distributed.initialize(recoverable=True, heartbeat_timeout_s=4, collective_timeout_s=5)
+    killed = {int(rank): at for rank, at in json.loads(options.killed).items()}
+    tokens = answer(options.replicas, killed)
     distributed.assert_same("the answer", tokens)
     say(f"answer {decode(tokens)!r}")
 
@@ -104,18 +108,12 @@ def run_process(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------ what the user starts
 
 
-def launch(replicas: int, killed_at: int | None = None) -> str:
+def launch(processes: int, devices: int, replicas: int, killed: dict[int, int]) -> str:
     """Runs the processes; the answer."""
-    command = [sys.executable, "-m", "distattn", "launch", "-n", str(PROCESSES), "--timeout", "120"]
-    command += [
-        "--devices-per-process",
-        str(DEVICES),
-        "--may-fail",
-        str(int(killed_at is not None)),
-    ]
-    command += ["--", sys.executable, __file__, "--replicas", str(replicas)]
-    if killed_at is not None:
-        command += ["--killed-at", str(killed_at)]
+    command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes), "--timeout", "120"]
+    command += ["--devices-per-process", str(devices), "--may-fail", str(len(killed)), "--"]
+    command += [sys.executable, __file__, "--replicas", str(replicas)]
+    command += ["--killed", json.dumps(killed)]
     # Programs this small are compiled longer than they run, and each process compiles its own.
     quick = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")}
     done = subprocess.run(
@@ -134,17 +132,17 @@ def main() -> None:
     """The runs, and their comparison."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--replicas", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--killed-at", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--killed", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.replicas is not None:
         run_process(options)
         return
-    print(f"{PROCESSES} processes of {DEVICES} devices, undisturbed:")
-    expected = launch(replicas=2)
-    print(f"rank {VICTIM} is killed after {KILLED_AT} tokens; each token is on two hosts:")
-    assert launch(replicas=2, killed_at=KILLED_AT) == expected
+    print("1 process of 8 devices, undisturbed:")
+    expected = launch(1, 8, replicas=1, killed={})
+    print(f"{PROCESSES} processes of {DEVICES}, one is killed, each token is on two hosts:")
+    assert launch(PROCESSES, DEVICES, replicas=2, killed=KILLED) == expected
     print("the same, each token on one host:")
-    assert launch(replicas=1, killed_at=KILLED_AT) == expected
+    assert launch(PROCESSES, DEVICES, replicas=1, killed=KILLED) == expected
     print("A host was lost, and no token of the answer changed.")
 
 

@@ -145,8 +145,8 @@ def main() -> None:
         run_process(options)
         return
     with tempfile.TemporaryDirectory() as undisturbed, tempfile.TemporaryDirectory() as directory:
-        print("4 processes of 2 devices, undisturbed:")
-        _, expected = launch(undisturbed, 4, 2)
+        print("1 process of 8 devices, undisturbed:")
+        _, expected = launch(undisturbed, 1, 8)
         print("4 processes of 2 devices, of which one is killed:")
         code, _ = launch(directory, 4, 2, at=12)
         assert code == 128 + signal.SIGKILL

@@ -383,8 +383,8 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
     ("processes", "devices", "kind", "combines"),
     [
         (2, 4, "Explicit", ALL_REDUCES + QUERY_SHARDED),
-        (4, 2, "Auto", ("auto", "psum", "reduce_scatter", "ulysses_gather_kv")),
-        (3, 1, "Auto", ("butterfly", "all_gather", "ring")),
+        (4, 2, "Auto", ("auto", "reduce_scatter", "ulysses_gather_kv")),
+        (3, 1, "Auto", ("butterfly", "ring")),
     ],
     ids=lambda x: str(x) if isinstance(x, int) else "",
 )
