@@ -35,21 +35,26 @@ def _start_jax() -> None:
 _start_jax()
 
 
-# What runs whole programs, mostly in processes of their own: minutes, of which little is JAX's behaviour.
-WHOLE_PROGRAMS = {
+# What runs whole programs, mostly in processes of their own, or does not rest on how JAX behaves: minutes.
+DEFAULT_VERSION_ALONE = {
+    "test_align.py",
     "test_check.py",
     "test_cluster_bench.py",
     "test_cluster_files.py",
+    "test_distributed.py",
     "test_examples.py",
     "test_generation.py",
     "test_language_model.py",
     "test_launch.py",
+    "test_streaming.py",
     "test_training.py",
 }
+# Of these, what shows that a job of several processes starts, computes and survives on a version.
+ON_ALL_VERSIONS = {"test_a_healthy_job", "test_those_who_are_left_go_on"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--thin N`: every test of the library, with only every N-th of its parameters; no whole programs."""
+    """`--thin N`: every N-th of the parameters of a test, and nothing for the default version alone."""
     parser.addoption("--thin", type=int, default=1, help=pytest_addoption.__doc__)
 
 
@@ -64,7 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        drop = item.path.name in WHOLE_PROGRAMS or seen[test] % every
+        whole = item.path.name in DEFAULT_VERSION_ALONE
+        whole = whole and test.rpartition("::")[2] not in ON_ALL_VERSIONS
+        drop = whole or seen[test] % every
         (left if drop else kept).append(item)
         seen[test] += 1
     if left:

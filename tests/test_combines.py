@@ -44,15 +44,15 @@ def on(mesh, combine):
     )
 
 
-# 24 keys on 5 and 7 devices, 6 rows on 4, 5, 7 and 8: padded inside. XLA's own collectives do not care
-# for powers of two, so those that are made of them alone are spared the even numbers in between.
+# 24 keys on 5 and 7 devices, 6 rows on 4, 5, 7 and 8: padded inside. What is made of XLA's own collectives,
+# or goes round, does not care for powers of two, and is spared some of the numbers in between.
 @pytest.mark.parametrize(
     ("devices", "combine"),
     [
         (devices, combine)
         for devices in range(1, 9)
         for combine in COMBINES
-        if combine not in ("psum", "all_gather") or devices not in (4, 6)
+        if combine in ("butterfly", "reduce_scatter") or devices not in (4, 6, 7)
     ],
 )
 def test_devices(devices, combine):
@@ -124,7 +124,7 @@ def drawn(seed):
     return with_heads_for(case, combine, devices), devices, combine
 
 
-@pytest.mark.parametrize("seed", range(18))
+@pytest.mark.parametrize("seed", range(14))
 def test_arguments_in_any_combination(seed):
     case, devices, combine = drawn(seed)
     check(case, on(mesh_of(devices, "auto"), combine), what=f"{case} {devices} {combine}")
