@@ -18,26 +18,19 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 
 from distattn import KVCache, distributed
+from processes import launch, say
 from small_llama import CONFIG, decode, encode, make_weights, place, step
 
 PROCESSES, DEVICES = 4, 2
 PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. what does it dream of?"
 ANSWER = 24  # tokens
 KILLED = {2: 10}  # which rank, after how many tokens
-
-
-def say(*words: object) -> None:
-    """What the first process prints: they all know the same."""
-    if jax.process_index() == 0:
-        print(*words, flush=True)
 
 
 # ------------------------------------------------------------------------ what each process does
@@ -108,24 +101,12 @@ def run_process(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------ what the user starts
 
 
-def launch(processes: int, devices: int, replicas: int, killed: dict[int, int]) -> str:
-    """Runs the processes; the answer."""
-    command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes), "--timeout", "120"]
-    command += ["--devices-per-process", str(devices), "--may-fail", str(len(killed)), "--"]
-    command += [sys.executable, __file__, "--replicas", str(replicas)]
-    command += ["--killed", json.dumps(killed)]
-    # Programs this small are compiled longer than they run, and each process compiles its own.
-    quick = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | quick
-    )
-    lines = [
-        line.removeprefix("[0] ") for line in done.stdout.splitlines() if line.startswith("[0] ")
-    ]
-    print(*(line for line in lines if line.startswith((" - ", "answer"))), sep="\n")
-    if done.returncode:
-        raise SystemExit(f"the job ended with exit code {done.returncode}:\n{done.stdout}")
-    return lines[-1]
+def run(processes: int, devices: int, replicas: int, killed: dict[int, int]) -> str:
+    """The answer of so many processes, of which some are killed."""
+    program = [__file__, "--replicas", str(replicas), "--killed", json.dumps(killed)]
+    code, last = launch(processes, devices, program, may_fail=len(killed))
+    assert code == 0, "the job went on"
+    return last
 
 
 def main() -> None:
@@ -138,11 +119,11 @@ def main() -> None:
         run_process(options)
         return
     print("1 process of 8 devices, undisturbed:")
-    expected = launch(1, 8, replicas=1, killed={})
+    expected = run(1, 8, replicas=1, killed={})
     print(f"{PROCESSES} processes of {DEVICES}, one is killed, each token is on two hosts:")
-    assert launch(PROCESSES, DEVICES, replicas=2, killed=KILLED) == expected
+    assert run(PROCESSES, DEVICES, replicas=2, killed=KILLED) == expected
     print("the same, each token on one host:")
-    assert launch(PROCESSES, DEVICES, replicas=1, killed=KILLED) == expected
+    assert run(PROCESSES, DEVICES, replicas=1, killed=KILLED) == expected
     print("A host was lost, and no token of the answer changed.")
 
 

@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,16 +27,11 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from distattn import KVCache, distributed
+from processes import launch, say
 from small_llama import CONFIG, decode, encode, make_weights, place, step
 
 PROMPT = "it was a dark and stormy night, and the rain fell in torrents, except at intervals."
 ANSWER, SAVED_EVERY = 24, 5  # tokens
-
-
-def say(*words: object) -> None:
-    """What the first process prints: they all know the same."""
-    if jax.process_index() == 0:
-        print(*words, flush=True)
 
 
 # ------------------------------------------------------------------------ what each process does
@@ -103,35 +96,14 @@ def run_process(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------ what the user starts
 
 
-def launch(
+def run(
     directory: str, processes: int, devices: int, at: int | None = None, by: str = "SIGKILL"
 ) -> tuple[int, str]:
-    """Runs the processes; the exit code, and the last line."""
-    command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes), "--timeout", "120"]
-    command += ["--devices-per-process", str(devices), "--", sys.executable, __file__]
-    command += ["--directory", directory, "--signal", by]
+    """The exit code of so many processes, and the last that they said."""
+    program = [__file__, "--directory", directory, "--signal", by]
     if at is not None:
-        command += ["--at", str(at)]
-    # Programs this small are compiled longer than they run, and each process compiles its own.
-    quick = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | quick,
-    )
-    lines = [
-        line.removeprefix("[0] ") for line in done.stdout.splitlines() if line.startswith("[0] ")
-    ]
-    lines = [line for line in lines if line.startswith((" - ", "answer"))]
-    verdict = [
-        line for line in done.stderr.splitlines() if line.startswith("distattn launch: rank")
-    ]
-    print(*lines, *verdict, sep="\n")
-    if done.returncode not in (0, 137):
-        raise SystemExit(f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return done.returncode, lines[-1] if lines else ""
+        program += ["--at", str(at)]
+    return launch(processes, devices, program)
 
 
 def main() -> None:
@@ -146,15 +118,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as undisturbed, tempfile.TemporaryDirectory() as directory:
         print("1 process of 8 devices, undisturbed:")
-        _, expected = launch(undisturbed, 1, 8)
+        _, expected = run(undisturbed, 1, 8)
         print("4 processes of 2 devices, of which one is killed:")
-        code, _ = launch(directory, 4, 2, at=12)
+        code, _ = run(directory, 4, 2, at=12)
         assert code == 128 + signal.SIGKILL
         print("2 processes of 2 devices, of which one gets a SIGTERM:")
-        code, last = launch(directory, 2, 2, at=12, by="SIGTERM")
+        code, last = run(directory, 2, 2, at=12, by="SIGTERM")
         assert (code, "saved, and ends" in last) == (0, True)
         print("1 process of 3 devices:")
-        code, last = launch(directory, 1, 3)
+        code, last = run(directory, 1, 3)
         assert (code, last) == (0, expected)
     print("Killed, preempted and moved, it said what the undisturbed one said.")
 

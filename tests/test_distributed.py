@@ -17,7 +17,6 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +29,9 @@ import distattn.distributed
 from distattn import reference
 from distattn.distributed import meshes
 from distattn.distributed.health import describe, differences, ranks
+from tests.jobs import ROOT, launcher
 from tests.tolerance import assert_close
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 100  # of a job
 B, T, S, N, K, H, V = 2, 6, 29, 8, 2, 8, 6
 TOKENS = {1: (29,), 2: (21, 8), 3: (12, 0, 17), 4: (3, 0, 20, 6)}  # of each host, by their number
@@ -353,16 +352,8 @@ def run_rank() -> None:
 
 def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
     """The exit code of the launcher, what it printed, and when it ended; nothing is left behind."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distattn", "launch", "--timeout", str(LIMIT_S), *options]
-        + ["--", sys.executable, __file__, *job],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    program = ("--", sys.executable, __file__, *job)
+    process = launcher("--timeout", str(LIMIT_S), *options, *program)
     try:
         text, _ = process.communicate(timeout=LIMIT_S + 20)
     finally:

@@ -1,11 +1,9 @@
 """The launcher alone: what it starts, hears, blames and ends. The ranks do not use JAX."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
@@ -15,8 +13,8 @@ import pytest
 
 from distattn.cli import main
 from distattn.distributed import launched
+from tests.jobs import launcher
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 30
 # What every script starts with: who it is, and a way to leave a process behind.
 PROLOGUE = """
@@ -35,20 +33,6 @@ def script(code: str) -> list[str]:
 
 def launch(*options: str, code: str) -> int:
     return main(["launch", *options, *script(code)])
-
-
-def launcher(*options: str, code: str) -> subprocess.Popen:
-    """The launcher as a process of its own, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "distattn", "launch", *options, *script(code)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def pids(text: str) -> list[int]:
@@ -290,7 +274,7 @@ def test_the_ranks_get_a_notice_and_time_to_save():
     print("ready", flush=True)
     time.sleep(100)
     """
-    process = launcher("-n", "2", "--grace", "20", code=rank)
+    process = launcher("-n", "2", "--grace", "20", *script(rank))
     try:
         assert [process.stdout.readline()[4:] for _ in range(2)] == ["ready\n"] * 2
         began = time.monotonic()
@@ -315,7 +299,7 @@ def test_the_end_of_the_launcher_is_the_end_of_all(number, code):
     print("roll", os.environ["DISTATTN_ROLL_CALL"], flush=True)
     time.sleep(100)
     """
-    process = launcher("-n", "2", "--grace", "0.5", code=rank)
+    process = launcher("-n", "2", "--grace", "0.5", *script(rank))
     try:
         lines = [process.stdout.readline() for _ in range(6)]
         numbers, (roll, _) = pids("".join(lines)), re.findall(r"roll (.*)", "".join(lines))

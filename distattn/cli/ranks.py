@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 from distattn.cli import child
@@ -53,6 +53,27 @@ class Guard:
         """What it is to end or remove: see `child`."""
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
+
+    def spawn(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.Popen:
+        """A process in a session of its own, which ends when this one does, however that is."""
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", child.__file__, "rank", str(os.getpid()), *command],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            env=os.environ | variables,
+        )
+        self.tell(f"group {process.pid}")
+        return process
 
     def __exit__(
         self,
@@ -140,15 +161,13 @@ class Rank:
 
 def start(place: Launched, command: Sequence[str], log_dir: Path | None, guard: Guard) -> Rank:
     """Starts a rank."""
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", child.__file__, "rank", str(os.getpid()), *command],
+    process = guard.spawn(
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | place.variables(),
+        variables={"PYTHONUNBUFFERED": "1"} | place.variables(),
     )
-    guard.tell(f"group {process.pid}")
     log = None if log_dir is None else log_dir / f"rank-{place.process_id}.log"
     return Rank(place.process_id, process, log)
 

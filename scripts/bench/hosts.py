@@ -10,16 +10,13 @@ them when their parent ends, and a guard ends the rest.
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distattn.cli import child
 from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
 from distattn.distributed.health import ranks as ranks_text
 from distattn.distributed.launched import Launched
@@ -201,15 +198,9 @@ class Hosts:
 
     def _device(self, command: Sequence[str]) -> subprocess.Popen:
         """A switch or a wire: it reads commands, and ends when nobody is left to give any."""
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", child.__file__, "rank", str(os.getpid()), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        quiet = subprocess.DEVNULL
+        process = self._guard.spawn(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
         self._devices.append(process)
-        self._guard.tell(f"group {process.pid}")
         return process
 
     def _end(self) -> None:
