@@ -15,7 +15,7 @@ from jax import lax
 from distattn import planner
 from distattn._compat import all_gather_as_replicated, varying_axes
 from distattn.cost import Shape, Topology
-from distattn.schedule import Pairs, ScatterSchedule, Schedule, butterfly, halving, hierarchical
+from distattn.schedule import Pairs, ScatterSchedule, Schedule, halving, hierarchical
 from distattn.state import SoftmaxState, merge, merge_stacked, pack, rescale, unpack
 
 AxisName = str | tuple[str, ...]
@@ -85,7 +85,7 @@ def all_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if planner.choose_sum(x.size * x.dtype.itemsize, topology_of(axes)) == "psum":
         return lax.psum(x, axes)
     return _run(
-        hierarchical(tuple(axes_size((axis,)) for axis in axes)),
+        _butterfly(axes),
         x,
         axes,
         send=lambda x, pairs: lax.ppermute(x, axes, pairs),
@@ -168,8 +168,7 @@ def choose_all_reduce(state: SoftmaxState, axes: tuple[str, ...]) -> str:
 
 def topology_of(axes: tuple[str, ...]) -> Topology:
     """The axes of the `shard_map` around, on the devices of the default backend."""
-    sizes = tuple(axes_size((axis,)) for axis in axes)
-    return Topology(jax.default_backend(), sizes, jax.process_count())
+    return Topology(jax.default_backend(), _sizes(axes), jax.process_count())
 
 
 def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
@@ -232,11 +231,15 @@ def _named(name: str, state: SoftmaxState, axes: tuple[str, ...]) -> str | Sched
         raise ValueError(
             f"schedule is {name!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
         )
-    if name != "butterfly":
-        return name
-    if len(axes) == 1:
-        return butterfly(axes_size(axes))
-    return hierarchical(tuple(axes_size((axis,)) for axis in axes))
+    return _butterfly(axes) if name == "butterfly" else name
+
+
+def _butterfly(axes: tuple[str, ...]) -> Schedule:
+    return hierarchical(_sizes(axes))
+
+
+def _sizes(axes: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(axes_size((axis,)) for axis in axes)
 
 
 def _run(

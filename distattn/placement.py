@@ -119,10 +119,10 @@ def read_placement(
         value sharded differently; B or N that the devices do not divide.
     """
     mesh = _find_mesh(query, key, value, mesh)
-    said = _names("axis_name", axis_name)
-    query_said = () if query_axis_name == "auto" else _names("query_axis_name", query_axis_name)
-    batch = _names("batch_axis_name", batch_axis_name)
-    heads = _names("heads_axis_name", heads_axis_name)
+    said = as_axes("axis_name", axis_name)
+    query_said = () if query_axis_name == "auto" else as_axes("query_axis_name", query_axis_name)
+    batch = as_axes("batch_axis_name", batch_axis_name)
+    heads = as_axes("heads_axis_name", heads_axis_name)
     names = ("axis_name", "query_axis_name", "batch_axis_name", "heads_axis_name")
     all_said = dict(zip(names, (said, query_said, batch, heads), strict=True))
     if mesh is None:
@@ -225,7 +225,8 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> Axes:
     return tuple(name for name in mesh.axis_names if name not in taken)
 
 
-def _names(argument: str, axes: AxisNames) -> Axes:
+def as_axes(argument: str, axes: AxisNames) -> Axes:
+    """The axes that a caller names: one, several or none, as a tuple."""
     names = axes if isinstance(axes, tuple | list) else () if axes is None else (axes,)
     if not all(isinstance(name, str) for name in names):
         raise ValueError(

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from distattn.cache import storage
 from distattn.cache.edits import FREE
@@ -25,14 +24,6 @@ if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
 
 WINDOWS = 8  # what is on its way between devices at any time is this part of the new cache
-
-
-def counts_of(cache: "KVCache") -> np.ndarray:
-    """int32[B, D], the occupied slots of each row and device, as numbers that the host sees."""
-    mesh, counts = cache.layout.mesh, cache.counts
-    if mesh is not None and not counts.is_fully_addressable:
-        counts = jax.device_put(counts, NamedSharding(mesh, PartitionSpec()))
-    return np.asarray(counts)
 
 
 def counted(cache: "KVCache") -> "KVCache":
@@ -54,7 +45,7 @@ def with_slots(cache: "KVCache", slots: int) -> "KVCache":
     if slots > cache.capacity:
         return grown(cache, slots)
     if slots < cache.capacity:
-        over = np.maximum(counts_of(cache) - slots // cache.layout.devices, 0)
+        over = np.maximum(cache.layout.numbers(cache.counts) - slots // cache.layout.devices, 0)
         return shrunk(cache, slots, int(over.sum(axis=1).max()))
     return cache
 

@@ -60,8 +60,8 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
     if isinstance(self.positions, Tracer):
         raise ValueError("save was called under a trace of the cache; call it outside of jit")
     directory = Path(directory).absolute()
-    step = _agreed("KVCache.save", lambda: steps.begin(directory, step))
-    unfinished = directory / f"{step}{steps.UNFINISHED}"
+    number: int = _by_first("KVCache.save", lambda: steps.begin(directory, step))
+    unfinished = directory / f"{number}{steps.UNFINISHED}"
     _check_shared(unfinished)
     arrays = {name: getattr(self, name) for name in letters_of(self) if name != "counts"}
     with _checkpointer(orbax) as checkpointer:
@@ -70,11 +70,11 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
 
     def finish() -> None:
         write_manifest(unfinished, _description(self))
-        unfinished.rename(directory / str(step))
+        unfinished.rename(directory / str(number))
         sync(directory)
 
-    from_first("KVCache.save: all is written", finish, timeout_s=TIMEOUT_S)
-    return step
+    _by_first("KVCache.save: all is written", finish)
+    return number
 
 
 def restore(
@@ -121,7 +121,7 @@ def restore(
     check_replicas(replicas, layout)
     _check_processes(layout)
     directory = Path(directory).absolute()
-    step = _agreed("KVCache.restore", lambda: steps.choose(directory, step))
+    step = _by_first("KVCache.restore", lambda: steps.choose(directory, step))
     folder = directory / str(step)
     _check_shared(folder)
     saved = read_manifest(folder)
@@ -209,8 +209,8 @@ def _check_processes(layout: Layout) -> None:
         )
 
 
-def _agreed(name: str, work: Callable[[], int]) -> int:
-    """The number that the first process finds, in all of them."""
+def _by_first(name: str, work: Callable[[], Any]) -> Any:
+    """What the first process finds, in all of them."""
     return from_first(name, work, timeout_s=TIMEOUT_S)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,8 +121,7 @@ class KVCache:
                     "must be a multiple of them: choose another size, or shard over fewer axes"
                 )
         check_replicas(replicas, layout)
-        devices = layout.devices
-        slots = math.ceil(capacity / devices) * devices
+        slots = layout.rounded(capacity)
         lead, stack = ("", ()) if layers is None else ("L", (layers,))
         keys = (*stack, batch, slots, num_kv_heads)
         letters = {
@@ -151,7 +149,7 @@ class KVCache:
 
         return KVCache(
             **share(),
-            counts=filled("counts", (batch, devices), 0, jnp.int32),
+            counts=filled("counts", (batch, layout.devices), 0, jnp.int32),
             next_position=numbers(),
             appended=numbers(),
             placed=numbers(),

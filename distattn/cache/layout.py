@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._manual import manual
-from distattn.placement import Axes, AxisNames
+from distattn.placement import Axes, AxisNames, as_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -41,6 +42,10 @@ class Layout:
         """D, the devices over which the slots of a row are spread."""
         return self.size(self.slots)
 
+    def rounded(self, capacity: int) -> int:
+        """The slots of a row that hold so many tokens: a multiple of the devices."""
+        return math.ceil(capacity / self.devices) * self.devices
+
     def rank(self) -> jax.Array | int:
         """Which of the D devices' shares this is; to be called in the body of `run`."""
         if not self.slots:
@@ -53,6 +58,12 @@ class Layout:
         if not self.slots:
             return x[:, None]
         return lax.all_gather(x, self.slots, axis=1)
+
+    def numbers(self, x: jax.Array) -> np.ndarray:
+        """An array of the cache, whole, as numbers that the host sees; to be called outside of `run`."""
+        if self.mesh is not None and not x.is_fully_addressable:
+            x = jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
+        return np.asarray(x)
 
     def free_axes(self) -> Axes:
         """The axes that no shard_map around has taken; those that the cache does not name hold copies."""
@@ -154,9 +165,9 @@ def make_layout(
       Layout.
     """
     named = {
-        "axis_name": _names(axis_name),
-        "batch_axis_name": _names(batch_axis_name),
-        "heads_axis_name": _names(heads_axis_name),
+        "axis_name": as_axes("axis_name", axis_name),
+        "batch_axis_name": as_axes("batch_axis_name", batch_axis_name),
+        "heads_axis_name": as_axes("heads_axis_name", heads_axis_name),
     }
     if mesh is None:
         first = next(((name, axes) for name, axes in named.items() if axes), None)
@@ -190,7 +201,3 @@ def make_layout(
         tuple(axis for axis in mesh.axis_names if axis in axes) for axes in named.values()
     )
     return Layout(mesh, slots, batch, heads)
-
-
-def _names(axes: AxisNames) -> Axes:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from distattn.cache.capacity import counted, counts_of, with_slots
+from distattn.cache.capacity import counted, with_slots
 from distattn.cache.layout import Layout, letters_of, make_layout
 from distattn.cache.replicas import check_replicas, with_replica
 from distattn.placement import AxisNames
@@ -153,7 +153,7 @@ def moved(cache: "KVCache", layout: Layout) -> "KVCache":
 
 
 def _check_fit(cache: "KVCache", slots: int) -> None:
-    counts = counts_of(cache)
+    counts = cache.layout.numbers(cache.counts)
     held = counts.sum(axis=1)
     if held.max() <= slots:
         return

@@ -6,7 +6,6 @@ copy anew.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from distattn.cache.capacity import counted, with_slots
@@ -22,10 +21,8 @@ from distattn.cache.edits import FREE
 from distattn.cache.layout import Layout, letters_of
 from distattn.cache.moving import context_of
 from distattn.cache.replicas import (
-    arrays_of,
     check_replicas,
     replica_letters,
-    replica_of,
     replicas_fit,
     wards_of,
     with_replica,
@@ -75,23 +72,23 @@ def recover(
     if replicas is None:
         replicas = self.replicas if replicas_fit(layout) else 1
     check_replicas(replicas, layout)
-    slots = math.ceil(self.capacity / layout.devices) * layout.devices
+    letters, shared = letters_of(self), replica_letters(self)
     with context_of(layout):
-        cache, holder = _carried(self, layout)
-        was = np.asarray(_everywhere(layout, _carry(self.counts, layout, "B.")))
+        arrays = {name: _carry(getattr(self, name), layout, x) for name, x in letters.items()}
+        was = layout.numbers(arrays.pop("counts"))  # of the old devices
         if any(promoted):
-            letters = replica_letters(cache)
-            arrays = layout.run(
+            copies = (_carry(getattr(self.replica, name), layout, x) for name, x in shared.items())
+            joined = layout.run(
                 _promote,
-                tuple(letters.values()) * 2,
-                tuple(letters.values()),
-                *(*arrays_of(cache, letters), *arrays_of(holder, letters)),
-                static=(tuple(letters.items()), promoted),
+                tuple(shared.values()) * 2,
+                tuple(shared.values()),
+                *(*(arrays[name] for name in shared), *copies),
+                static=(tuple(shared.items()), promoted),
             )
-            cache = dataclasses.replace(cache, **dict(zip(letters, arrays, strict=True)))
-        cache = counted(cache)
+            arrays |= zip(shared, joined, strict=True)
+        cache = counted(dataclasses.replace(self, **arrays, layout=layout, replica=None))
         gone = _lost_positions(cache, was[:, lost].sum(axis=1), expected)
-        cache = with_slots(cache, slots)
+        cache = with_slots(cache, layout.rounded(self.capacity))
         return with_replica(cache, replicas), gone
 
 
@@ -137,37 +134,15 @@ def _fate(cache: "KVCache", own: list[int]) -> tuple[tuple[bool, ...], list[int]
     return promoted, sorted(gone - {wards[share] for share in own})
 
 
-def _carried(cache: "KVCache", layout: Layout) -> tuple["KVCache", object]:
-    """The arrays of the devices that are left, as they are, as those of a cache there; and its copies."""
-    letters = letters_of(cache)
-    arrays = {
-        name: _carry(getattr(cache, name), layout, own)
-        for name, own in letters.items()
-        if name != "counts"
-    }
-    holder = cache.replica
-    if holder is not None:
-        letters = replica_letters(cache)
-        copies = {name: _carry(getattr(holder, name), layout, own) for name, own in letters.items()}
-        holder = replica_of(copies)
-    return dataclasses.replace(cache, **arrays, layout=layout, replica=None), holder
-
-
 def _carry(x: jax.Array, layout: Layout, letters: str) -> jax.Array:
+    """What the devices that are left have of an array, as an array on these alone."""
     sharding = layout.sharding(letters)
     data = {shard.device: shard.data for shard in x.addressable_shards}
     # The addressable devices may hold copies, and each of them has its own.
     parts = [data[device] for device in sharding.addressable_devices]
-    spread = zip(parts[0].shape, sharding.spec, strict=True)
-    shape = [
-        n * layout.size(() if a is None else a if isinstance(a, tuple) else (a,)) for n, a in spread
-    ]
-    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
-
-
-def _everywhere(layout: Layout, x: jax.Array) -> jax.Array:
-    """The array with all of it on every device, where each process can read it."""
-    return jax.device_put(x, NamedSharding(layout.mesh, PartitionSpec()))
+    sizes = zip(letters, x.shape, parts[0].shape, strict=True)
+    shape = tuple(own * layout.devices if name == "S" else whole for name, whole, own in sizes)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _lost_positions(
@@ -176,9 +151,7 @@ def _lost_positions(
     """Of each row the positions that are lost, of which the numbers are known."""
     if not lost.any():
         return tuple(np.zeros(0, np.int32) for _ in lost)
-    tags, ends = (
-        np.asarray(_everywhere(cache.layout, x)) for x in (cache.positions, cache.next_position)
-    )
+    tags, ends = map(cache.layout.numbers, (cache.positions, cache.next_position))
     wanted = (
         [np.arange(end) for end in ends] if expected is None else list(map(np.asarray, expected))
     )

@@ -78,8 +78,11 @@ def wards_of(layout: Layout) -> tuple[int, ...]:
 
 def replicas_fit(layout: Layout) -> bool:
     """Whether each share can have a copy on another host."""
-    hosts = _hosts(layout)
-    return 2 * max(map(hosts.count, hosts)) <= len(hosts)
+    try:
+        wards_of(layout)
+    except ValueError:
+        return False
+    return True
 
 
 def _hosts(layout: Layout) -> list[frozenset[int]]:
@@ -103,7 +106,8 @@ def with_replica(cache: "KVCache", replicas: int) -> "KVCache":
     copies = replica_layout(cache.layout).run(
         _copy_of_ward, tuple(letters.values()), tuple(letters.values()), *arrays_of(cache, letters)
     )
-    return dataclasses.replace(cache, replica=replica_of(dict(zip(letters, copies, strict=True))))
+    arrays = dict.fromkeys(NAMES) | dict(zip(letters, copies, strict=True))
+    return dataclasses.replace(cache, replica=Replica(**arrays))
 
 
 def retagged(
@@ -126,11 +130,6 @@ def replica_letters(cache: "KVCache") -> dict[str, str]:
 def arrays_of(holder: "KVCache | Replica", names: dict[str, str]) -> list[jax.Array]:
     """The arrays of a cache, or of its copies, by name."""
     return [getattr(holder, name) for name in names]
-
-
-def replica_of(arrays: dict[str, jax.Array]) -> Replica:
-    """The arrays, by name, of which some may not be there."""
-    return Replica(**(dict.fromkeys(NAMES) | arrays))
 
 
 # What one device does, in `Layout.run`.

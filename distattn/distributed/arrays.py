@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn.distributed.health import TIMEOUT_S, describe, differences, fail_together, meet, ranks
-from distattn.placement import AxisNames
+from distattn.placement import AxisNames, as_axes
 
 EMPTY = -1  # the position of a slot that holds no key
 
@@ -72,7 +72,9 @@ def from_process_local(
       TimeoutError, RuntimeError: as `barrier`.
     """
     key, value, positions = map(_own, (key, value, positions))
-    spread, batch, heads = map(_axes, (axis_name, batch_axis_name, heads_axis_name))
+    spread = as_axes("axis_name", axis_name)
+    batch = as_axes("batch_axis_name", batch_axis_name)
+    heads = as_axes("heads_axis_name", heads_axis_name)
     spread = spread or tuple(a for a in mesh.axis_names if a not in batch + heads)
     specs = {
         "key": PartitionSpec(batch or None, spread, heads or None),
@@ -141,10 +143,6 @@ def _own(x: Any) -> np.ndarray:
         )
     x = np.asarray(x)
     return np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _axes(names: AxisNames) -> tuple[str, ...]:
-    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _without_tokens(x: np.ndarray) -> list[int | str]:

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -76,7 +75,6 @@ def all_or_none(mesh: Mesh) -> Iterator[None]:
         with multihost_utils.live_devices(devices) as alive:
             _check(mesh, alive)
             yield
-            jax.effects_barrier()
     except HostsLost:
         raise
     except Exception as error:
