@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
+from distattn.elementary import rounded
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +93,8 @@ def rescale(state: SoftmaxState, high: jax.Array) -> SoftmaxState:
     weight = softmax_weights(lax.stop_gradient(state.max), high)
     return SoftmaxState(
         max=lax.stop_gradient(high),
-        sum=weight * state.sum,
-        weighted_sum=weight[..., None] * state.weighted_sum,
+        sum=rounded(weight * state.sum),
+        weighted_sum=rounded(weight[..., None] * state.weighted_sum),
     )
 
 

@@ -83,7 +83,8 @@ def test_parts_merge_into_the_whole_in_any_order(row, cut, random):
     out, lse = distattn.finalize(merged)
     want_out, want_lse = exact(logits, values)
     assert_close(out[0], want_out, jnp.float32, 8)
-    assert_close(lse[0], want_lse, jnp.float32, 8)
+    # The unit is a maximum or a logarithm: near 0 the log-sum-exp is a sum of both that cancels.
+    assert_close(lse[0], want_lse, jnp.float32, 8, unit=1.0)
 
 
 @hypothesis.given(logits_and_values())
