@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import os
 
 import hypothesis
@@ -46,11 +47,18 @@ DEFAULT_VERSION_ALONE = {
     "test_generation.py",
     "test_language_model.py",
     "test_launch.py",
+    "test_reproducible_training.py",
     "test_streaming.py",
     "test_training.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version.
 ON_ALL_VERSIONS = {"test_a_healthy_job", "test_those_who_are_left_go_on"}
+
+
+def pytest_sessionstart() -> None:
+    """Looking for garbage among the modules and what JAX caches took a twentieth of the time, or more."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

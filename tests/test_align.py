@@ -87,11 +87,12 @@ def faulty(slots, rows, seed=0):
     return tuple(rng.integers(-4, slots, shape).astype(np.int32) for _ in range(2))
 
 
-@every_kind
 @every_count
 @pytest.mark.parametrize("rows", [1, BATCH])
-def test_each_value_comes_to_its_key(devices, kind, rows):
+def test_each_value_comes_to_its_key(devices, rows):
     slots = 480
+    # Each number of devices, and each form of the positions, on both kinds of axes.
+    kind = list(KINDS)[(DEVICES.index(devices) + (rows == 1)) % 2]
     share = slots // devices
     # So that the orders that send a share to one device take more than one round.
     assert devices == 1 or room_for_pair(share, devices) < share
@@ -206,9 +207,18 @@ def test_gradient_outside_jit(kind):
     np.testing.assert_array_equal(gradient, expected(weight, *positions[::-1])[0])
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("rows", [1, BATCH])
-@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("devices", "rows", "check_vma"),
+    [
+        (1, 1, True),
+        (1, BATCH, False),
+        (3, 1, False),
+        (3, BATCH, True),
+        (8, 1, True),
+        (8, BATCH, False),
+        (8, BATCH, True),
+    ],
+)
 def test_inside_a_shard_map(devices, rows, check_vma):
     slots = 240
     index = P("kv") if rows == 1 else P(None, "kv")

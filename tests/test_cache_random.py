@@ -283,7 +283,8 @@ def test_a_thousand_mixed_steps_compile_nothing():
         return rng.integers(low, high, shape, np.int32)
 
     def query(cache: KVCache, count: int) -> KVCache:
-        attend(cache, rng.normal(size=(B, count, N, H)).astype(np.float32), numbers(0, 9, B, count))
+        asked = rng.normal(size=(B, count, N, H)).astype(np.float32)
+        jax.block_until_ready(attend(cache, asked, numbers(0, 9, B, count)))
         return cache
 
     steps = [
@@ -312,8 +313,8 @@ def test_a_thousand_mixed_steps_compile_nothing():
         assert compilations, "a compilation is seen"
         compilations.clear()
         for step in rng.choice(len(steps), 1000):
-            cache = steps[step](cache)
-        jax.block_until_ready(cache)
+            # One at a time: the devices share threads, and programs under way can wait for each other.
+            cache = jax.block_until_ready(steps[step](cache))
         assert compilations == []
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

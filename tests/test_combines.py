@@ -45,7 +45,8 @@ def on(mesh, combine):
 
 
 # 24 keys on 5 and 7 devices, 6 rows on 4, 5, 7 and 8: padded inside. What is made of XLA's own collectives,
-# or goes round, does not care for powers of two, and is spared some of the numbers in between.
+# or goes round, does not care for powers of two, and is spared some of the numbers in between. Each number
+# has one kind of axes, each combine both.
 @pytest.mark.parametrize(
     ("devices", "combine"),
     [
@@ -56,21 +57,18 @@ def on(mesh, combine):
     ],
 )
 def test_devices(devices, combine):
-    mesh = mesh_of(devices, "auto")
-    case = with_heads_for(CASES["everything"], combine, devices)
-    check(case, on(mesh, combine), what=f"{combine} on {devices}")
-
-
-@pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("devices", [3, 8])
-def test_devices_explicit(devices, combine):
-    mesh = mesh_of(devices, "explicit")
+    kind = "explicit" if devices in (3, 8) else "auto"
+    mesh = mesh_of(devices, kind)
     case = with_heads_for(CASES["everything"], combine, devices)
     with jax.set_mesh(mesh):
-        check(case, on(mesh, combine), what=f"{combine} on {devices} explicit")
+        check(case, on(mesh, combine), what=f"{combine} on {devices} {kind}")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "everything"])
+# What differs in the options alone is the same to the devices: tests/test_attention.py has all of it.
+OPTIONS_ALONE = ("causal_top_left", "window_left", "window_right", "bias_scalar_cap")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in (*OPTIONS_ALONE, "everything")])
 def test_cases(name):
     combine = COMBINES[list(CASES).index(name) % len(COMBINES)]
     kind = list(KINDS)[list(CASES).index(name) % 2]
@@ -124,7 +122,7 @@ def drawn(seed):
     return with_heads_for(case, combine, devices), devices, combine
 
 
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(10))
 def test_arguments_in_any_combination(seed):
     case, devices, combine = drawn(seed)
     check(case, on(mesh_of(devices, "auto"), combine), what=f"{case} {devices} {combine}")
@@ -179,7 +177,7 @@ def test_replicas_are_equal_bit_for_bit(devices):
             np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("devices", [1, 3, 6, 8])
 def test_reduce_scatter_gives_each_device_its_part(devices):
     mesh = mesh_of(devices, "auto")
     rng = np.random.default_rng(0)
@@ -201,6 +199,8 @@ def test_reduce_scatter_gives_each_device_its_part(devices):
     run = jax.shard_map(
         body, mesh=mesh, in_specs=(P(), P(None, "kv")), out_specs=specs, check_vma=False
     )
-    whole = distattn.finalize(distattn.partial_attention(query, key, key))[0]
+    whole = jax.jit(lambda *x: distattn.finalize(distattn.partial_attention(*x))[0])(
+        query, key, key
+    )
     for form, out in zip(forms, jax.jit(run)(query, key), strict=True):
         assert_close(out, whole, jnp.float32, key.shape[1], what=str(form))

@@ -50,8 +50,12 @@ def mesh(request):
         yield mesh
 
 
+dense = jax.jit(attention(None, "dense"))
+dense_grads = jax.jit(grads_of(attention(None, "dense")))
+
+
 def exact():
-    return grads_of(attention(None, "dense"))(*arrays())
+    return dense_grads(*arrays())
 
 
 def test_grad_of_jit_and_jit_of_grad(mesh):
@@ -67,8 +71,8 @@ def test_vmap_and_its_gradient(mesh):
     grads = jax.jit(jax.vmap(grads_of(f)))(*stacked)
     for i in range(3):
         one = [x[i] for x in stacked]
-        close(got[i], attention(None, "dense")(*one), "vmap")
-        close([g[i] for g in grads], grads_of(attention(None, "dense"))(*one), "vmap of grad")
+        close(got[i], dense(*one), "vmap")
+        close([g[i] for g in grads], dense_grads(*one), "vmap of grad")
 
 
 def test_vmap_over_the_query_alone(mesh):
@@ -76,7 +80,7 @@ def test_vmap_over_the_query_alone(mesh):
     queries = jnp.stack([query, -query])
     got = jax.jit(jax.vmap(attention(mesh), in_axes=(0, None, None)))(queries, key, value)
     for x, y in zip(got, queries, strict=True):
-        close(x, attention(None, "dense")(y, key, value), "vmap over queries")
+        close(x, dense(y, key, value), "vmap over queries")
 
 
 def test_scan_over_layers_with_remat(mesh):
