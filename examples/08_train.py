@@ -12,10 +12,13 @@ What one learns:
    another shape and trained to the end. The losses are those of the run that was not interrupted.
 5. A job of several processes that may die: `--save-every` saves as it goes, and on SIGTERM, and `--resume`
    goes on, curve and all, from the last checkpoint, on as many processes and devices as there are then.
+6. Bits that do not depend on the mesh: `--reproducible`. `order_free.py` says what that takes besides
+   attention. Then what was resumed on another mesh is not close to the run that was not, but equal to it.
 
     python examples/08_train.py
     python examples/08_train.py --length 512 --steps 20 --combine gather_kv --compare
     python examples/08_train.py --length 2048 --mesh 2x2x2 --combine auto --resume-mesh 1x4
+    python examples/08_train.py --length 2048 --reproducible --resume-mesh 1x1
     distattn launch -n 4 --devices-per-process 2 -- \
         python examples/08_train.py --mesh 2x4 --out runs/job --save-every 2
     distattn launch -n 2 --devices-per-process 2 -- \
@@ -72,7 +75,7 @@ def one_device(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array)
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
-def many_devices(mesh: Mesh, combine: str) -> Attention:
+def many_devices(mesh: Mesh, combine: str, reproducible: bool = False) -> Attention:
     """Attention over a sequence that is split over the mesh, in the order that positions tell."""
 
     def attend(*arrays: jax.Array) -> jax.Array:
@@ -88,6 +91,7 @@ def many_devices(mesh: Mesh, combine: str) -> Attention:
             axis_name=sequence_axes(mesh),
             query_axis_name=sequence_axes(mesh),
             combine=combine,
+            reproducible=reproducible,
         )
 
     return attend
@@ -108,7 +112,12 @@ class Trainer:
 
     @classmethod
     def compile(
-        cls, job: Job, mesh: Mesh | None = None, layout: str = "contiguous", combine: str = "auto"
+        cls,
+        job: Job,
+        mesh: Mesh | None = None,
+        layout: str = "contiguous",
+        combine: str = "auto",
+        compiler_options: dict | None = None,
     ) -> "Trainer":
         """Compiles for the mesh; without one for one device, with dense attention, in order."""
         if mesh is None:
@@ -116,7 +125,8 @@ class Trainer:
             whole = split = by_slot = SingleDeviceSharding(jax.devices()[0])
         else:
             axes = sequence_axes(mesh)
-            attend, shards = many_devices(mesh, combine), math.prod(mesh.shape[a] for a in axes)
+            attend = many_devices(mesh, combine, job.config.reproducible)
+            shards = math.prod(mesh.shape[a] for a in axes)
             specs = (PartitionSpec(), PartitionSpec("data", axes), PartitionSpec(axes))
             whole, split, by_slot = (NamedSharding(mesh, spec) for spec in specs)
         batch_sharding = {"tokens": split, "labels": split, "positions": by_slot}
@@ -133,7 +143,7 @@ class Trainer:
         )
         step = jax.jit(train_step(graphdef, attend), donate_argnums=0, out_shardings=whole)
         order = LAYOUTS[layout](job.length, shards)
-        program = step.lower(state_like, batch_like).compile()
+        program = step.lower(state_like, batch_like).compile(compiler_options)
         return cls(job, order, state_like, batch_sharding, program)
 
     def start(self) -> nnx.State:
@@ -280,6 +290,8 @@ def train_twice(options: argparse.Namespace, job: Job) -> None:
     _, tail = other.train(state, range(half, job.steps))
     curves[f"resumed on {there} devices"] = (range(half, job.steps), tail)
     apart = {"resumed from uninterrupted": difference(tail, losses[half:])}
+    if job.config.reproducible:
+        assert tail == losses[half:]
 
     if options.compare:
         say("the same on one device, with jax.nn.dot_product_attention")
@@ -301,7 +313,8 @@ def main(arguments: list[str] | None = None) -> None:
         fake_devices(max(math.prod(options.mesh), math.prod(others)))
     elif not options.as_job:
         raise ValueError("several processes only train; pass --save-every N and --out DIRECTORY")
-    config = Config(dim=options.dim, layers=options.layers, remat=options.remat)
+    model = {name: getattr(options, name) for name in ("dim", "layers", "remat", "reproducible")}
+    config = Config(**model)
     job = Job(config, options.batch, options.length, options.steps, options.lr, options.seed)
     (train_on if options.as_job else train_twice)(options, job)
 

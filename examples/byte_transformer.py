@@ -17,6 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+import order_free
+
 BYTES = 256
 SMALL = nnx.initializers.normal(0.02)  # so that at first a byte's embedding outweighs what is added
 TEXT = np.frombuffer("\n\n".join(pydoc_data.topics.topics.values()).encode(), np.uint8)
@@ -34,12 +36,47 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     remat: bool = False  # a block's activations are computed again in the backward pass
+    reproducible: bool = False  # the same bits on any number of devices, if attention gives them
+
+    @property
+    def parts(self) -> "Parts":
+        """What belongs to the model."""
+        return ORDER_FREE if self.reproducible else USUAL
 
 
 # ------------------------------------------------------------------------ the model
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+def turn(
+    first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The point (first, second), turned by an angle."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """In nats a byte, from logits and labels [B, T, 256]."""
+    return optax.softmax_cross_entropy(logits, labels).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the model is made of, besides attention."""
+
+    dot_general: Callable = jax.lax.dot_general
+    RMSNorm: type[nnx.RMSNorm] = nnx.RMSNorm
+    silu: Callable = nnx.silu
+    turn: Callable = turn
+    mean_loss: Callable = mean_cross_entropy
+
+
+USUAL = Parts()
+ORDER_FREE = Parts(
+    **{part.name: getattr(order_free, part.name) for part in dataclasses.fields(Parts)}
+)
+
+
+def rotate(x: jax.Array, positions: jax.Array, turn: Callable) -> jax.Array:
     """Rotary position embedding: pairs of features turn by angles that go with the position.
 
     The product of a query and a key then depends on the distance of their positions. Positions are
@@ -49,24 +86,26 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None]  # [T, 1, H/2]
     cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate(turn(*jnp.split(x, 2, axis=-1), cos, sin), axis=-1)
 
 
 class Block(nnx.Module):
     """Attention with grouped heads, then SwiGLU, each behind an RMSNorm and added to the stream."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.parts = parts = config.parts
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dot_general=parts.dot_general, rngs=rngs
+        )
         small = functools.partial(linear, kernel_init=SMALL)
         self.width = config.dim // config.heads
         hidden = 3 * config.dim
-        self.attention_norm = nnx.RMSNorm(config.dim, rngs=rngs)
+        self.attention_norm = parts.RMSNorm(config.dim, rngs=rngs)
         self.query = linear(config.dim, config.heads * self.width)
         self.key = linear(config.dim, config.kv_heads * self.width)
         self.value = linear(config.dim, config.kv_heads * self.width)
         self.attention_out = small(config.heads * self.width, config.dim)
-        self.mlp_norm = nnx.RMSNorm(config.dim, rngs=rngs)
+        self.mlp_norm = parts.RMSNorm(config.dim, rngs=rngs)
         self.gate = linear(config.dim, hidden)
         self.up = linear(config.dim, hidden)
         self.down = small(hidden, config.dim)
@@ -78,12 +117,12 @@ class Block(nnx.Module):
             project(y).reshape(*y.shape[:2], -1, self.width)
             for project in (self.query, self.key, self.value)
         )
-        query, key = rotate(query, positions), rotate(key, positions)
+        query, key = (rotate(y, positions, self.parts.turn) for y in (query, key))
         with jax.named_scope("attention"):  # the compiled program tells by it what moves for whom
             y = attend(query, key, value, positions)
         x = x + self.attention_out(y.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(nnx.silu(self.gate(y)) * self.up(y))
+        return x + self.down(self.parts.silu(self.gate(y)) * self.up(y))
 
 
 class Transformer(nnx.Module):
@@ -91,10 +130,13 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         self.remat = config.remat
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.parts = parts = config.parts
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dot_general=parts.dot_general, rngs=rngs
+        )
         self.embedding = linear(BYTES, config.dim, kernel_init=nnx.initializers.normal(1.0))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.dim, rngs=rngs)
+        self.norm = parts.RMSNorm(config.dim, rngs=rngs)
         self.logits = linear(config.dim, BYTES, kernel_init=SMALL)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attention) -> jax.Array:
@@ -167,7 +209,7 @@ class Job:
 def mean_loss(model: Transformer, batch: Batch, attend: Attention) -> jax.Array:
     """Mean cross-entropy in nats a byte: a sum over slots, so it needs no order."""
     logits = model(batch["tokens"], batch["positions"], attend)
-    return optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["labels"], BYTES)).mean()
+    return model.parts.mean_loss(logits, jax.nn.one_hot(batch["labels"], BYTES))
 
 
 def train_step(graphdef: nnx.GraphDef, attend: Attention) -> Callable:

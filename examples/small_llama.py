@@ -18,6 +18,7 @@ CONFIG = smollm2.Config(
     rope_base=1e4,
     norm_epsilon=1e-5,
     max_context=512,
+    vocabulary=len(LETTERS),
     end_token=-1,
 )
 

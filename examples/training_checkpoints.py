@@ -83,7 +83,7 @@ def _settings(job: Job) -> dict[str, Any]:
     """What the losses depend on, but for rounding."""
     settings = dataclasses.asdict(job)
     settings |= settings.pop("config")
-    del settings["remat"]
+    del settings["remat"], settings["reproducible"]
     return settings
 
 

@@ -1,11 +1,13 @@
 """The command line of a training run."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 
 from byte_transformer import Config, Job
 from distattn import layouts
+from order_free import BLOCK
 
 LAYOUTS = {name: getattr(layouts, name) for name in ("contiguous", "zigzag", "striped")}
 
@@ -23,6 +25,22 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
 def name_of(mesh: tuple[int, ...]) -> str:
     """2 x 4, say."""
     return " x ".join(map(str, mesh))
+
+
+def check_blocks(parser: argparse.ArgumentParser, options: argparse.Namespace, shards: int) -> None:
+    """That the layout moves whole blocks of bytes: what is in a block must not depend on the devices."""
+    chunks = {"contiguous": shards, "zigzag": 2 * shards}.get(options.layout)
+    if chunks is None:
+        parser.error(
+            f"--layout {options.layout} leaves no {BLOCK} bytes together, as --reproducible needs; "
+            "pass --layout zigzag or contiguous"
+        )
+    if options.length % (chunks * BLOCK):
+        parser.error(
+            f"--length {options.length} is not {chunks} chunks of whole blocks of {BLOCK} bytes, as "
+            f"--reproducible needs in {options.layout} over {shards} devices; pass a multiple of "
+            f"{chunks * BLOCK}"
+        )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,6 +61,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dim", type=int, default=Config.dim, help="width of the model: 4 heads, 2 key/value heads"
     )
     add("--layers", type=int, default=Config.layers, help="blocks of the model")
+    add(
+        "--reproducible",
+        action="store_true",
+        help=f"the same bits on any mesh, of whose devices each has whole blocks of {BLOCK} bytes",
+    )
     add("--remat", action="store_true", help="compute activations again in the backward pass")
     add("--lr", type=float, default=Job.lr, help="the highest learning rate")
     add("--seed", type=int, default=Job.seed, help="of weights and batches")
@@ -70,6 +93,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 f"--batch {options.batch} does not split over the {sizes[0]} devices of 'data'; "
                 "pass a multiple, or a mesh with fewer of them"
             )
+        if options.reproducible:
+            check_blocks(parser, options, math.prod(sizes[1:]))
     if options.out is None:
         options.out = Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if not options.resume and options.out.exists() and any(options.out.iterdir()):
