@@ -431,6 +431,15 @@ def test_the_command_streams_and_tells_answers_apart(capsys, tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_reproducible_answer_is_no_other(capsys):
+    ask = [*SHORT, "--prompt", "to be or not to be", *WARM, "7"]
+    assert main(ask) == 0
+    ordinary = capsys.readouterr().out
+    assert main([*ask, "--reproducible"]) == 0
+    assert capsys.readouterr().out == ordinary
+
+
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -473,7 +482,7 @@ def test_the_command_says_what_to_install(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("installed")
 def test_an_interrupted_command_says_so(monkeypatch, capsys):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(smollm2, "place", interrupt)

@@ -12,12 +12,14 @@ from jax.sharding import AxisType
 
 from distattn import KVCache
 from distattn.integrations import smollm2
+from distattn.integrations.plain import Plain
 from distattn.testing import collective_bytes, collectives
+from tests.cases import FULLY_OPTIMIZED
 from tiny_model import ALPHABET, tiny_model
 from tolerance import assert_close
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PROMPT, TOKENS, SLOTS = 27, 9, 48
+PROMPT, TOKENS, SLOTS, PIECE = 27, 9, 48, 8
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,52 @@ def test_a_decode_step_moves_states_and_activations_alone(demo, model, many):
     assert collective_bytes(many.hlo)["all-gather"] == (40 + 24) * 4  # qkv, attention_out
     gathered = demo.gather_hlo(many.cache)
     assert collective_bytes(gathered) == {"all-gather": 2 * SLOTS * 8 * 4}  # K and V
+
+
+def logits_of_steps(model, devices, *, reproducible=True):
+    """Of a prompt read in pieces and of the likeliest tokens after it, keys on random devices."""
+    config, weights, _ = model
+    kind, count = (AxisType.Auto,), devices or 1
+    mesh = devices and jax.make_mesh((count,), ("kv",), kind, devices=jax.devices()[:count])
+    placed = smollm2.place(weights, mesh, reproducible=reproducible)
+    cache = smollm2.new_cache(config, 1, SLOTS, mesh=mesh)
+    slots = np.repeat(np.arange(count), cache.capacity // count)
+    owners = np.random.default_rng(count).permutation(slots).astype(np.int32)
+    step = jax.jit(
+        functools.partial(smollm2.forward, config=config, mesh=mesh, reproducible=reproducible),
+        compiler_options=FULLY_OPTIMIZED,
+    )
+    tokens, logits = prompt(), []
+    while len(tokens) < PROMPT + TOKENS:
+        read = int(cache.next_position[0])
+        new = tokens[read : read + PIECE]
+        fed, length = np.zeros((1, PIECE), np.int32), np.array([len(new)], np.int32)
+        fed[0, : len(new)] = new
+        owner = owners[None, read : read + PIECE]
+        found, cache = step(placed, cache, fed, lengths=length, owner=owner)
+        logits.append(np.asarray(found)[0, 0])
+        if read + len(new) == len(tokens):
+            tokens.append(int(logits[-1].argmax()))
+    return np.stack(logits)
+
+
+@pytest.fixture(scope="module")
+def exact(model):
+    return logits_of_steps(model, None)
+
+
+@pytest.mark.parametrize(
+    "devices", [3, 5, 8]
+)  # 5 divides no dimension of the weights, and no block
+def test_reproducible_logits_are_the_same_bit_for_bit(model, exact, devices):
+    assert logits_of_steps(model, devices).tobytes() == exact.tobytes()
+
+
+def test_ordinary_logits_are_the_same_but_for_rounding(model, exact):
+    one, eight = (logits_of_steps(model, devices, reproducible=False) for devices in (None, 8))
+    assert one.tobytes() != eight.tobytes()
+    for logits in (one, eight):  # two layers of three sums each, and the logits' own
+        assert_close(logits, exact, np.float32, SLOTS, factor=7, what="logits")
 
 
 @pytest.fixture
@@ -219,7 +267,7 @@ def test_rope_turns_the_pairs_of_the_file(tmp_path):
         "tnh,skh->nts", turned(tensors["blk.0.attn_q"]), turned(tensors["blk.0.attn_k"])
     )
     qk = (x @ weights["layers"]["qkv"][0, :24].T).reshape(2, 3, 8)
-    qk = np.asarray(smollm2.rope(qk[None], positions[None], 1e4)[0])
+    qk = np.asarray(Plain(None).turn(qk[None], positions[None], 1e4, 64)[0])
     scores = np.einsum("tnh,skh->nts", qk[:, :2], qk[:, 2:])
     # The angles, up to 11, are rounded to float32 too.
     assert_close(scores, expected, np.float32, 16, factor=11, what="scores")

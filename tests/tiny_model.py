@@ -23,6 +23,7 @@ def tiny_model():
         rope_base=1e4,
         norm_epsilon=1e-5,
         max_context=512,
+        vocabulary=len(ALPHABET),
         end_token=0,
     )
     random = np.random.default_rng(0)

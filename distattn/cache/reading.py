@@ -14,6 +14,7 @@ from distattn.checks import Window
 from distattn.movement import QUERY_SHARDED, Combine, check_combine, choose_movement
 from distattn.operands import check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames, Placement, read_placement
+from distattn.units import units_of
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -77,7 +78,10 @@ def attend(
         the query where that is possible, else replicated.
       combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`, for a query sharded along T
         over the cache's axes 'reduce_scatter'. 'gather_kv' would gather the cache, and is refused.
-      reproducible: not built.
+      reproducible: the same bits wherever tokens lie, in whatever order they came, on any number of
+        devices; as in `dot_product_attention`, but the block is a single key, since slots fill up one by
+        one. So each key is brought into fixed point alone: four times as long for one query, eleven for
+        eight. Of the capacity bits depend on which of 486, 7782 and 124518 it is above, and on no more.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_residual also lse f32[B, T, N]. A row without keys
@@ -89,7 +93,7 @@ def attend(
     """
     self.layout.check_outside()
     implementation = check_implementation(implementation)
-    check_combine(combine, reproducible)
+    check_combine(combine)
     if combine in QUERY_SHARDED and combine != "reduce_scatter":
         raise ValueError(
             f"combine={combine!r} moves keys and values, and a cache stays where it is; use 'auto', "
@@ -133,9 +137,9 @@ def attend(
     if combine == "auto" and along and placement.size(placement.key) > 1:
         combine = "reduce_scatter"
     placement, movement = choose_movement(placement, operands, combine, query_axis_name)
-    call = Call(
-        make_scoring(query, scale, logits_soft_cap, precision), implementation, placement, movement
-    )
+    scoring = make_scoring(query, scale, logits_soft_cap, precision)
+    units = units_of(operands, implementation, keys=1) if reproducible else None
+    call = Call(scoring, implementation, placement, movement, units)
     out, lse = attend_across(call, operands)
     return (out, lse) if return_residual else out
 

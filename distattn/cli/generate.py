@@ -91,6 +91,11 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
         default="float32",
         help="of keys and values at rest (default %(default)s)",
     )
+    argument(
+        "--reproducible",
+        action="store_true",
+        help="the same bits on any number of devices, which may be any then, in up to twice the time",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -112,7 +117,7 @@ def _run(options: argparse.Namespace) -> None:
     if len(devices) > 1:
         mesh = jax.make_mesh((len(devices),), ("kv",), axis_types=(AxisType.Auto,))
     try:
-        weights = smollm2.place(weights, mesh)
+        weights = smollm2.place(weights, mesh, reproducible=options.reproducible)
     except ValueError as error:
         raise CommandError(f"--devices: {error}") from None
     rows = min(options.rows, len(requests))
@@ -123,7 +128,9 @@ def _run(options: argparse.Namespace) -> None:
             f"--capacity {options.capacity} is too small: the longest prompt and its answer need "
             f"{needed} slots"
         )
-    forward = functools.partial(smollm2.forward, config=config, mesh=mesh)
+    forward = functools.partial(
+        smollm2.forward, config=config, mesh=mesh, reproducible=options.reproducible
+    )
     began = time.perf_counter()
     completions = generate(
         weights,

