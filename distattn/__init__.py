@@ -14,6 +14,7 @@ from distattn.schedule import ScatterSchedule, Schedule
 from distattn.sharded import dot_product_attention
 from distattn.state import SoftmaxState, finalize, from_lse, identity, merge
 from distattn.streaming import PairJoin
+from distattn.totals import reproducible_sum
 
 __version__ = "0.1.0"
 
@@ -33,5 +34,6 @@ __all__ = [
     "merge",
     "partial_attention",
     "reduce_scatter",
+    "reproducible_sum",
     "sharded_attention",
 ]

@@ -16,14 +16,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
+from distattn.axes import axes_size
 from distattn.call import Call
-from distattn.collectives import all_reduce, all_sum, reduce_scatter
-from distattn.local import fold_gradients, local_fold, refuse_second_derivative
+from distattn.collectives import all_reduce, reduce_scatter
+from distattn.completion import (
+    finish,
+    finish_over,
+    heads_summed,
+    numbers,
+    row_cotangents,
+    rows_again,
+    sink_gradient,
+    sum_over,
+)
+from distattn.local import local_fold, local_gradients, refuse_second_derivative
+from distattn.monoid import monoid_of
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
-from distattn.state import SoftmaxState, finalize, softmax_weights, state_dtype
+from distattn.state import state_dtype
 from distattn.ulysses import by_heads, heads_to_rows
 
 
@@ -35,8 +47,8 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
     if call.movement.heads:
         operands = plain(operands)  # what moves is one layer, as numbers
-    if operands.key.shape[-2] > 1 or call.movement.heads:  # one head may lie on all devices
-        operands = with_repeated_heads(operands, call.placement.size(call.head_axes))
+    if operands.key.shape[-2] > 1:  # one head may lie on all devices
+        operands = _for_head_shards(call, operands)
     operands = _padded(call, operands)
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.implementation == "dense":
@@ -52,13 +64,26 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     return _laid_out_as(query, out), _laid_out_as(query, lse)
 
 
+def _for_head_shards(call: Call, operands: Operands) -> Operands:
+    """Key/value heads repeated where the devices that shard heads do not divide them."""
+    repeated = with_repeated_heads(operands, call.placement.size(call.placement.heads))
+    if call.units is not None and repeated is not operands:
+        raise NotImplementedError(
+            f"reproducible=True with K={operands.key.shape[-2]} key/value heads over the "
+            f"{call.placement.size(call.placement.heads)} devices of {call.placement.heads} is not built: "
+            "the devices must divide K; shard fewer heads, or pass reproducible=False"
+        )
+    return repeated
+
+
 def _padded(call: Call, operands: Operands) -> Operands:
-    """T and S brought to multiples of the devices, with empty rows and empty slots."""
-    mask, placement = operands.mask, call.placement
+    """T and S brought to multiples of the devices and their blocks, with empty rows and empty slots."""
+    mask, placement, units = operands.mask, call.placement, call.units
     rows, keys = operands.query.shape[1], operands.key.shape[-3]
+    row_block, key_block = (1, 1) if units is None else (units.rows, units.keys)
     more = {
-        "T": -rows % placement.size(placement.query),
-        "S": -keys % placement.size(placement.key),
+        "T": -rows % (placement.size(placement.query) * row_block),
+        "S": -keys % (placement.size(placement.key) * key_block),
     }
     if not any(more.values()):
         return operands
@@ -69,8 +94,9 @@ def _padded(call: Call, operands: Operands) -> Operands:
 
     def pad(name: str, x: jax.Array) -> jax.Array:
         letters = letters_of(name, x)
-        if any(more.get(letter) for letter in letters):
-            x = call.uncut(x, letters)  # and so its gradient, which is cut again
+        if not any(more.get(letter) for letter in letters):
+            return x
+        x = call.uncut(x, letters)  # and so its gradient, which is cut again
         sizes = {"T": rows, "S": keys}
         widths = [
             (0, more[letter] if size == sizes.get(letter) else 0) if letter in more else (0, 0)
@@ -149,16 +175,11 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     operands = Operands(*fields)
     query, sinks = operands.query, operands.sinks
     d_out, d_lse = cotangents
-    dtype = lse.dtype
-    # A row that attends to nothing is a constant: whatever comes back for it goes nowhere.
-    dead = lse == -jnp.inf
-    d_sum = d_lse - (d_out.astype(dtype) * out.astype(dtype)).sum(axis=-1)
-    d_sum = jnp.where(dead, 0.0, d_sum)
-    d_out = jnp.where(dead[..., None], 0.0, d_out)
+    exact = call.units is not None
+    d_out, d_sum = row_cotangents(out, lse, d_out, d_lse, reproducible=exact)
     d_sinks = None
     if sinks is not None:
-        weights = softmax_weights(sinks.astype(dtype)[None, None], lse)
-        d_sinks = (weights * d_sum).sum(axis=(0, 1)).astype(sinks.dtype)
+        d_sinks = numbers(sink_gradient(sinks, lse, d_sum, reproducible=exact)).astype(sinks.dtype)
     # Where the result's rows are scattered, what goes by rows travels in two messages: what has the
     # query's dtype, and what has the state's.
     joins = bool(call.movement.scatter)
@@ -197,20 +218,26 @@ def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
     movement = call.movement
     if movement.heads:
         operands, _ = _by_heads(movement, operands)
-    local = local_fold(call.scoring, call.machine, call.implementation)
+    local = local_fold(call.scoring, call.machine, call.implementation, call.units)
     state = ring_fold(local, operands, call.ring) if call.ring else local(operands)
-    if movement.all_reduce:
-        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
-    if movement.scatter:
-        state = reduce_scatter(state, movement.scatter)
-    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
+    how = operands.sinks, valid, operands.query.dtype
+    if movement.all_reduce and not movement.scatter:
+        out, lse = finish_over(state, movement.all_reduce, movement.schedule, *how)
+    else:
+        if movement.all_reduce:
+            state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
+        if movement.scatter:
+            time = monoid_of(state).time
+            state = reduce_scatter(state, movement.scatter, scatter_dimension=time)
+        out, lse = finish(state, *how)
     return tuple(heads_to_rows([out, lse], movement.heads)) if movement.heads else (out, lse)
 
 
 def _by_heads(
     movement: Movement, operands: Operands, *rows: jax.Array
 ) -> tuple[Operands, list[jax.Array]]:
-    """`by_heads`, and keys and values gathered where the movement says so."""
+    """`by_heads`, of heads that divide, and keys and values gathered where the movement says so."""
+    operands = with_repeated_heads(operands, axes_size(movement.heads))
     operands, moved = by_heads(operands, movement.heads, *rows)
     if movement.gather_keys:
         key, value = (
@@ -221,22 +248,12 @@ def _by_heads(
     return operands, moved
 
 
-def finish(
-    state: SoftmaxState, sinks: jax.Array | None, valid: jax.Array | None, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """out in the given dtype and lse, from the state over all keys; rows that are not valid are empty."""
-    out, lse = finalize(state, sinks)
-    if valid is not None:  # a sink gives no log-sum-exp to a row that is not there
-        out = jnp.where(valid[..., None, None], out, 0.0)
-        lse = jnp.where(valid[..., None], lse, -jnp.inf)
-    return out.astype(dtype), lse
-
-
 def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out, rows):
     movement = call.movement
     if movement.scatter:
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
         operands = dataclasses.replace(operands, query=query)
+    kv_heads = operands.key.shape[2]
     if movement.heads:
         operands, (d_out, rows) = _by_heads(movement, operands, d_out, rows)
     query, key, value = operands.query, operands.key, operands.value
@@ -246,32 +263,26 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
         "d_sum": rows[..., 1],
         "d_weighted_sum": d_out.astype(dtype),
     }
-    if call.ring:
-        d_query, d_key, d_value, d_bias = ring_gradients(
-            operands, call.scoring, call.machine, call.ring, **cotangents
-        )
-    else:
-        key_dtype = dtype if axes["key"] else None
-        d_query, d_key, d_value, d_bias = fold_gradients(
-            operands, call.scoring, call.machine, **cotangents, key_dtype=key_dtype
-        )
-    result = {
-        "query": _summed(d_query, axes["query"], movement.scatter).astype(query.dtype),
-        "key": _summed(d_key, axes["key"], movement.gather_keys).astype(key.dtype),
-        "value": _summed(d_value, axes["value"], movement.gather_keys).astype(value.dtype),
+    times = key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
+    keys_sum = call.ring or axes["key"] or times > 1
+    gradients = local_gradients(
+        call.scoring, call.machine, call.units, cotangents, key_dtype=dtype if keys_sum else None
+    )
+    found = ring_gradients(gradients, operands, call.ring) if call.ring else gradients(operands)
+    names = ("query", "key", "value", "bias")
+    scatter = (movement.scatter, movement.gather_keys, movement.gather_keys, ())
+    sums = {
+        name: sum_over(x, axes[name], over)
+        for name, x, over in zip(names, found, scatter, strict=True)
+        if x is not None
     }
+
+    def number(name: str) -> jax.Array:
+        return numbers(sums[name]).astype(getattr(operands, name).dtype)
+
     if movement.heads:
-        names = ("query", "key", "value")
-        moved = heads_to_rows([result[name] for name in names], movement.heads)
-        result = dict(zip(names, moved, strict=True))
-    if operands.bias is not None:
-        result["bias"] = _summed(d_bias, axes["bias"], ()).astype(operands.bias.dtype)
-    return result
-
-
-def _summed(x: jax.Array, axes: Axes, scatter: Axes) -> jax.Array:
-    """The sum over the axes; along dimension 1, each device's part only, for those to scatter over."""
-    if scatter:
-        x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)
-    rest = tuple(axis for axis in axes if axis not in scatter)
-    return all_sum(x, rest) if rest else x
+        moved = ("query", "key", "value")
+        whole = [sums[name] if name != "query" and times > 1 else number(name) for name in moved]
+        sums |= dict(zip(moved, rows_again(whole, movement.heads), strict=True))
+        sums |= {name: heads_summed(sums[name], times) for name in ("key", "value")}
+    return {name: number(name) for name in sums}

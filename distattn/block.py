@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from distattn.elementary import rounded
 from distattn.state import SoftmaxState, softmax_weights
 
 # XLA:CPU makes a transposed copy of the keys and values for a product with a batch of heads. Few queries
@@ -61,13 +62,19 @@ def block_state(block: Block, scoring: Scoring) -> SoftmaxState:
 
 def block_logits(block: Block, scoring: Scoring) -> tuple[jax.Array, jax.Array | None]:
     """Logits (see the layouts above), -inf where not allowed; and d(logit)/d(uncapped), None for 1."""
-    logits = _scores(block, scoring)
+    return finish_logits(_scores(block, scoring), block, scoring)
+
+
+def finish_logits(
+    scores: jax.Array, block: Block, scoring: Scoring, tanh: Callable = jnp.tanh
+) -> tuple[jax.Array, jax.Array | None]:
+    """Bias, soft cap and mask on scale * q.k, which lies as bias and `allowed` do."""
+    logits, slope = scores, None
     if block.bias is not None:
         logits = logits + block.bias
-    slope = None
     if scoring.soft_cap is not None:
-        ratio = jnp.tanh(logits / scoring.soft_cap)
-        logits, slope = scoring.soft_cap * ratio, 1 - ratio * ratio
+        ratio = tanh(logits / scoring.soft_cap)
+        logits, slope = rounded(scoring.soft_cap * ratio), (1 - ratio) * (1 + ratio)
     if block.allowed is not None:
         logits = jnp.where(block.allowed, logits, -jnp.inf)
     return logits, slope
@@ -101,7 +108,7 @@ def block_gradients(
     """
     logits, slope = block_logits(block, scoring)
     weights = softmax_weights(logits, reference[..., None])
-    einsum = _einsum(scoring)
+    einsum = einsum_with(scoring)
     d_value = einsum("bkgqs,bkgqv->bskv", weights, d_weighted_sum)
     d_weights = einsum("bkgqv,bskv->bkgqs", d_weighted_sum, block.value) + d_sum[..., None]
     d_logits = weights * d_weights
@@ -111,10 +118,10 @@ def block_gradients(
         block.allowed is not None
     ):  # the weights are 0 there, but keys and values may be anything: 0 * nan
         d_logits = jnp.where(block.allowed, d_logits, 0.0)
-    d_query = _attended_sum(
+    d_query = attended_sum(
         lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, block
     )
-    d_key = _attended_sum(
+    d_key = attended_sum(
         lambda w, x: einsum("bkgqs,bkgqh->bskh", w, x), d_logits, block.query, block
     )
     return d_query, d_key, d_value, d_logits
@@ -124,7 +131,7 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
     query, key = block.query, block.key
 
     def batched() -> jax.Array:
-        return _einsum(scoring)("bkgqh,bskh->bkgqs", query, key)
+        return einsum_with(scoring)("bkgqh,bskh->bkgqs", query, key)
 
     if not block.flat:
         return batched()
@@ -157,7 +164,7 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
 
 def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
     def batched(w: jax.Array, x: jax.Array) -> jax.Array:
-        return _einsum(scoring)("bkgqs,bskv->bkgqv", w, x)
+        return einsum_with(scoring)("bkgqs,bskv->bkgqv", w, x)
 
     def flat(w: jax.Array, x: jax.Array) -> jax.Array:
         _, keys, heads, groups, rows = weights.shape
@@ -173,14 +180,14 @@ def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
     def by_keys(w: jax.Array, x: jax.Array) -> jax.Array:
         return lax.dot_general(w, x, (((0,), (0,)), ((), ())), precision=scoring.precision)
 
-    return _attended_sum(flat if block.flat else batched, weights, block.value, block)
+    return attended_sum(flat if block.flat else batched, weights, block.value, block)
 
 
 # Codes whose sums over the keys of a block tell which kinds of non-numbers were met.
 _POSITIVE, _NEGATIVE, _NAN = 1.0, 2.0**12, 2.0**24
 
 
-def _attended_sum(product: Callable, weights: jax.Array, x: jax.Array, block: Block) -> jax.Array:
+def attended_sum(product: Callable, weights: jax.Array, x: jax.Array, block: Block) -> jax.Array:
     """product(weights, x), to which entries of x that are not allowed contribute nothing.
 
     Their weight is 0 already, but 0 * nan is nan. So where the plain product is not finite, the finite
@@ -206,7 +213,9 @@ def _attended_sum(product: Callable, weights: jax.Array, x: jax.Array, block: Bl
     return lax.cond(jnp.isfinite(plain).all(), lambda: plain, apart)
 
 
-def _einsum(scoring: Scoring) -> Callable[..., jax.Array]:
+def einsum_with(scoring: Scoring) -> Callable[..., jax.Array]:
+    """`jnp.einsum` with the precision of the call."""
+
     def einsum(spec: str, *operands: Any) -> jax.Array:
         return jnp.einsum(spec, *operands, precision=scoring.precision)
 

@@ -16,6 +16,7 @@ from distattn.operands import letters_of
 from distattn.placement import Axes, Placement
 from distattn.ring import Ring
 from distattn.tiles import Machine
+from distattn.units import Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Call:
     implementation: str
     placement: Placement
     movement: Movement
+    units: Units | None = None  # of a reproducible call
 
     @property
     def machine(self) -> Machine:
@@ -87,6 +89,8 @@ class Call:
     def missing(self, name: str, x: jax.Array) -> Axes:
         """The axes of the work that do not shard this operand: its gradient is a sum over them."""
         used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
+        if name in ("query", "key", "value"):
+            used |= set(self.movement.heads)  # heads that do not divide are repeated
         work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
         return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
 

@@ -160,6 +160,26 @@ def sink_logits(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     return sinks
 
 
+def sum_axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The dimensions of x that are summed, counted from the first; x must be floating-point."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x has dtype {x.dtype}; it must be floating-point: integers have the same sum in any order, "
+            "use jnp.sum"
+        )
+    if x.dtype == jnp.float64:
+        raise NotImplementedError(
+            "a reproducible sum of float64 is not built; cast x to float32, with x.astype(jnp.float32)"
+        )
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -x.ndim <= a < x.ndim for a in axes) or len({a % x.ndim for a in axes}) < len(axes):
+        raise ValueError(
+            f"axis is {axis}, and x has {x.ndim} dimensions; name each of them once, by a number from "
+            f"{-x.ndim} to {x.ndim - 1}"
+        )
+    return tuple(a % x.ndim for a in axes)
+
+
 def hashable(precision: Any) -> Any:
     """A precision that can be a static argument."""
     return tuple(precision) if isinstance(precision, list) else precision

@@ -13,29 +13,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn import planner
-from distattn._compat import all_gather_as_replicated, varying_axes
-from distattn.cost import Shape, Topology
+from distattn._compat import all_gather_as_replicated
+from distattn.axes import (
+    AxisName,
+    axes_size,
+    mesh_order,
+    own_part,
+    sizes_of,
+    topology_of,
+    typed_as_varying,
+)
+from distattn.cost import Shape
+from distattn.monoid import State, monoid_of, rows_of
 from distattn.schedule import Pairs, ScatterSchedule, Schedule, halving, hierarchical
-from distattn.state import SoftmaxState, merge, merge_stacked, pack, rescale, unpack
 
-AxisName = str | tuple[str, ...]
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
 
 
-def all_reduce(
-    state: SoftmaxState, axis_name: AxisName, *, schedule: str | Schedule = "auto"
-) -> SoftmaxState:
+def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = "auto") -> State:
     """The merge of all devices' states, on every device; to be called inside `shard_map`.
 
     Args:
-      state: this device's state, f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
+      state: this device's state, f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; or a `FixedPointState`, or
+        another pytree of `FixedPoint` with the same rows, of which every schedule gives the same bits.
       axis_name: the axis, or a tuple of axes, to merge over.
       schedule: 'butterfly' (recursive doubling, ceil(log2 D) messages; level by level over a tuple of
         axes), 'psum' (a pmax and one packed psum), 'all_gather' (one all-gather, merged locally), a
         `Schedule` of one's own, or 'auto' (the cheapest by `planner`).
 
     Returns:
-      SoftmaxState, equal bit for bit on all devices. Under `check_vma=True` that of 'psum' and
+      The state over all devices, equal bit for bit on all. Under `check_vma=True` that of 'psum' and
       'all_gather' is typed as replicated, that of a schedule of messages as varying; 'auto' takes one
       of the former there.
 
@@ -46,8 +53,9 @@ def all_reduce(
     """
     axes = mesh_order(axis_name)
     size = axes_size(axes)
+    schedule = chosen_schedule(schedule, state, axes)
     if isinstance(schedule, str):
-        schedule = _named(schedule, state, axes)
+        schedule = _butterfly(axes) if schedule == "butterfly" else schedule
     elif not isinstance(schedule, Schedule):
         raise ValueError(
             f"schedule is {schedule!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
@@ -57,22 +65,21 @@ def all_reduce(
             f"schedule is for {schedule.size} devices, but axis {axis_name!r} has {size}; "
             f"build it for {size}"
         )
-    if size == 1:
+    if size == 1 and not typed_as_varying(axes):
         return state
+    monoid = monoid_of(state)
     if schedule == "psum":
-        high = lax.pmax(lax.stop_gradient(state.max), axes)
-        state = rescale(state, high)
-        packed = lax.psum(pack(state)[..., :-1], axes)
-        return SoftmaxState(high, packed[..., -1], packed[..., :-1])
+        gauge = lax.pmax(monoid.gauge(state), axes)
+        summed = lax.psum(monoid.pack_sums(monoid.in_gauge(state, gauge)), axes)
+        return monoid.unpack_sums(summed, gauge, state)
     if schedule == "all_gather":
-        return merge_stacked(unpack(gather(pack(state), axes)))
-    return _run(
-        schedule,
-        state,
-        axes,
-        send=lambda state, pairs: unpack(lax.ppermute(pack(state), axes, pairs)),
-        merge=merge,
-    )
+        stacked = jnp.moveaxis(gather(monoid.pack(state), axes), 0, monoid.first_row)
+        return monoid.merge_stacked(monoid.unpack(stacked, state))
+
+    def send(state: State, pairs: Pairs) -> State:
+        return monoid.unpack(lax.ppermute(monoid.pack(state), axes, pairs), state)
+
+    return _run(schedule, state, axes, send=send, merge=monoid.merge)
 
 
 def all_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -82,7 +89,7 @@ def all_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     For the body of a `shard_map` that does not track types.
     """
     axes = mesh_order(axes)
-    if planner.choose_sum(x.size * x.dtype.itemsize, topology_of(axes)) == "psum":
+    if sum_schedule(x, axes) == "psum":
         return lax.psum(x, axes)
     return _run(
         _butterfly(axes),
@@ -93,27 +100,48 @@ def all_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     )
 
 
+def chosen_schedule(
+    schedule: str | Schedule, state: State, axes: tuple[str, ...]
+) -> str | Schedule:
+    """What `all_reduce` does with a schedule, 'auto' being made one of the others; or a ValueError."""
+    if not isinstance(schedule, str):
+        return schedule
+    name = choose_all_reduce(state, mesh_order(axes)) if schedule == "auto" else schedule
+    if name not in ALL_REDUCES:
+        raise ValueError(
+            f"schedule is {name!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
+        )
+    return name
+
+
+def sum_schedule(x: Any, axes: tuple[str, ...]) -> str:
+    """How an array, or the arrays of a pytree, are summed in the least time: 'psum' or 'butterfly'."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+    return planner.choose_sum(size, topology_of(mesh_order(axes)))
+
+
 def reduce_scatter(
-    state: SoftmaxState,
+    state: State,
     axis_name: AxisName,
     *,
     scatter_dimension: int = 1,
     schedule: str | ScatterSchedule = "halving",
-) -> SoftmaxState:
+) -> State:
     """The merge of all devices' states, of which each device gets its part; inside `shard_map`.
 
     Device r gets the r-th of D equal parts along `scatter_dimension`, D the size of the axis; over a
     tuple of axes devices count in the order of the tuple.
 
     Args:
-      state: this device's state, f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
+      state: this device's state, as for `all_reduce`.
       axis_name: the axis, or a tuple of axes.
-      scatter_dimension: 0, 1 or 2; its size must be a multiple of D.
+      scatter_dimension: of the rows, 0, 1 or 2: T is 1 in a SoftmaxState, and 2 in fixed point; its size
+        must be a multiple of D.
       schedule: 'halving' (ceil(log2 D) messages, each about half of the one before), 'psum' (a pmax
         and one packed psum_scatter), or a `ScatterSchedule` of one's own.
 
     Returns:
-      SoftmaxState with 1/D of the rows.
+      The state with 1/D of the rows.
 
     Raises:
       ValueError: an unknown name, a dimension that D does not divide, a schedule of another size.
@@ -123,7 +151,7 @@ def reduce_scatter(
     axes = mesh_order(axis_name)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     size = axes_size(axes)
-    rows = state.max.shape
+    rows, monoid = rows_of(state), monoid_of(state)
     if scatter_dimension not in range(len(rows)):
         raise ValueError(
             f"scatter_dimension is {scatter_dimension}; it must be one of {list(range(len(rows)))}, "
@@ -148,58 +176,24 @@ def reduce_scatter(
     if size == 1:
         return state
     if schedule == "psum":
-        high = lax.pmax(lax.stop_gradient(state.max), axes)
-        packed = pack(rescale(state, high))[..., :-1]
-        packed = lax.psum_scatter(packed, names, scatter_dimension=scatter_dimension, tiled=True)
-        high = own_part(high, names, scatter_dimension)
-        return SoftmaxState(high, packed[..., -1], packed[..., :-1])
-    return _run_scatter(schedule, state, axes, names, scatter_dimension)
+        gauge = lax.pmax(monoid.gauge(state), axes)
+        packed = monoid.pack_sums(monoid.in_gauge(state, gauge))
+        dimension = monoid.first_row + scatter_dimension
+        packed = lax.psum_scatter(packed, names, scatter_dimension=dimension, tiled=True)
+        return monoid.unpack_sums(packed, own_part(gauge, names, dimension), state)
+    return _run_scatter(schedule, state, axes, names, monoid.first_row + scatter_dimension)
 
 
-def choose_all_reduce(state: SoftmaxState, axes: tuple[str, ...]) -> str:
+def choose_all_reduce(state: State, axes: tuple[str, ...]) -> str:
     """The cheapest of the all-reduces for this payload on these axes, by the planner."""
-    batch, queries, heads, width = state.weighted_sum.shape
-    shape = Shape(batch, queries, 0, heads, heads, width, width, state.max.dtype.itemsize)
+    rows = math.prod(rows_of(state))
+    packed = jax.eval_shape(monoid_of(state).pack, state)
+    width = packed.size // max(rows, 1) - 2  # a state of so wide values has as many numbers
+    shape = Shape(1, rows, 0, 1, 1, width, width, packed.dtype.itemsize)
     # A schedule's result cannot be typed as replicated without one more collective.
     candidates = ("psum", "all_gather") if typed_as_varying(axes) else ALL_REDUCES
     topology = topology_of(axes)
     return planner.choose(shape, topology, query_sharded=False, candidates=candidates).combine
-
-
-def topology_of(axes: tuple[str, ...]) -> Topology:
-    """The axes of the `shard_map` around, on the devices of the default backend."""
-    return Topology(jax.default_backend(), _sizes(axes), jax.process_count())
-
-
-def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
-    """The axes in the order of the mesh.
-
-    `ppermute` over a tuple in another order permutes wrongly (JAX up to 0.10.2), and a merge does not
-    care in which order devices are counted.
-    """
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    mesh = jax.sharding.get_abstract_mesh()
-    unbound = [name for name in names if name not in mesh.manual_axes]
-    if unbound:
-        raise ValueError(
-            f"axis_name {unbound[0]!r} is not an axis of the shard_map around (its axes: "
-            f"{list(mesh.manual_axes)}); call this inside jax.shard_map over that axis, or use "
-            "distattn.dot_product_attention outside of it"
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"axis_name {names} names an axis twice; name each axis once")
-    return tuple(name for name in mesh.axis_names if name in names)
-
-
-def axes_size(axes: tuple[str, ...]) -> int:
-    """The number of devices along the axes."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
-
-
-def typed_as_varying(axes: tuple[str, ...]) -> bool:
-    """Whether `shard_map` tracks which values vary over the axes (check_vma=True)."""
-    return bool(axes) and bool(varying_axes(lax.axis_index(axes)))
 
 
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -218,28 +212,8 @@ def typed_as_replicated(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return gather(part, axes).reshape(-1)[: x.size].reshape(x.shape)
 
 
-def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """This device's part of x, which all devices have, along the dimension."""
-    part = x.shape[dimension] // axes_size(axes)
-    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
-
-
-def _named(name: str, state: SoftmaxState, axes: tuple[str, ...]) -> str | Schedule:
-    if name == "auto":
-        name = choose_all_reduce(state, axes)
-    if name not in ALL_REDUCES:
-        raise ValueError(
-            f"schedule is {name!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
-        )
-    return _butterfly(axes) if name == "butterfly" else name
-
-
 def _butterfly(axes: tuple[str, ...]) -> Schedule:
-    return hierarchical(_sizes(axes))
-
-
-def _sizes(axes: tuple[str, ...]) -> tuple[int, ...]:
-    return tuple(axes_size((axis,)) for axis in axes)
+    return hierarchical(sizes_of(axes))
 
 
 def _run(
@@ -270,15 +244,18 @@ def _where(table: tuple[bool, ...], rank: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(here, a, b), x, y)
 
 
-def _run_scatter(schedule, state, axes, names, dimension):
-    size = schedule.size
-    packed = pack(state)
-    shape = packed.shape
-    part = shape[dimension] // size
-    parts = packed.reshape(*shape[:dimension], size, part, *shape[dimension + 1 :])
-    parts = jnp.moveaxis(
-        parts, dimension, 0
-    )  # [D, ...]: by the owner, counted in the order of names
+def _run_scatter(
+    schedule: ScatterSchedule,
+    state: State,
+    axes: tuple[str, ...],
+    names: tuple[str, ...],
+    dimension: int,
+) -> State:
+    """`reduce_scatter` along a dimension of the packed state."""
+    size, monoid = schedule.size, monoid_of(state)
+    packed = monoid.pack(state)
+    parts = jnp.stack(jnp.split(packed, size, axis=dimension))
+    # [D, ...]: by the owner, counted in the order of names
     if names != axes:
         sizes = [axes_size((name,)) for name in names]
         parts = parts.reshape(*sizes, *parts.shape[1:])
@@ -286,9 +263,13 @@ def _run_scatter(schedule, state, axes, names, dimension):
             *(names.index(axis) for axis in axes), *range(len(sizes), parts.ndim)
         ).reshape(size, *parts.shape[len(sizes) :])
     parts = jnp.roll(parts, -lax.axis_index(axes), axis=0)  # by the distance to the owner
+
+    def merge(a: jax.Array, b: jax.Array) -> jax.Array:
+        return monoid.pack(monoid.merge(monoid.unpack(a, state), monoid.unpack(b, state)))
+
     for shift, count in schedule.rounds:
         pairs = [(rank, (rank + shift) % size) for rank in range(size)]
         message = lax.ppermute(parts[shift : shift + count], axes, pairs)
-        near = pack(merge(unpack(parts[:count]), unpack(message)))
+        near = jax.vmap(merge)(parts[:count], message)
         parts = jnp.concatenate([near, parts[count:shift]])
-    return unpack(parts[0])
+    return monoid.unpack(parts[0], state)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
-from distattn.collectives import axes_size
+from distattn.axes import axes_size
 
 _NONE, _MANY = -1, -2  # in place of a slot: no item has this position, or more than one
 

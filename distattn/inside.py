@@ -1,5 +1,6 @@
 """The public call inside a `shard_map` of one's own: what one device does, collectives included."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,19 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from distattn._compat import varying_axes
-from distattn.across import finish
-from distattn.collectives import (
-    ALL_REDUCES,
-    AxisName,
-    all_reduce,
-    axes_size,
-    mesh_order,
-    own_part,
-    reduce_scatter,
-    topology_of,
-    typed_as_replicated,
-    typed_as_varying,
-)
+from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
+from distattn.block import Scoring
+from distattn.collectives import ALL_REDUCES, all_reduce, reduce_scatter, typed_as_replicated
+from distattn.completion import finish
 from distattn.cost import Shape
 from distattn.local import local_state
 from distattn.movement import (
@@ -35,17 +27,16 @@ from distattn.operands import (
     Operands,
     Window,
     check_implementation,
-    letters_of,
     make_operands,
     make_scoring,
-    map_named,
-    with_repeated_heads,
 )
 from distattn.placement import Axes
 from distattn.ring import Ring, ring_state
 from distattn.schedule import Schedule
 from distattn.tiles import Machine
-from distattn.ulysses import by_heads, heads_to_rows
+from distattn.ulysses import heads_to_rows
+from distattn.units import units_of
+from distattn.within import Own, at_work, reproducible_attention
 
 
 def sharded_attention(
@@ -106,7 +97,13 @@ def sharded_attention(
       key_positions: int32[S] or int32[B, S], of the keys given; default: axis_index * S + 0, 1, 2, ...
       query_segment_ids: of the rows given.
       key_value_segment_ids: of the keys given.
-      reproducible: not built.
+      reproducible: as in `dot_product_attention`. Blocks of 64 keys are cut from the start of each device's
+        shard, so the bits are those of other numbers of devices where S here is a multiple of 64. With
+        `query_sharded` the same holds for rows in the gradients of key and value: blocks of 64, or for
+        fewer than 512 rows in all of an eighth of them, 8 at least. The gradient of a bias that is the same
+        on all devices is reproducible under check_vma=True. Under check_vma=False JAX divides what comes
+        back by the number of devices, so that gradients are those of another number if it is a power of
+        two.
 
     Returns:
       out [B, T, N, V] in query's dtype, with `return_residual` also lse f32[B, T, N]: on all devices, or
@@ -117,7 +114,7 @@ def sharded_attention(
       NotImplementedError: as `dot_product_attention`.
     """
     implementation = check_implementation(implementation)
-    check_combine(combine, reproducible)
+    check_combine(combine)
     scoring = make_scoring(query, scale, logits_soft_cap, precision)
     axes = mesh_order(axis_name)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -147,21 +144,18 @@ def sharded_attention(
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     machine = Machine(jax.default_backend(), any(mesh.shape[axis] > 1 for axis in others))
-    own_rows = operands.mask.query_valid
-    operands = _at_work(operands, movement)
-    if movement.ring:
-        ring = Ring(movement.ring, movement.ring)
-        state = ring_state(operands, scoring, machine, implementation, ring)
+    if reproducible and machine.compiler_sharded:
+        raise NotImplementedError(
+            f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
+            "name them in axis_names of the shard_map, or use distattn.dot_product_attention outside of it"
+        )
+    if reproducible:
+        whole = _global_shapes(operands, axes_size(axes), query_sharded)
+        units = units_of(whole, implementation)
+        own = Own(scoring, machine, movement, units, axes, query_sharded)
+        out, lse = reproducible_attention(own, operands)
     else:
-        state = local_state(operands, scoring, machine, implementation)
-    if movement.scatter:
-        state = reduce_scatter(state, movement.scatter)
-    elif movement.all_reduce:
-        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
-    valid = own_rows if movement.scatter else operands.mask.query_valid
-    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
-    if movement.heads:
-        out, lse = heads_to_rows([out, lse], movement.heads)
+        out, lse = _attend(operands, scoring, machine, movement, implementation)
     if not query_sharded and typed_as_varying(axes):
         if varying_axes(out) & set(axes):
             out = typed_as_replicated(out, axes)
@@ -216,36 +210,37 @@ def _by_cost(sizes: dict[str, int], query, key, value, dense: tuple) -> str:
     ).combine
 
 
-def _at_work(operands: Operands, movement: Movement) -> Operands:
-    """The operands with rows, keys and heads as this device computes with them.
-
-    Bias and dense mask come as `sharded_attention` says, and only their heads move.
-    """
-    heads = movement.heads
-    local_rows = operands.query.shape[1]
-    if heads:
-        operands, _ = by_heads(with_repeated_heads(operands, axes_size(heads)), heads)
-
-    def bring(name: str, x: jax.Array) -> jax.Array:
-        letters = letters_of(name, x)
-        if letters == "BNTS":
-            return _dense_to_heads(x, heads, local_rows) if heads else x
-        if letters == "N":
-            return own_part(x, heads, 0) if heads else x
-        moved = () if name in ("query", "key", "value") else heads
-        over = movement.gather_rows if "T" in letters else movement.gather_keys
-        for axes in (moved, over):
-            x = lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
-        return x
-
-    return map_named(bring, operands)
+def _attend(
+    operands: Operands, scoring: Scoring, machine: Machine, movement: Movement, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """out and lse of this device's operands, differentiated through the collectives."""
+    own_rows = operands.mask.query_valid
+    operands = at_work(operands, movement)
+    if movement.ring:
+        ring = Ring(movement.ring, movement.ring)
+        state = ring_state(operands, scoring, machine, implementation, ring)
+    else:
+        state = local_state(operands, scoring, machine, implementation)
+    if movement.scatter:
+        state = reduce_scatter(state, movement.scatter)
+    elif movement.all_reduce:
+        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
+    valid = own_rows if movement.scatter else operands.mask.query_valid
+    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
+    if movement.heads:
+        out, lse = heads_to_rows([out, lse], movement.heads)
+    return out, lse
 
 
-def _dense_to_heads(x: jax.Array, axes: Axes, local_rows: int) -> jax.Array:
-    """[B|1, N|1, T|1, S|1] of this device's rows to all rows of its part of the heads."""
-    has_rows = x.shape[2] > 1 or local_rows == 1  # or it is the same for all
-    if x.shape[1] == 1:
-        return lax.all_gather(x, axes, axis=2, tiled=True) if has_rows else x
-    if has_rows:
-        return lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
-    return own_part(x, axes, 1)
+def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:
+    """The shapes of the whole call, from those of one device."""
+
+    def longer(x: jax.Array, times: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * times, *x.shape[2:]), x.dtype)
+
+    return dataclasses.replace(
+        operands,
+        query=longer(operands.query, devices if query_sharded else 1),
+        key=longer(operands.key, devices),
+        value=longer(operands.value, devices),
+    )

@@ -9,17 +9,19 @@ all keys and values.
 """
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from distattn import reproducible
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
 from distattn.mask import Mask, split_heads
 from distattn.operands import Operands, plain
 from distattn.state import SoftmaxState, merge, state_dtype
+from distattn.sums import Sum
 from distattn.tiles import (
     Machine,
     Tiles,
@@ -32,6 +34,7 @@ from distattn.tiles import (
     unravel,
     visit,
 )
+from distattn.units import Units
 
 
 def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
@@ -171,12 +174,36 @@ def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
 
 
 def local_fold(
-    scoring: Scoring, machine: Machine, implementation: str
-) -> Callable[[Operands], SoftmaxState]:
-    """The function from operands to the state over their keys; 'blocked' has no derivative of its own."""
+    scoring: Scoring, machine: Machine, implementation: str, units: Units | None = None
+) -> Callable[[Operands], Any]:
+    """The function from operands to the state over their keys; 'blocked' has no derivative of its own.
+
+    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`.
+    """
+    if units is not None:
+        return lambda operands: reproducible.fold(operands, scoring, machine, units)
     if implementation == "dense":
         return lambda operands: dense_state(operands, scoring)
     return lambda operands: fold(operands, scoring, machine)
+
+
+def local_gradients(
+    scoring: Scoring,
+    machine: Machine,
+    units: Units | None,
+    rows: dict[str, jax.Array],
+    *,
+    key_dtype: jnp.dtype | None = None,
+) -> Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]]:
+    """The function from operands to their gradients, arrays or, with units, sums in fixed point.
+
+    `rows` and `key_dtype` are the keyword arguments of `fold_gradients`.
+    """
+    if units is not None:
+        return lambda operands: reproducible.fold_gradients(
+            operands, scoring, machine, units, **rows
+        )
+    return lambda operands: fold_gradients(operands, scoring, machine, **rows, key_dtype=key_dtype)
 
 
 def local_state(
@@ -190,7 +217,7 @@ def local_state(
         return local(operands)
     return with_gradients(
         local,
-        lambda operands, *rows: fold_gradients(operands, scoring, machine, *rows),
+        lambda operands, **rows: fold_gradients(operands, scoring, machine, **rows),
         operands,
     )
 
@@ -204,7 +231,7 @@ def with_gradients(
 
     Args:
       fold: the state, f32[B, T, N] twice and f32[B, T, N, V].
-      gradients: of operands, reference, d_sum and d_weighted_sum, as `fold_gradients`.
+      gradients: of operands, and by name reference, d_sum and d_weighted_sum, as `fold_gradients`.
       operands: all varying over the same axes.
     """
 
@@ -220,9 +247,14 @@ def with_gradients(
         arrays, reference = residuals
 
         @refuse_second_derivative
-        def run(arrays, *rows):
+        def run(arrays, reference, d_sum, d_weighted_sum):
             query, key, value, bias, mask = arrays
-            return gradients(Operands(query, key, value, bias, None, mask), *rows)
+            return gradients(
+                Operands(query, key, value, bias, None, mask),
+                reference=reference,
+                d_sum=d_sum,
+                d_weighted_sum=d_weighted_sum,
+            )
 
         found = run(arrays, reference, cotangent.sum, cotangent.weighted_sum)
         query, key, value, bias, _ = arrays

@@ -98,6 +98,7 @@ def read_placement(
     query_axis_name: AxisNames,
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
+    leave_none: bool = False,
 ) -> Placement:
     """Where the arrays lie.
 
@@ -110,6 +111,7 @@ def read_placement(
       query_axis_name: axes of T said by the caller, None for replicated, 'auto' to read them.
       batch_axis_name: axes of B said by the caller, or None.
       heads_axis_name: axes of N and K said by the caller, or None.
+      leave_none: leave no axis to the compiler: what it may have sharded unseen is gathered.
 
     Returns:
       Placement.
@@ -172,6 +174,8 @@ def read_placement(
     used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
     manual = tuple(axis for axis in free if axis in used)
     unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
+    if leave_none and unseen:
+        return dataclasses.replace(placement, manual=free)
     if not (placement.batch or placement.heads or query_axes or key_axes):
         return Placement(compiler_sharded=bool(unseen))
     return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
+from distattn.axes import axes_size, mesh_order
 from distattn.block import Scoring
-from distattn.collectives import axes_size, mesh_order
-from distattn.local import fold_gradients, local_fold, with_gradients
+from distattn.local import local_fold, local_gradients, with_gradients
 from distattn.mask import Span, take
+from distattn.monoid import State, empty_like, monoid_of
 from distattn.operands import Operands
-from distattn.state import SoftmaxState, empty, merge, state_dtype
-from distattn.tiles import Machine, add, loop
+from distattn.state import SoftmaxState, state_dtype
+from distattn.sums import Sum, add, add_at, zeros_at, zeros_like
+from distattn.tiles import Machine, loop
 
 # key, value, and int32[c, B|1, S] of what the mask reads of them (None: nothing)
 Shard = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -74,16 +76,17 @@ def ring_state(
     local = local_fold(scoring, machine, implementation)
     if implementation == "dense":
         return ring_fold(local, operands, ring)
+    dtype = state_dtype(operands.query, operands.key, operands.value)
     return with_gradients(
         lambda operands: ring_fold(local, operands, ring),
-        lambda operands, *rows: ring_gradients(operands, scoring, machine, ring, *rows),
+        lambda operands, **rows: ring_gradients(
+            local_gradients(scoring, machine, None, rows, key_dtype=dtype), operands, ring
+        ),
         operands,
     )
 
 
-def ring_fold(
-    local: Callable[[Operands], SoftmaxState], operands: Operands, ring: Ring
-) -> SoftmaxState:
+def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring) -> State:
     """The state of this device's queries over the keys of all devices of the ring.
 
     Args:
@@ -92,16 +95,13 @@ def ring_fold(
       ring: where the keys travel.
 
     Returns:
-      SoftmaxState, f32[B, T, N], f32[B, T, N], f32[B, T, N, V], T the rows of this device.
+      The state of the kind that `local` gives, T the rows of this device.
     """
     operands = _typed(operands, ring)
-    batch, rows, heads, _ = operands.query.shape
-    dtype = state_dtype(operands.query, operands.key, operands.value)
-    width, axes = operands.value.shape[-1], varying_axes(operands.query)
-    state = empty((batch, rows, heads), width, dtype, axes)
+    state = empty_like(jax.eval_shape(local, operands), varying_axes(operands.query))
 
-    def meet(hop: jax.Array | int, shard: Shard, state: SoftmaxState) -> SoftmaxState:
-        return merge(state, local(_at_hop(operands, shard, ring, hop)))
+    def meet(hop: jax.Array | int, shard: Shard, state: State) -> State:
+        return monoid_of(state).merge(state, local(_at_hop(operands, shard, ring, hop)))
 
     def step(hop: jax.Array | int, carry: tuple) -> tuple:
         shard, state = carry
@@ -115,43 +115,34 @@ def ring_fold(
 
 
 def ring_gradients(
+    gradients: Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]],
     operands: Operands,
-    scoring: Scoring,
-    machine: Machine,
     ring: Ring,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """`fold_gradients` where the keys travel; those of keys and values are summed over the ring.
+) -> tuple[Sum, Sum, Sum, Sum | None]:
+    """The gradients where the keys travel; those of keys and values are summed over the ring.
 
     Args:
+      gradients: as `local_gradients` makes it for this device's rows, of query, key, value and bias over
+        the keys of its operands; those of keys and values in the state's dtype.
       operands: as in `ring_fold`.
-      scoring: as in `fold_gradients`.
-      machine: the same.
       ring: where the keys travel.
-      reference: f32[B, T, N], of this device's rows.
-      d_sum: f32[B, T, N].
-      d_weighted_sum: f32[B, T, N, V].
 
     Returns:
-      d_query f32[B, T, N, H], d_key f32[B, S, K, H], d_value f32[B, S, K, V] of this device's queries
-      and keys, and d_bias f32 as bias, or None.
+      d_query, d_key, d_value of this device's queries and keys, and d_bias, or None.
     """
     operands = _typed(operands, ring)
-    dtype = state_dtype(operands.query, operands.key, operands.value)
-
-    def zeros(x: jax.Array) -> jax.Array:
-        return vary(jnp.zeros(x.shape, dtype), varying_axes(operands.query))
+    shard, axes = _shard(operands), varying_axes(operands.query)
+    shapes = jax.eval_shape(lambda shard: gradients(_at_hop(operands, shard, ring, 0)), shard)
+    d_query, *none, d_bias = zeros_like(shapes, axes)
+    if d_bias is not None:
+        d_bias = zeros_at(d_bias, operands.bias.shape, axes)
 
     def meet(hop: jax.Array | int, shard: Shard, d_query: Any, d_bias: Any) -> tuple:
-        there = _at_hop(operands, shard, ring, hop)
-        more, d_key, d_value, d_block = fold_gradients(
-            there, scoring, machine, reference, d_sum, d_weighted_sum, key_dtype=dtype
-        )
+        more, d_key, d_value, d_block = gradients(_at_hop(operands, shard, ring, hop))
         if d_bias is not None:
-            d_bias = add(d_bias, d_block, *_columns(d_bias, operands.key, ring, hop))
-        return d_query + more, d_bias, (d_key, d_value)
+            spans = _columns(operands.bias.shape, operands.key, ring, hop)
+            d_bias = add_at(d_bias, d_block, *spans)
+        return add(d_query, more), d_bias, (d_key, d_value)
 
     # Hop 0 is the shard of this device, and with hop 1 the gradient of another's begins to travel.
     def start(hop: jax.Array | int, carry: tuple) -> tuple:
@@ -164,12 +155,11 @@ def ring_gradients(
         shard, sums, on_its_way = carry
         coming, arriving = ring.send((shard, on_its_way))
         *sums, more = meet(index + 2, shard, *sums)
-        return coming, tuple(sums), jax.tree.map(jnp.add, arriving, more)
+        return coming, tuple(sums), add(arriving, more)
 
-    sums = zeros(operands.query), None if operands.bias is None else zeros(operands.bias)
-    none = zeros(operands.key), zeros(operands.value)
+    sums, none = (d_query, d_bias), tuple(none)
     starts = min(2, ring.size - 1)
-    shard, first, second = _shard(operands), none, none
+    first, second = none, none
     if starts:
         shard, sums, first, second = loop(starts, start, (shard, sums, first, second))
     at_home, on_its_way = (first, second) if starts == 2 else (second, none)
@@ -178,11 +168,11 @@ def ring_gradients(
     if ring.size > 2:
         on_its_way = ring.send(on_its_way)
     *sums, more = meet(ring.size - 1, shard, *sums)
-    gradients = jax.tree.map(jnp.add, on_its_way, more)
+    d_keys = add(on_its_way, more)
     if ring.size > 1:
-        gradients = jax.tree.map(jnp.add, at_home, ring.send(gradients))
+        d_keys = add(at_home, ring.send(d_keys))
     d_query, d_bias = sums
-    return d_query, *gradients, d_bias
+    return d_query, *d_keys, d_bias
 
 
 def _typed(operands: Operands, ring: Ring) -> Operands:
@@ -214,7 +204,7 @@ def _at_hop(operands: Operands, shard: Shard, ring: Ring, hop: jax.Array | int) 
     mask = operands.mask
     parts = () if index is None else index
     bias, dense = (
-        None if x is None else take(x, *_columns(x, key, ring, hop))
+        None if x is None else take(x, *_columns(x.shape, key, ring, hop))
         for x in (operands.bias, mask.dense)
     )
     mask = dataclasses.replace(
@@ -223,8 +213,10 @@ def _at_hop(operands: Operands, shard: Shard, ring: Ring, hop: jax.Array | int) 
     return dataclasses.replace(operands, key=key, value=value, bias=bias, mask=mask)
 
 
-def _columns(x: jax.Array, key: jax.Array, ring: Ring, hop: jax.Array | int) -> list[Span]:
-    """The place of this hop's keys in x, a bias or dense mask [B|1, N|1, T|1, S|1] for all keys."""
+def _columns(
+    shape: tuple[int, ...], key: jax.Array, ring: Ring, hop: jax.Array | int
+) -> list[Span]:
+    """The place of this hop's keys in a bias or dense mask [B|1, N|1, T|1, S|1] for all keys."""
     keys = key.shape[1]
-    rows = [Span(0, size) for size in x.shape[:3]]
+    rows = [Span(0, size) for size in shape[:3]]
     return [*rows, Span(ring.shard_number(hop) * keys, keys)]

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from distattn import across, cost
+from distattn import completion, cost
 from distattn.checkup import correctness
 from distattn.checkup.combines import measure_combines, workloads
 from distattn.checkup.correctness import NAMED, Problem, Subject, subjects
@@ -66,12 +66,12 @@ def broken(monkeypatch):
     """Puts a function of (state, axes) behind every all-reduce; programs are made anew."""
 
     def breaks(change):
-        real = across.all_reduce
+        real = completion.all_reduce
 
         def all_reduce(state, axes, *, schedule):
             return change(real(state, axes, schedule=schedule), axes)
 
-        monkeypatch.setattr(across, "all_reduce", all_reduce)
+        monkeypatch.setattr(completion, "all_reduce", all_reduce)
         jax.clear_caches()
 
     yield breaks

@@ -24,6 +24,7 @@ PUBLIC = [
     "merge",
     "partial_attention",
     "reduce_scatter",
+    "reproducible_sum",
     "sharded_attention",
 ]
 

@@ -4,6 +4,7 @@
     python scripts/bench/attention.py memory    # temp bytes of the compiled program
     python scripts/bench/attention.py compile   # seconds to trace and compile, eight devices
     python scripts/bench/attention.py devices   # eight fake devices, beside XLA's partitioning
+    python scripts/bench/attention.py reproducible  # the same bits beside the ordinary ones, eight devices
 
 PyTorch's scaled_dot_product_attention takes part in `speed` where it is installed.
 """
@@ -176,14 +177,62 @@ def devices(repeats):
         print(f"{name}, ratio to XLA: {row}", flush=True)
 
 
+# name: (B, T, S, N, K, H, dtype, causal, with gradient), combine
+REPRODUCIBLE = {
+    "decode f32": (*SPEED["decode f32"], "psum"),
+    "decode bf16": (*SPEED["decode bf16"], "psum"),
+    "4096": (*SPEED["prefill 4096"], "psum"),
+    "4096, query sharded": (*SPEED["prefill 4096"], "gather_kv"),
+    "4096, ring": (*SPEED["prefill 4096"], "ring"),
+    "gradient 2048, gather_kv": (*SPEED["gradient 2048"], "gather_kv"),
+    "gradient 2048, ring": (*SPEED["gradient 2048"], "ring"),
+}
+
+
+def reproducible(repeats):
+    """reproducible=True over eight fake devices: time, temp memory and collectives beside the ordinary."""
+    mesh = on_mesh()
+    print(f"{'':26}{'ratio':>7}{'ms':>9}{'ordinary ms':>13}   temp MiB (ordinary)")
+    for name, (*shape, dtype, causal, with_gradient, combine) in REPRODUCIBLE.items():
+        sharded = combine in ("gather_kv", "ring")
+        specs = P(None, "kv") if sharded else P(), P(None, "kv"), P(None, "kv")
+        arrays = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(inputs(*shape, dtype), specs, strict=True)
+        ]
+        wrap = gradient if with_gradient else (lambda f: f)
+        contenders, temps, counts = {}, {}, {}
+        for exact in (True, False):
+            f = functools.partial(
+                ours(causal), mesh=mesh, axis_name="kv", combine=combine, reproducible=exact
+            )
+            compiled = jax.jit(wrap(f)).lower(*arrays).compile()
+            contenders[exact] = functools.partial(run_and_wait, compiled, arrays)
+            temps[exact] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            counts[exact] = dict(collectives(compiled.as_text(), executed=True))
+        s = medians(contenders, repeats)
+        print(
+            f"{name:26}{s[True] / s[False]:7.2f}{s[True] * 1e3:9.1f}{s[False] * 1e3:13.1f}"
+            f"   {temps[True]:.1f} ({temps[False]:.1f})   {counts[True]} ({counts[False]})",
+            flush=True,
+        )
+
+
+def run_and_wait(compiled, arrays):
+    jax.block_until_ready(compiled(*arrays))
+
+
+MODES = ("speed", "memory", "compile", "devices", "reproducible")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "memory", "compile", "devices"))
+    parser.add_argument("what", choices=MODES)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    fake_devices(8 if arguments.what in ("compile", "devices") else 1)
+    fake_devices(1 if arguments.what in ("speed", "memory") else 8)
     print(f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices")
     match arguments.what:
         case "speed":
@@ -194,6 +243,8 @@ def main():
             compile_time()
         case "devices":
             devices(arguments.repeats)
+        case "reproducible":
+            reproducible(arguments.repeats)
 
 
 if __name__ == "__main__":
