@@ -17,7 +17,7 @@ top of a sum is that of its largest term A, in which 2^(L top - 1) < A (else it 
 are in error by less than n 2^(-L (K - 1)) A together, whatever they are. A digit is at most 2^(L-1), so n
 terms do not overflow while n 2^(L-1) < 2^31. `lattice` takes L = 31 - log2 n and the fewest words for which
 the error stays below 2^-24 A: half a unit in the last place of a float32, which is also what one
-conversion back costs. It goes by n rounded up to a power of 16, so that padding rarely changes it.
+conversion back costs. It changes at 1.9 times the powers of 16, where padding does not lead.
 
 Attention has a second scale, that of its weights. The terms of a state are blocks of keys, each with the
 maximum of its own, of which the nearest number of lattice steps is taken: max = g L ln 2 + r (`gauge`). Its

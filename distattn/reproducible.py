@@ -94,8 +94,8 @@ def fold_gradients(
       d_weighted_sum: f32[B, T, N, V].
 
     Returns:
-      FixedPoint: d_query [H, B, N, T], d_key [H, B, K, S], d_value
-      [V, B, K, S], and d_bias [1, ...] with the rows of bias, or None.
+      FixedPoint: d_query [H, B, N, T], d_key [H, B, K, S], d_value [V, B, K, S], and d_bias [1, ...] with
+      the rows of bias, or None.
     """
     tiles = Tiles(operands, _tiling(operands, machine, units, backward=True))
     tiling, columns = tiles.tiling, _columns(tiles, units)
