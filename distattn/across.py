@@ -55,8 +55,8 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
         out, lse = _forward(call, operands)
     else:
         out, lse = _attend(call, *_fields(operands))
-    if operands.query.shape[1] != query.shape[1]:
-        rows = query.shape[1]
+    rows = query.shape[1]
+    if operands.query.shape[1] != rows or call.movement.cuts_rows:
         whole = [call.placement.spec("BTN."[: x.ndim], x.shape, rows=()) for x in (out, lse)]
         out, lse = (
             call.uncut(x[:, :rows], "BTN."[: x.ndim]) for x in call.place([out, lse], whole)

@@ -146,18 +146,25 @@ class Shape:
     head_dim: int
     value_dim: int
     itemsize: int  # bytes of an item of query, key and value
+    words: int = 1  # of a number of a state: in fixed point it has several, of int32
 
     @property
     def payload_bytes(self) -> int:
         """The packed state of all queries, B T N (V + 2) float32 (float64 for float64): n."""
         rows = self.batch * self.query_length * self.num_heads
-        return max(4, self.itemsize) * rows * (self.value_dim + 2)
+        return max(4, self.itemsize) * self.words * rows * (self.value_dim + 2)
 
     @property
     def query_bytes(self) -> int:
         """The query, B T N H items."""
         rows = self.batch * self.query_length * self.num_heads
         return self.itemsize * rows * self.head_dim
+
+    @property
+    def out_bytes(self) -> int:
+        """The result, B T N V items."""
+        rows = self.batch * self.query_length * self.num_heads
+        return self.itemsize * rows * self.value_dim
 
     @property
     def key_value_bytes(self) -> int:

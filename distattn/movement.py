@@ -3,14 +3,15 @@
 import dataclasses
 import math
 
-from distattn import planner
+from distattn import cost, planner
 from distattn.collectives import ALL_REDUCES
 from distattn.cost import Shape, Topology
 from distattn.operands import Operands
 from distattn.placement import Axes, Placement
 from distattn.schedule import Schedule
-from distattn.traffic import HEADS_SHARDED, TWO_LEVELS, fits
+from distattn.traffic import HEADS_SHARDED, TWO_LEVELS, fits, gather_traffic
 from distattn.traffic import QUERY_SHARDED as SHARDED_FORMULAS
+from distattn.units import Units
 
 QUERY_SHARDED = tuple(SHARDED_FORMULAS)
 COMBINES = ("auto", *ALL_REDUCES, *QUERY_SHARDED)
@@ -31,6 +32,9 @@ class Movement:
     all_reduce: Axes = ()  # states are merged over these, and stay whole
     scatter: Axes = ()  # states are merged over these, and scattered along T
     schedule: Combine = "auto"  # of the all-reduce
+    cuts_rows: bool = (
+        False  # query and result are whole, and rows are sharded while devices compute
+    )
 
 
 def check_combine(combine: Combine) -> None:
@@ -44,7 +48,11 @@ def check_combine(combine: Combine) -> None:
 
 
 def choose_movement(
-    placement: Placement, operands: Operands, combine: Combine, query_axis_name: object
+    placement: Placement,
+    operands: Operands,
+    combine: Combine,
+    query_axis_name: object,
+    units: Units | None = None,
 ) -> tuple[Placement, Movement]:
     """The movement of a call, and the placement with T sharded where the movement needs that.
 
@@ -53,6 +61,7 @@ def choose_movement(
       operands: global shapes.
       combine: as in `dot_product_attention`.
       query_axis_name: as passed by the caller.
+      units: of a reproducible call.
 
     Returns:
       Placement and Movement.
@@ -60,7 +69,7 @@ def choose_movement(
     Raises:
       ValueError: a combine that does not fit where the query lies, or heads that do not divide.
     """
-    devices = placement.size(placement.key)
+    devices, cuts_rows = placement.size(placement.key), False
     if not placement.key_known and combine != "auto":
         raise ValueError(
             f"combine={combine!r} says how the devices of the keys exchange, and how key is sharded cannot "
@@ -78,12 +87,13 @@ def choose_movement(
         # Rows may still be sharded over an axis of the keys that has one device: nothing to move.
         return placement, Movement(gather_keys=placement.key)
     if combine == "auto":
-        combine = _by_cost(placement, operands, shared)
+        combine = _by_cost(placement, operands, shared, units)
+        cuts_rows = combine in QUERY_SHARDED and not shared and placement.query_known
     if combine not in QUERY_SHARDED:
         movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=combine)
         return placement, movement
     if not shared:
-        if query_axis_name != "auto":
+        if query_axis_name != "auto" and not cuts_rows:
             raise ValueError(
                 f"combine={combine!r} needs a query that is sharded along T over {placement.key}, and "
                 f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
@@ -98,7 +108,8 @@ def choose_movement(
         )
     sizes = {axis: placement.size((axis,)) for axis in placement.key}
     heads = operands.query.shape[2] // placement.size(placement.heads)
-    return placement, movement_of(combine, shared, sizes, heads)
+    movement = movement_of(combine, shared, sizes, heads)
+    return placement, dataclasses.replace(movement, cuts_rows=cuts_rows)
 
 
 def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
@@ -162,21 +173,31 @@ def choose_sharded(
     return planner.choose(shape, topology, query_sharded=True, candidates=names)
 
 
-def _by_cost(placement: Placement, operands: Operands, shared: Axes) -> str:
+def _by_cost(placement: Placement, operands: Operands, shared: Axes, units: Units | None) -> str:
     shape = _shape(placement, operands)
     topology = placement.topology(placement.key)
     devices = placement.size(placement.key)
     same = not placement.query or placement.query == placement.key
     sizes = tuple(placement.size((axis,)) for axis in placement.key) if same else ()
     rows = operands.query.shape[1]
+    if units is not None:
+        shape = dataclasses.replace(shape, words=units.by_keys.words)
     if shared:
         return choose_sharded(shape, topology, sizes).combine
     choice = planner.choose(shape, topology, query_sharded=False)
-    if placement.query_known or placement.query or rows % devices:
+    if placement.query or rows % devices:
         return choice.combine
-    # The query's layout is not known, so it may as well count as sharded where that is clearly cheaper.
-    other = choose_sharded(shape, topology, sizes)
-    return (other if other.predicted_s < CLEARLY * choice.predicted_s else choice).combine
+    if placement.query_known:
+        # Large states in fixed point take longer than keys, values and results together. In a cache keys
+        # stay, and rows that are padded to blocks on each device would be work for nothing.
+        if units is None or units.keys == 1 or rows % (devices * units.rows):
+            return choice.combine
+        other, least = choose_sharded(shape, topology, sizes), 1.0
+        results_s = cost.time_s(gather_traffic(shape.out_bytes, topology), topology)
+    else:
+        # The layout is not known, so it may as well count as sharded where that is clearly cheaper.
+        other, least, results_s = choose_sharded(shape, topology, sizes), CLEARLY, 0.0
+    return (other if other.predicted_s + results_s < least * choice.predicted_s else choice).combine
 
 
 def _shape(placement: Placement, operands: Operands) -> Shape:

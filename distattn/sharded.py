@@ -147,8 +147,8 @@ def dot_product_attention(
         heads_axis_name=heads_axis_name,
         leave_none=reproducible,
     )
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name)
     units = units_of(operands, implementation) if reproducible else None
+    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
     call = Call(scoring, implementation, placement, movement, units)
     out, lse = attend(call, operands)
     if jnp.ndim(query) == 3:

@@ -72,7 +72,7 @@ def sum_traffic(combine: str, payload_bytes: int, topology: Topology) -> Traffic
     """What the sum of an array on each device costs: by 'butterfly', or by one all-reduce, 'psum'."""
     if combine == "butterfly":
         return _doubling(payload_bytes, topology)
-    there = _gather(payload_bytes, topology)
+    there = gather_traffic(payload_bytes, topology)
     sent = 2 * there.bytes_sent
     return Traffic(1, 2 * there.messages, sent, sent)
 
@@ -103,7 +103,7 @@ def _rounds(rounds: int, sent: int, merges: int, payload_bytes: int) -> Traffic:
 def _psum(shape: Shape, topology: Topology) -> Traffic:
     """Sends 2 n (D-1)/D in a pmax and one packed psum; rescaling in between counts as a merge."""
     n = shape.payload_bytes  # of which the pmax takes one number in V + 2, and the psum the rest
-    there = _gather(n, topology)  # and an all-reduce is as much back
+    there = gather_traffic(n, topology)  # and an all-reduce is as much back
     sent = 2 * there.bytes_sent
     return Traffic(2, 2 * 2 * there.messages, sent, sent, merges=1, merged_bytes=n)
 
@@ -111,7 +111,9 @@ def _psum(shape: Shape, topology: Topology) -> Traffic:
 def _all_gather(shape: Shape, topology: Topology) -> Traffic:
     """Sends n (D-1) and merges D - 1 states."""
     n, others = shape.payload_bytes, topology.size - 1
-    return _gather(n * topology.size, topology) + Traffic(merges=others, merged_bytes=others * n)
+    return gather_traffic(n * topology.size, topology) + Traffic(
+        merges=others, merged_bytes=others * n
+    )
 
 
 def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
@@ -119,12 +121,12 @@ def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
     rounds = (topology.size - 1).bit_length()
     sent = shape.payload_bytes * (topology.size - 1) / topology.size
     halving = Traffic(rounds, rounds, sent, sent, rounds, sent)
-    return _gather(shape.query_bytes, topology) + halving
+    return gather_traffic(shape.query_bytes, topology) + halving
 
 
 def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
     """Sends (key + value) (D-1)/D, apart, and merges nothing."""
-    each = _gather(shape.key_value_bytes / 2, topology)
+    each = gather_traffic(shape.key_value_bytes / 2, topology)
     return each + each
 
 
@@ -154,8 +156,7 @@ def _ulysses(shape: Shape, topology: Topology) -> Traffic:
 def _heads_over(shape: Shape, inner: int, size: int) -> Traffic:
     """From rows to heads and back over `inner` of the devices; heads of keys are repeated to divide."""
     repeated = math.lcm(shape.num_kv_heads, inner) // shape.num_kv_heads
-    out_bytes = shape.query_bytes * shape.value_dim / max(shape.head_dim, 1)
-    whole = shape.query_bytes + repeated * shape.key_value_bytes + out_bytes
+    whole = shape.query_bytes + repeated * shape.key_value_bytes + shape.out_bytes
     sent = whole / size * (inner - 1) / inner
     return Traffic(3, 3 * (inner - 1), sent, sent)
 
@@ -176,7 +177,8 @@ def _two_levels(outside: "_Formula", shape: Shape, topology: Topology) -> Traffi
     return heads + keys + _nearer(messages, topology)
 
 
-def _gather(whole_bytes: float, topology: Topology) -> Traffic:
+def gather_traffic(whole_bytes: float, topology: Topology) -> Traffic:
+    """What the all-gather of an array, so large as a whole, costs."""
     others = topology.size - 1
     messages = others if topology.constants.collectives == "ring" else others.bit_length()
     sent = whole_bytes * others / topology.size

@@ -143,6 +143,22 @@ def test_features(name):
         check_bits(FEATURES[name], mesh=mesh, axis_name="kv", combine=combine)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_whole_query_are_cut_where_states_are_large(kind):
+    case = Case(batch=1, queries=128, keys=4 * BLOCK, heads=8, kv_heads=1, sinks=True)
+    mesh = mesh_of(8, kind)
+    where = {"mesh": mesh, "axis_name": "kv", "query_axis_name": None}
+    forward = jax.jit(functools.partial(distattn.dot_product_attention, reproducible=True, **where))
+    arrays = arguments_of(case, jnp.float32)[0]
+    with jax.set_mesh(mesh):
+        check_bits(case, **where)
+        operands = tuple(arrays[name] for name in ("query", "key", "value"))
+        compiled = forward.lower(*operands).compile()
+    counts = collectives(compiled.as_text())
+    assert counts["all-reduce"] == counts["reduce-scatter"] == 0 < counts["all-gather"], counts
+    assert compiled.output_shardings.is_fully_replicated
+
+
 @pytest.mark.parametrize(("dtype", "combine"), [("bfloat16", "ring"), ("float16", "butterfly")])
 def test_half_precision(dtype, combine):
     check_bits(WHOLE, jnp.dtype(dtype), mesh=mesh_of(4, "auto"), axis_name="kv", combine=combine)

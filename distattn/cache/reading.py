@@ -136,9 +136,9 @@ def attend(
     along = bool(set(placement.query) & set(placement.key))
     if combine == "auto" and along and placement.size(placement.key) > 1:
         combine = "reduce_scatter"
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name)
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
     units = units_of(operands, implementation, keys=1) if reproducible else None
+    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
+    scoring = make_scoring(query, scale, logits_soft_cap, precision)
     call = Call(scoring, implementation, placement, movement, units)
     out, lse = attend_across(call, operands)
     return (out, lse) if return_residual else out
