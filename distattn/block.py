@@ -13,13 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from distattn.block_sizes import DIAGONAL_HEADS
 from distattn.elementary import rounded
 from distattn.state import SoftmaxState, softmax_weights
-
-# XLA:CPU makes a transposed copy of the keys and values for a product with a batch of heads. Few queries
-# are spared that by one product for each head; or, with so few heads, by one product in which the heads
-# are folded into the contraction: [s, K*H] @ [K*H, K*G*q], the query block-diagonal, K times the flops.
-DIAGONAL_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,71 +14,46 @@ multiplies T * S / D pairs. It only hides messages that are on their way meanwhi
 import dataclasses
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """A connection between two devices, in one direction."""
-
-    latency_s: float  # one message, however small
-    bytes_per_s: float
-
-    def __post_init__(self) -> None:
-        """Check the signs."""
-        if not (self.latency_s >= 0 and self.bytes_per_s > 0):
-            raise ValueError(
-                f"latency_s is {self.latency_s}, bytes_per_s is {self.bytes_per_s}; they must be "
-                ">= 0 and > 0: measure seconds of an empty message, bytes a second of a long one"
-            )
-
-
-def worst(links: Sequence[Link]) -> Link:
-    """The longest latency and the least bandwidth of some links."""
-    return Link(max(x.latency_s for x in links), min(x.bytes_per_s for x in links))
+from distattn.chips import CHIPS, TYPICAL, Chip, Collectives
+from distattn.link import Link, worst
+from distattn.wiring import Axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """A row of the table of constants."""
+    """What `time_s` counts with, of the devices of a kind."""
 
     link: Link
     launch_s: float  # one collective or permute, beside its messages
     merge_s: float  # merging one more state, however small
     merge_bytes_per_s: float  # of the states that are merged into one's own
-    collectives: Literal["ring", "tree"]  # D - 1 or log2 D messages, twice that for an all-reduce
+    collectives: Collectives  # D - 1 or log2 D messages, twice that for an all-reduce
     flops_per_s: float  # of attention's products, on one device
     shared: bool = False  # the devices share their cores, so that D devices take D times as long
 
 
-# The one table of constants, by (platform, several processes).
+def platform_of(chip: Chip, *, network: bool = False) -> Platform:
+    """The constants of devices of a chip; `network`: those of several processes, where it says so."""
+    crosses = network and not chip.torus_rank  # processes of one slice share its ICI
+    return Platform(
+        link=chip.network if crosses else chip.link,
+        launch_s=chip.network_launch_s if crosses and chip.network_launch_s else chip.launch_s,
+        merge_s=chip.merge_s,
+        merge_bytes_per_s=chip.merge_bytes_per_s,
+        collectives=chip.network_collectives if crosses else chip.collectives,
+        flops_per_s=chip.attained_flops_per_s,
+        shared=chip.shared and not network,
+    )
+
+
+# Constants by (platform, several processes), of a typical chip where no other is known.
 PLATFORMS = {
-    # Threads of one process meet for each launch and then copy memory; messages cost nothing more.
-    # 8 devices, 2 cores, time over pmax + two psums at 2 KiB / 130 KiB / 2 MiB: pmax + one psum
-    # 0.79 / 0.81 / 1.02, butterfly 1.05 / 1.41 / 2.85, all_gather 0.96 / 4.5 / 28 (jax 0.10.2). So
-    # at 2 KiB a launch is 0.27 of pmax + one psum (about 1 ms) and a merge a quarter of a launch;
-    # at 2 MiB merges are about 10 times the copies (memory: 31 GB/s). Products: 175 GFLOP/s.
-    ("cpu", False): Platform(Link(0.0, 3e10), 3e-5, 8e-6, 4e9, "ring", 1.75e11, shared=True),
-    # Gloo over TCP on one machine, 8 processes: butterfly 6.4, all_gather 16, pmax + psum 39 ms, in
-    # 3, 7 and 28 messages; 2 processes of 4 devices: 10.6, 6.8, 17.7 ms, and with 0.5 MB 26, 104
-    # and 32 ms more (jax 0.10.2). Between hosts 5 ms apart each message of its rings takes 9 ms,
-    # there and back: pass Link(9e-3, ...) for those.
-    ("cpu", True): Platform(Link(1e-3, 5e7), 3e-4, 8e-6, 4e9, "ring", 1.75e11),
-    # NCCL's model of itself (src/graph/tuning.cc): 6.8 us a collective; 0.6 us a step over NVLink,
-    # 2.7 over a network; rings in a host, trees between hosts. Data sheets of H100 and InfiniBand:
-    # NVLink 450 GB/s a direction, network 50 GB/s, HBM 3.35 TB/s (a merge reads two states and
-    # writes one: a third). 2 us: the launch of a kernel. Products in bfloat16: 989 TFLOP/s, of which
-    # FlashAttention reaches about 40 %.
-    ("gpu", False): Platform(Link(6e-7, 4.5e11), 6.8e-6, 2e-6, 1.1e12, "ring", 4e14),
-    ("gpu", True): Platform(Link(2.7e-6, 5e10), 6.8e-6, 2e-6, 1.1e12, "tree", 4e14),
-    # v5p, "How to Scale Your Model", chapter on TPUs: ICI 1e11 B/s a link and direction, 0.5 us a
-    # hop, HBM 2.8e12 B/s (a third, as above). 1 us: XLA:TPU's own estimate of a butterfly grows by
-    # 9 us from 64 chips to 4096, six rounds. A torus is no tree, but along all its axes and in both
-    # directions it is nearly as short. Processes of one slice share its ICI. Products in bfloat16:
-    # 459 TFLOP/s, of which half is counted on.
-    ("tpu", False): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree", 2.3e14),
-    ("tpu", True): Platform(Link(5e-7, 1e11), 1e-6, 5e-7, 9e11, "tree", 2.3e14),
+    (platform, several): platform_of(CHIPS[name], network=several)
+    for platform, name in TYPICAL.items()
+    for several in (False, True)
 }
 
 
@@ -92,6 +67,10 @@ class Topology:
       processes: of the job. Several on a CPU or GPU: messages cross a network.
       link: a measured one, in place of the table's, for all axes.
       links: a measured one for each of `sizes`, instead of `link`.
+      chip: a row of the table, in place of the typical one of the platform.
+      wiring: for each of `sizes` the stretches of the network that it lies along, as `wiring.along` finds
+        them; how far messages go, and how many share a link, follows. None: any two devices have a link
+        to themselves. A measured link counts instead.
     """
 
     platform: str
@@ -99,13 +78,21 @@ class Topology:
     processes: int = 1
     link: Link | None = None
     links: tuple[Link, ...] | None = None
+    chip: Chip | None = None
+    wiring: tuple[Axis, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that there are constants for it, and a link for each axis."""
+        """Check that there are constants for it, and a link or stretches for each axis."""
         if self.links is not None and (self.link or len(self.links) != len(self.sizes)):
             raise ValueError(
                 f"links is {self.links}, link is {self.link} and sizes is {self.sizes}; pass one link for "
                 "each of sizes, or link alone for all of them"
+            )
+        wired = self.sizes if self.wiring is None else tuple(map(_places, self.wiring))
+        if wired != self.sizes:
+            raise ValueError(
+                f"wiring is of axes of {wired} devices and sizes is {self.sizes}; they must agree: pass "
+                "what wiring.along(dimensions, sizes) gives, or None"
             )
         if (self.platform, self.processes > 1) not in PLATFORMS:
             raise ValueError(
@@ -124,14 +111,31 @@ class Topology:
 
         What runs along all axes at once, such as a ring, waits for the slowest in each of its steps.
         """
-        row = PLATFORMS[self.platform, self.processes > 1]
+        several = self.processes > 1
+        row = PLATFORMS[self.platform, several]
+        if self.chip is not None:
+            row = platform_of(self.chip, network=several)
         crossed = zip(self.links or (), self.sizes, strict=False)
         used = [link for link, size in crossed if size > 1]
         return dataclasses.replace(row, link=worst(used) if used else self.link or row.link)
 
+    @property
+    def wired(self) -> tuple[Axis, ...] | None:
+        """The wiring, where no measured link stands in for it."""
+        return None if self.link or self.links else self.wiring
+
+    @property
+    def stretches(self) -> Axis:
+        """Of all axes, slowest first."""
+        return tuple(stretch for axis in self.wiring or () for stretch in axis)
+
     def link_of(self, axis: int) -> Link:
         """The link along one of `sizes`."""
         return self.links[axis] if self.links else self.constants.link
+
+
+def _places(axis: Axis) -> int:
+    return math.prod(stretch.size for stretch in axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,45 +215,6 @@ def time_s(traffic: Traffic, topology: Topology) -> float:
         + traffic.merged_bytes / row.merge_bytes_per_s
     )
     return seconds * topology.size if row.shared else seconds
-
-
-def fit_link(samples: Sequence[tuple[float, float]]) -> tuple[Link, float]:
-    """The link whose latency_s + bytes / bytes_per_s is nearest to what was measured.
-
-    Least squares of the relative error, so that a small message counts as much as a large one, over
-    latencies of at least 0. Where time does not grow with the size, bytes_per_s is what the largest
-    message reached: no more can be said.
-
-    Args:
-      samples: (bytes, seconds) of single messages; of two sizes or more.
-
-    Returns:
-      Link, and the root of the mean square of (fitted - measured) / measured.
-
-    Raises:
-      ValueError: fewer than two sizes, or times that are not above 0.
-    """
-    if len({size for size, _ in samples}) < 2 or not all(t > 0 for _, t in samples):
-        raise ValueError(
-            f"samples is {list(samples)}; it must be (bytes, seconds) of two sizes or more, with seconds "
-            "above 0: measure a small message and a large one"
-        )
-    weights = [(size, 1 / seconds) for size, seconds in samples]
-    ww = sum(w * w for _, w in weights)
-    wx = sum(w * w * x for x, w in weights)
-    xx = sum((w * x) ** 2 for x, w in weights)
-    w1, x1 = sum(w for _, w in weights), sum(w * x for x, w in weights)
-    determinant = ww * xx - wx * wx
-    latency_s = (xx * w1 - wx * x1) / determinant
-    s_per_byte = (ww * x1 - wx * w1) / determinant
-    if latency_s < 0:
-        latency_s, s_per_byte = 0.0, x1 / xx
-    largest, seconds = max(samples)
-    if s_per_byte <= 0:
-        latency_s, s_per_byte = w1 / ww, 0.0
-    errors = [w * (latency_s + s_per_byte * x) - 1 for x, w in weights]
-    residual = math.sqrt(sum(e * e for e in errors) / len(errors))
-    return Link(latency_s, 1 / s_per_byte if s_per_byte else largest / seconds), residual
 
 
 def links_from(report: Mapping[str, Any]) -> dict[str, Link]:

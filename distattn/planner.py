@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from distattn import cost
+from distattn.amounts import bytes_text, count_text, seconds_text
 from distattn.cost import Shape, Topology, Traffic
 from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, sum_traffic, traffic
 
@@ -85,26 +86,9 @@ def _reason(
 ) -> str:
     if topology.size == 1:
         return f"{best}: one device, nothing moves"
-    sent = f"{_bytes(amounts.bytes_sent)} a device in {_count(amounts.messages, 'message')}"
-    work = f"{sent} of {_count(amounts.launches, 'launch', 'launches')}"
-    others = ", ".join(f"{name} {_seconds(s)}" for name, s in alternatives)
+    sent = f"{bytes_text(amounts.bytes_sent)} a device in {count_text(amounts.messages, 'message')}"
+    work = f"{sent} of {count_text(amounts.launches, 'launch', 'launches')}"
+    others = ", ".join(f"{name} {seconds_text(s)}" for name, s in alternatives)
     where = f"{topology.size} {topology.platform} devices"
     compared = f"against {others}" if others else "the only candidate"
-    return f"{best} on {where}: {work}, {_seconds(seconds)}; {compared}"
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _seconds(seconds: float) -> str:
-    return _scaled(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")))
-
-
-def _bytes(count: float) -> str:
-    return _scaled(count, ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")))
-
-
-def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
-    return f"{value / size:.3g} {unit}"
+    return f"{best} on {where}: {work}, {seconds_text(seconds)}; {compared}"

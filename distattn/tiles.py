@@ -10,20 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
-from distattn.block import DIAGONAL_HEADS, Block
+from distattn.block import Block
+from distattn.block_sizes import block_sizes, even, is_flat
 from distattn.mask import Mask, Span, split_heads, take
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, empty, state_dtype
 from distattn.visits import Visits
-
-# Logits of one block, in elements: 1 MiB of float32 is what the second-level cache of a CPU core holds.
-# Where positions decide, smaller blocks let more of them be skipped.
-BLOCK_ELEMENTS = 2**18
-BLOCK_ELEMENTS_BY_POSITION = 2**17
-# Up to so many query heads times queries, the flat form of a block costs less than a transposed copy of
-# the keys and values: with a product for each head, and with a block-diagonal one (`DIAGONAL_HEADS`).
-FLAT_COLUMNS = 1024
-FLAT_COLUMNS_DIAGONAL = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +54,26 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
     groups = heads // kv_heads
     cpu = machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
-    columns = FLAT_COLUMNS if kv_heads > DIAGONAL_HEADS else FLAT_COLUMNS_DIAGONAL
-    flat = one_by_one and not backward and heads * queries <= columns
+    flat = one_by_one and not backward and is_flat(heads, kv_heads, queries)
     few = groups * queries <= 64
-    elements = (
-        BLOCK_ELEMENTS_BY_POSITION
-        if backward or operands.mask.key_positions is not None
-        else BLOCK_ELEMENTS
+    query_block, key_block = block_sizes(
+        queries,
+        (heads, kv_heads),
+        width,
+        flat=flat,
+        one_by_one=one_by_one,
+        smaller=backward or operands.mask.key_positions is not None,
     )
-    query_block = min(queries, max(512 // groups, 16) if one_by_one else 256)
-    if flat:
-        key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
-    else:
-        key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
-        # In two, so that a shard of a zigzag layout is skipped by halves.
-        if operands.mask.compares_positions:
-            key_block = min(key_block, max(keys // 2, 64))
+    # In two, so that a shard of a zigzag layout is skipped by halves.
+    if not flat and operands.mask.compares_positions:
+        key_block = min(key_block, max(keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes
     return Tiling(
         batch=1 if one_by_one else batch,
         heads=1 if one_by_one and not (flat or few) else kv_heads,
-        query=_even(queries, query_block),
-        key=_even(keys, key_block),
+        query=even(queries, query_block),
+        key=even(keys, key_block),
         flat=flat,
         as_bits=cpu,
         branch=not machine.compiler_sharded,
@@ -270,10 +259,3 @@ def add(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
 def _span(index: Any, size: int, length: int) -> Span:
     # The last block is moved back to end with the data, and overlaps its neighbour.
     return Span(jnp.minimum(index * size, length - size) if length % size else index * size, size)
-
-
-def _even(length: int, target: int) -> int:
-    """The block size nearest below the target that divides the length, if one is half of it or more."""
-    target = max(min(length, target), 1)
-    even = (size for size in range(target, target // 2, -1) if length % size == 0)
-    return next(even, target)

@@ -6,8 +6,11 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 
-from distattn.cost import Link, Shape, Topology, Traffic, worst
-from distattn.schedule import Schedule, butterfly_round_count
+from distattn.chips import CHIPS, TYPICAL
+from distattn.cost import Shape, Topology, Traffic
+from distattn.link import Link, worst
+from distattn.schedule import Schedule, butterfly_round_count, halving
+from distattn.wiring import Level, butterfly_links, levels, ring_link, round_link, shift_link
 
 
 def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
@@ -40,9 +43,12 @@ def _schedule(schedule: Schedule, shape: Shape, topology: Topology) -> Traffic:
     merges = sum(step.receives != step.replaces for step in schedule.steps)
     busiest = max(sent.values(), default=0)
     whole = _rounds(len(schedule.rounds), busiest, merges, shape.payload_bytes)
-    if topology.links is None:
+    if topology.wired is not None:
+        links = [round_link(topology.stretches, pairs) for pairs in schedule.rounds]
+    elif topology.links is not None:
+        links = [_link_of_round(pairs, topology) for pairs in schedule.rounds]
+    else:
         return whole
-    links = (_link_of_round(pairs, topology) for pairs in schedule.rounds)
     return whole + _nearer(((link, 1, shape.payload_bytes) for link in links), topology)
 
 
@@ -58,7 +64,10 @@ def _link_of_round(pairs: tuple[tuple[int, int], ...], topology: Topology) -> Li
 
 
 def _nearer(messages: Iterable[tuple[Link, int, float]], topology: Topology) -> Traffic:
-    """What messages, each (link, count, bytes of all), save over those that cross the worst link."""
+    """What messages, each (link, count, bytes of all), save over those that cross the worst link.
+
+    On a torus that is one hop over a link of one's own, and what they save may be less than nothing.
+    """
     slowest = topology.constants.link
     saved_s = sum(
         count * (slowest.latency_s - link.latency_s)
@@ -72,9 +81,7 @@ def sum_traffic(combine: str, payload_bytes: int, topology: Topology) -> Traffic
     """What the sum of an array on each device costs: by 'butterfly', or by one all-reduce, 'psum'."""
     if combine == "butterfly":
         return _doubling(payload_bytes, topology)
-    there = gather_traffic(payload_bytes, topology)
-    sent = 2 * there.bytes_sent
-    return Traffic(1, 2 * there.messages, sent, sent)
+    return _all_reduce(payload_bytes, topology)
 
 
 def _butterfly(shape: Shape, topology: Topology) -> Traffic:
@@ -88,9 +95,12 @@ def _doubling(payload_bytes: int, topology: Topology) -> Traffic:
     # nobody merges in the round that unfolds.
     sent = sum((size - 1).bit_length() for size in topology.sizes)
     whole = _rounds(sum(counts), sent, sent, payload_bytes)
-    if topology.links is None:
+    if topology.wired is not None:
+        links = [(x, 1) for axis in topology.wired for x in butterfly_links(axis)]
+    elif topology.links is not None:
+        links = zip(topology.links, counts, strict=True)
+    else:
         return whole
-    links = zip(topology.links, counts, strict=True)
     messages = ((link, count, count * payload_bytes) for link, count in links)
     return whole + _nearer(messages, topology)
 
@@ -102,10 +112,16 @@ def _rounds(rounds: int, sent: int, merges: int, payload_bytes: int) -> Traffic:
 
 def _psum(shape: Shape, topology: Topology) -> Traffic:
     """Sends 2 n (D-1)/D in a pmax and one packed psum; rescaling in between counts as a merge."""
-    n = shape.payload_bytes  # of which the pmax takes one number in V + 2, and the psum the rest
-    there = gather_traffic(n, topology)  # and an all-reduce is as much back
-    sent = 2 * there.bytes_sent
-    return Traffic(2, 2 * 2 * there.messages, sent, sent, merges=1, merged_bytes=n)
+    n = shape.payload_bytes
+    maxima = n / (shape.value_dim + 2)  # one number of those of a row
+    sums = _all_reduce(maxima, topology) + _all_reduce(n - maxima, topology)
+    return sums + Traffic(merges=1, merged_bytes=n)
+
+
+def _all_reduce(whole_bytes: float, topology: Topology) -> Traffic:
+    """A reduce-scatter, and as much back, in one launch."""
+    there = gather_traffic(whole_bytes, topology)
+    return dataclasses.replace(there + there, launches=1)
 
 
 def _all_gather(shape: Shape, topology: Topology) -> Traffic:
@@ -120,8 +136,15 @@ def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
     """Sends (query + n) (D-1)/D: the query gathered, the states halved log2 D times."""
     rounds = (topology.size - 1).bit_length()
     sent = shape.payload_bytes * (topology.size - 1) / topology.size
-    halving = Traffic(rounds, rounds, sent, sent, rounds, sent)
-    return gather_traffic(shape.query_bytes, topology) + halving
+    halved = Traffic(rounds, rounds, sent, sent, rounds, sent)
+    if topology.wired is not None:
+        chunk = shape.payload_bytes / topology.size
+        messages = [
+            (shift_link(topology.stretches, shift), 1, count * chunk)
+            for shift, count in halving(topology.size).rounds
+        ]
+        halved += _nearer(messages, topology)
+    return gather_traffic(shape.query_bytes, topology) + halved
 
 
 def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
@@ -133,11 +156,12 @@ def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
 def _ring(shape: Shape, topology: Topology) -> Traffic:
     """Sends (key + value) (D-1)/D in D - 1 hops of two messages, while it computes."""
     size, hops, row = topology.size, topology.size - 1, topology.constants
+    link = row.link if topology.wired is None else ring_link(topology.stretches)
     sent = shape.key_value_bytes * hops / size
-    sending_s = 2 * hops * row.link.latency_s + sent / row.link.bytes_per_s
+    sending_s = 2 * hops * link.latency_s + sent / link.bytes_per_s
     # Of D equal parts of a device's work, all but the last; where cores are shared, nothing is left over.
     computing_s = 0.0 if row.shared else shape.flops / size * hops / size / row.flops_per_s
-    return Traffic(
+    whole = Traffic(
         launches=2 * hops,
         messages=2 * hops,
         message_bytes=sent,
@@ -146,29 +170,47 @@ def _ring(shape: Shape, topology: Topology) -> Traffic:
         merged_bytes=hops * shape.payload_bytes / size,
         hidden_s=min(sending_s, computing_s),
     )
+    return whole + _nearer([(link, 2 * hops, sent)], topology)
 
 
 def _ulysses(shape: Shape, topology: Topology) -> Traffic:
     """Sends (query + key + value + out) / D (D-1)/D in three all-to-alls."""
-    return _heads_over(shape, topology.size, topology.size)
+    return _heads_over(shape, topology, topology.size)
 
 
-def _heads_over(shape: Shape, inner: int, size: int) -> Traffic:
-    """From rows to heads and back over `inner` of the devices; heads of keys are repeated to divide."""
+def _heads_over(shape: Shape, topology: Topology, size: int) -> Traffic:
+    """From rows to heads and back, among those of `size` devices; heads of keys are repeated to divide."""
+    inner = topology.size
     repeated = math.lcm(shape.num_kv_heads, inner) // shape.num_kv_heads
     whole = shape.query_bytes + repeated * shape.key_value_bytes + shape.out_bytes
     sent = whole / size * (inner - 1) / inner
-    return Traffic(3, 3 * (inner - 1), sent, sent)
+    if topology.wired is None:
+        return Traffic(3, 3 * (inner - 1), sent, sent)
+    found = _levels(topology)
+    hops = sum(level.messages for level in found)
+    crossed = [(level.exchange, 3 * level.messages, whole / size) for level in found]
+    # Each level has its own links for the same bytes: so many more or less than are sent.
+    surplus = (whole / size * len(found) - sent) / topology.constants.link.bytes_per_s
+    nearer = _nearer(crossed, topology) + Traffic(nearer_s=-surplus)
+    return Traffic(3, 3 * hops, sent, sent) + nearer
 
 
 def _two_levels(outside: "_Formula", shape: Shape, topology: Topology) -> Traffic:
     """Heads over the last axis, then `outside` over the others, of a part of the heads each."""
     inner = topology.sizes[-1]
-    links = topology.links and topology.links[:-1]
-    others = dataclasses.replace(topology, sizes=topology.sizes[:-1], links=links)
+    links, wiring = topology.links, topology.wiring
+    others = dataclasses.replace(
+        topology,
+        sizes=topology.sizes[:-1],
+        links=links and links[:-1],
+        wiring=wiring and wiring[:-1],
+    )
+    last = dataclasses.replace(
+        topology, sizes=(inner,), links=links and links[-1:], wiring=wiring and wiring[-1:]
+    )
     kv_heads = math.lcm(shape.num_kv_heads, inner) // inner
     part = dataclasses.replace(shape, num_heads=shape.num_heads // inner, num_kv_heads=kv_heads)
-    heads, keys = _heads_over(shape, inner, topology.size), outside(part, others)
+    heads, keys = _heads_over(shape, last, topology.size), outside(part, others)
     if topology.links is None:
         return heads + keys
     # Both have been counted without regard to each other's link.
@@ -179,10 +221,28 @@ def _two_levels(outside: "_Formula", shape: Shape, topology: Topology) -> Traffi
 
 def gather_traffic(whole_bytes: float, topology: Topology) -> Traffic:
     """What the all-gather of an array, so large as a whole, costs."""
+    if topology.wired is not None:
+        return _gather_by_levels(whole_bytes, topology)
     others = topology.size - 1
     messages = others if topology.constants.collectives == "ring" else others.bit_length()
     sent = whole_bytes * others / topology.size
     return Traffic(1, messages, sent, sent)
+
+
+def _gather_by_levels(whole_bytes: float, topology: Topology) -> Traffic:
+    """Over the slowest level first, where the parts are smallest: it sends no more in all."""
+    held, crossed = whole_bytes / topology.size, []
+    for level in _levels(topology):
+        crossed.append((level.link, level.messages, held * (level.size - 1)))
+        held *= level.size
+    sent = whole_bytes * (topology.size - 1) / topology.size
+    messages = sum(level.messages for level in _levels(topology))
+    return Traffic(1, messages, sent, sent) + _nearer(crossed, topology)
+
+
+def _levels(topology: Topology) -> tuple[Level, ...]:
+    chip = topology.chip or CHIPS[TYPICAL[topology.platform]]
+    return levels(topology.stretches, chip.collectives, chip.network_collectives)
 
 
 _Formula = Callable[[Shape, Topology], Traffic]

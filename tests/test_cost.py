@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from distattn.cost import (
     PLATFORMS,
-    Link,
     Shape,
     Topology,
     Traffic,
-    fit_link,
     links_from,
     time_s,
-    worst,
 )
+from distattn.link import Link, fit_link, worst
+from distattn.pods import pod
 from distattn.schedule import Schedule, butterfly, halving, hierarchical
 from distattn.traffic import FORMULAS, fits, traffic
 
@@ -235,6 +234,103 @@ def test_a_schedule_takes_the_links_that_its_rounds_cross(sizes):
     assert by_name == pytest.approx(by_schedule)
 
 
+PODS = [
+    "v5p:4x4x4",
+    "v5e:4x4",
+    "v4:2x3x5",
+    "v5e:6x16",
+    "v5p:4x4x4*3",
+    "tpu7x:4x4x4",
+    "h100:3x8",
+    "cpu:6",
+]
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_on_a_pod_a_butterfly_by_name_takes_what_its_schedule_does(name):
+    topology = pod(name).topology()
+    combines = ("butterfly", hierarchical(topology.sizes))
+    by_name, by_schedule = (seconds(c, SHAPE, topology) for c in combines)
+    assert by_name == pytest.approx(by_schedule)
+
+
+def test_on_a_torus_each_round_takes_its_hops_and_the_messages_on_its_links():
+    topology = pod("v5p:16x16x16").topology()
+    row = topology.constants
+    expected = 12 * (row.launch_s + row.merge_s + N / row.merge_bytes_per_s)
+    for distance in (1, 2, 4, 8):
+        expected += 3 * distance * (row.link.latency_s + N / row.link.bytes_per_s)
+    assert seconds("butterfly", SHAPE, topology) == pytest.approx(expected)
+
+
+def test_between_slices_a_message_takes_its_share_of_the_network_of_its_host():
+    one, two = (pod(name).topology() for name in ("v5p:4x4x4", "v5p:4x4x4*2"))
+    row, network = one.constants, pod("v5p:4x4x4").chip.network
+    more = row.launch_s + row.merge_s + N / row.merge_bytes_per_s
+    more += network.latency_s + 4 * N / network.bytes_per_s
+    assert seconds("butterfly", SHAPE, two) == pytest.approx(
+        seconds("butterfly", SHAPE, one) + more
+    )
+
+
+def test_an_all_reduce_on_a_torus_uses_six_links():
+    prefill = dataclasses.replace(SHAPE, query_length=1 << 16)
+    topology = pod("v5p:16x16x16").topology()
+    row, n = topology.constants, prefill.payload_bytes
+    expected = 2 * row.launch_s + 4 * 24 * row.link.latency_s + row.merge_s
+    expected += 2 * n * 4095 / 4096 / (6 * row.link.bytes_per_s) + n / row.merge_bytes_per_s
+    assert seconds("psum", prefill, topology) == pytest.approx(expected)
+
+
+def test_a_gather_over_hosts_takes_each_part_over_its_own_links():
+    topology = pod("h100:16x8").topology()
+    row, chip, kv = topology.constants, pod("h100:16x8").chip, SHAPE.key_value_bytes
+    expected = 2 * row.launch_s + 2 * (4 * chip.network.latency_s + 7 * chip.link.latency_s)
+    expected += kv * 15 / 128 / chip.network.bytes_per_s + kv * 7 / 8 / chip.link.bytes_per_s
+    assert seconds("gather_kv", SHAPE, topology) == pytest.approx(expected)
+    sent = traffic("gather_kv", SHAPE, topology).bytes_sent
+    assert sent == pytest.approx(kv * 127 / 128)
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_wiring_changes_no_count_of_launches_bytes_or_merges(name):
+    topology = pod(name).topology()
+    plain = dataclasses.replace(topology, wiring=None)
+    for combine in FORMULAS:
+        if fits(combine, SHAPE, topology):
+            one, other = (traffic(combine, SHAPE, where) for where in (topology, plain))
+            assert one.launches == other.launches
+            assert one.bytes_sent == pytest.approx(other.bytes_sent)
+            assert (one.merges, one.merged_bytes) == (other.merges, other.merged_bytes)
+
+
+@given(st.sampled_from(PODS), shapes, st.sampled_from(sorted(FORMULAS)))
+def test_on_a_pod_more_rows_or_keys_never_take_less(name, shape, combine):
+    topology = pod(name).topology()
+    larger = dataclasses.replace(
+        shape, query_length=2 * shape.query_length, key_length=2 * shape.key_length
+    )
+    if fits(combine, shape, topology):
+        few, more = (seconds(combine, x, topology) for x in (shape, larger))
+        assert 0 <= few <= more * (1 + 1e-9)
+
+
+def test_a_butterfly_grows_by_a_round_per_doubling():
+    one_hop = pod("v5p:4x4x4").chip.link.latency_s
+    taken = []
+    for doublings in range(1, 5):
+        topology = pod(f"v5e:{1 << doublings}x1").topology()
+        assert traffic("butterfly", SHAPE, topology).launches == doublings
+        taken.append(seconds("butterfly", dataclasses.replace(SHAPE, batch=1), topology))
+    row = pod("v5e:2x1").topology().constants
+    payload = N / 2
+    for doublings, (few, more) in enumerate(zip(taken, taken[1:], strict=False), 1):
+        distance = 1 << doublings
+        round_s = row.launch_s + row.merge_s + payload / row.merge_bytes_per_s
+        round_s += distance * (one_hop + payload / row.link.bytes_per_s)
+        assert more - few == pytest.approx(round_s)
+
+
 @given(st.floats(0, 1), st.floats(1, 1e12))
 def test_a_fit_finds_the_link_that_made_the_samples(latency_s, bytes_per_s):
     sizes = (8, 1 << 10, 1 << 16, 1 << 22)
@@ -400,6 +496,11 @@ def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
             lambda: Topology("abacus", (8,)),
             "platform is 'abacus'",
             "name a combine instead of 'auto'",
+        ),
+        (
+            lambda: dataclasses.replace(pod("v5e:4x4").topology(), sizes=(16,)),
+            "wiring is of axes of (4, 4) devices",
+            "pass what wiring.along",
         ),
         (lambda: Topology("cuda", (8,)), "platform is 'cuda'", "'cpu', 'gpu' and 'tpu'"),
         (

@@ -19,6 +19,7 @@ LAYERS = (
     "state",
     "mask",
     "visits",
+    "block_sizes",
     "block",
     "checks",
     "operands",
@@ -34,10 +35,19 @@ LAYERS = (
     "kernels",
     "local",
     "partial",
+    "amounts",
     "schedule",
+    "link",
+    "chips",
+    "wiring",
     "cost",
     "traffic",
     "planner",
+    "pods",
+    "workload",
+    "roofline",
+    "memory",
+    "plan",
     "monoid",
     "axes",
     "collectives",
@@ -67,7 +77,20 @@ LAYERS = (
     "__main__",
 )
 MAX_LINES = 300
-PURE = {"schedule", "cost", "traffic", "planner"}  # run, and tested, without jax
+PURE = {  # run, and tested, without jax
+    *(
+        "amounts",
+        "block_sizes",
+        "schedule",
+        "link",
+        "chips",
+        "wiring",
+        "cost",
+        "traffic",
+        "planner",
+    ),
+    *("pods", "workload", "roofline", "memory", "plan"),
+}
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 
 

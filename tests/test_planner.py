@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.cost import Link, Shape, Topology, time_s
+from distattn.cost import Shape, Topology, time_s
+from distattn.link import Link
 from distattn.planner import choose, choose_sum
 from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits, traffic
 

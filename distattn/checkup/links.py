@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from distattn._manual import manual
 from distattn.checkup.programs import medians, on_mesh, prepare
-from distattn.cost import Link, fit_link
+from distattn.link import Link, fit_link
 
 HOPS = 8  # of a program: what it takes to start one is shared by so many messages
 

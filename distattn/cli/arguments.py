@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class CommandError(Exception):
@@ -21,3 +22,19 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def mesh_axes(value: str) -> dict[str, int]:
+    """Sizes of mesh axes by name, of text as host=2,device=4: a `type` of argparse."""
+    axes: dict[str, int] = {}
+    for part in value.split(","):
+        name, _, size = part.partition("=")
+        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
+            refuse(value, "axes with their sizes, each axis once, as host=2,device=4")
+        axes[name] = int(size)
+    return axes
+
+
+def refuse(value: str, what: str) -> NoReturn:
+    """Tells argparse what an argument should have been."""
+    raise argparse.ArgumentTypeError(f"{value!r} is not {what}")

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -18,7 +17,7 @@ from distattn.checkup.correctness import NAMED, subjects
 from distattn.checkup.examination import Effort, Report, examine
 from distattn.checkup.programs import gathered
 from distattn.checkup.text import text
-from distattn.cli.arguments import CommandError, at_least
+from distattn.cli.arguments import CommandError, at_least, mesh_axes, refuse
 from distattn.distributed import initialize, make_mesh
 
 STDOUT = "-"
@@ -41,7 +40,7 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
     argument("--quick", action="store_true", help="less of everything: under a minute")
     argument(
         "--mesh",
-        type=_axes,
+        type=mesh_axes,
         metavar="AXIS=N,...",
         help="slow axis first, as host=2,device=4 (default: host is the processes, device theirs)",
     )
@@ -71,20 +70,10 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_run)
 
 
-def _axes(value: str) -> dict[str, int]:
-    axes: dict[str, int] = {}
-    for part in value.split(","):
-        name, _, size = part.partition("=")
-        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
-            _refuse(value, "axes with their sizes, each axis once, as host=2,device=4")
-        axes[name] = int(size)
-    return axes
-
-
 def _combines(value: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(value.split(",")))
     if not set(names) <= set(NAMED):
-        _refuse(value, f"some of {', '.join(NAMED)}, with commas between them")
+        refuse(value, f"some of {', '.join(NAMED)}, with commas between them")
     return names
 
 
@@ -93,15 +82,11 @@ def _sizes(value: str) -> tuple[int, ...]:
     for part in value.upper().split(","):
         digits = part.rstrip("KMG")
         if not digits.isdecimal() or part[len(digits) :] not in UNITS or int(digits) == 0:
-            _refuse(value, "numbers of bytes, as 8,64K,4M")
+            refuse(value, "numbers of bytes, as 8,64K,4M")
         sizes.add(-(-int(digits) * UNITS[part[len(digits) :]] // 4) * 4)
     if len(sizes) < 2:
-        _refuse(value, "two sizes or more (of 4 bytes each), to tell latency from bandwidth")
+        refuse(value, "two sizes or more (of 4 bytes each), to tell latency from bandwidth")
     return tuple(sorted(sizes))
-
-
-def _refuse(value: str, what: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
 
 
 def _run(options: argparse.Namespace) -> int:
