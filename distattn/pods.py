@@ -166,7 +166,7 @@ def pod(name: str) -> Pod:
         )
     if not chip.torus_rank:
         shape = (1, *shape) if len(shape) == 1 else shape
-        if len(shape) > 2 or shape[-1] > chip.per_host or slices > 1:
+        if len(shape) > 2 or max(shape[1:]) > chip.per_host or slices > 1:
             raise ValueError(
                 f"topology is {name!r}; of {chip.name} it must be hosts x devices of each, at most "
                 f"{chip.per_host} a host, without slices: write {FORM}"
