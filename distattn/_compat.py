@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed
+from jax.sharding import AbstractDevice, Mesh
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -31,6 +32,30 @@ def all_gather_as_replicated(part: jax.Array, axes: tuple[str, ...], size: int) 
         row = lax.axis_index(axes)
         whole = vary(jnp.zeros((size, *part.shape), part.dtype), varying_axes(part, row))
         return lax.psum(lax.dynamic_update_index_in_dim(whole, part, row, 0), axes)
+
+
+def platform_of(mesh: Any = None) -> str:
+    """'cpu', 'gpu' or 'tpu': of the devices of a mesh, or of the one that is traced for.
+
+    An abstract mesh may say for which devices it stands; where it does not, they are the default ones.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    device = mesh.abstract_device
+    if device is None:
+        return jax.default_backend()
+    if hasattr(device, "platform"):
+        return device.platform
+    kind = device.device_kind.lower()  # JAX before 0.10
+    return next((x for x in ("cpu", "tpu") if kind.startswith(x)), "gpu")
+
+
+def abstract_device(platform: str) -> AbstractDevice:
+    """Any device of a platform, for an abstract mesh to stand for."""
+    fields = {"device_kind": platform, "num_cores": None, "platform": platform}
+    names = AbstractDevice.__dataclass_fields__  # platform is among them from JAX 0.10 on
+    return AbstractDevice(**{name: x for name, x in fields.items() if name in names})
 
 
 def _varying(kind: Any) -> frozenset[str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from distattn._compat import varying_axes
+from distattn._compat import platform_of, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.block import Scoring
 from distattn.collectives import ALL_REDUCES, all_reduce, reduce_scatter, typed_as_replicated
@@ -143,7 +143,7 @@ def sharded_attention(
     )
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
-    machine = Machine(jax.default_backend(), any(mesh.shape[axis] > 1 for axis in others))
+    machine = Machine(platform_of(), any(mesh.shape[axis] > 1 for axis in others))
     if reproducible and machine.compiler_sharded:
         raise NotImplementedError(
             f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "

@@ -3,6 +3,7 @@
 import jax
 from jax.typing import ArrayLike
 
+from distattn._compat import platform_of
 from distattn.local import local_state
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
 from distattn.state import SoftmaxState
@@ -90,5 +91,5 @@ def partial_attention(
         raise ValueError(
             f"block_sizes is {block_sizes}; it must be (queries, keys), both at least 1, or None"
         )
-    machine = Machine(jax.default_backend(), block_sizes=block_sizes)
+    machine = Machine(platform_of(), block_sizes=block_sizes)
     return local_state(operands, scoring, machine, implementation)

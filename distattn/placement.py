@@ -8,6 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from distattn._compat import platform_of
 from distattn.cost import Topology
 
 Axes = tuple[str, ...]
@@ -75,10 +76,8 @@ class Placement:
 
     @property
     def platform(self) -> str:
-        """'cpu', 'gpu' or 'tpu'; of the default backend where the mesh has no devices."""
-        if isinstance(self.mesh, Mesh):
-            return self.mesh.devices.flat[0].platform
-        return jax.default_backend()
+        """'cpu', 'gpu' or 'tpu'."""
+        return platform_of(self.mesh)
 
     @property
     def processes(self) -> int:
@@ -191,7 +190,7 @@ def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMe
             continue
         if found is None:
             found, owner = other, name
-        elif _abstract(found) != _abstract(other) and not context.manual_axes:
+        elif _axes_of(found) != _axes_of(other) and not context.manual_axes:
             raise ValueError(
                 f"{name} lies on the mesh {_describe(other)}, but {owner} is "
                 f"{'' if owner == 'mesh' else 'on '}{_describe(found)}; use one mesh, with the same axis "
@@ -283,8 +282,9 @@ def _sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    return mesh.abstract_mesh
+def _axes_of(mesh: Mesh | AbstractMesh) -> tuple:
+    """What two meshes must have in common to be one."""
+    return mesh.axis_names, mesh.axis_sizes, mesh.axis_types
 
 
 def _describe(mesh: Mesh | AbstractMesh) -> str:

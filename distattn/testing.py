@@ -1,35 +1,21 @@
-"""Many devices on a laptop, and what a compiled program sends between devices."""
+"""Many devices on a laptop: fake ones, or a pod to compile for; and what a program sends between them."""
 
-import re
+import dataclasses
+import math
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "collective-permute",
-    "collective-broadcast",
-    "all-to-all",
-    "ragged-all-to-all",
-    "send",
-    "recv",
-)
+from distattn._compat import abstract_device
+from distattn.compilers import devices_of, environment
+from distattn.hlo import Program
+from distattn.pods import pod
 
-# `%name = shape opcode(operands), attributes`. Layouts hold parentheses (`{1,0:T(8,128)}`), but
-# only the opcode has a space before its name and a parenthesis behind it.
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<opcode>[a-z][a-z\-]*)\(")
-# `%name (arguments) -> shape {`, and what an instruction calls: `body=%name`, `calls=%name`,
-# `branch_computations={%name, %name}`; how often a loop runs is in its backend_config.
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_CALLS = re.compile(
-    r"\b(body|condition|calls|to_apply|true_computation|false_computation|branch_computations)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<count>\d+)"\}')
-_ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<dimensions>[\d,<= ]*)\]")
+MeshAxes = AbstractMesh | Mesh | Mapping[str, int]
 
 
 def fake_devices(count: int) -> None:
@@ -79,8 +65,8 @@ def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
       occur are absent.
     """
     total: Counter[str] = Counter()
-    for kind, _, times in _collectives(hlo_text):
-        total[kind] += times if executed else 1
+    for found in Program(hlo_text).collectives():
+        total[found.kind] += found.runs if executed else 1
     return total
 
 
@@ -99,71 +85,207 @@ def collective_bytes(hlo_text: str, *, executed: bool = False) -> dict[str, int]
       occurrences in the text, or over its runs.
     """
     total: Counter[str] = Counter()
-    for kind, shape, times in _collectives(hlo_text):
-        total[kind] += _size_bytes(shape) * (times if executed else 1)
+    for found in Program(hlo_text).collectives():
+        total[found.kind] += found.result_bytes * (found.runs if executed else 1)
     return dict(total)
 
 
-def _runs(hlo_text: str) -> dict[str, int]:
-    """How often each computation runs in one run of the program, as far as XLA knows; 1 for the entry."""
-    callers: dict[str, tuple[str, int]] = {}
-    computation = ""
-    for line in hlo_text.splitlines():
-        if start := _COMPUTATION.match(line):
-            computation = start["name"]
-        trips = _TRIPS.search(line)
-        for attribute, names in _CALLS.findall(line):
-            times = int(trips["count"]) if trips and attribute == "body" else 1
-            callers.update((name.strip(" {%}"), (computation, times)) for name in names.split(","))
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """All collectives of one kind along the same axes, in one run of a program."""
 
-    def runs(name: str) -> int:
-        caller, times = callers.get(name, ("", 1))
-        return times * runs(caller) if caller else times
-
-    return {name: runs(name) for name in callers}
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: int  # of what they leave on one device
 
 
-def _collectives(hlo_text: str) -> Iterator[tuple[str, str, int]]:
-    """The kind, the text of the result's shape, and the number of runs, of each collective."""
-    runs = _runs(hlo_text)
-    computation = ""
-    for line in hlo_text.splitlines():
-        if start := _COMPUTATION.match(line):
-            computation = start["name"]
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        shape, opcode = match["shape"], match["opcode"]
-        kind = opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        if kind in ("send", "recv"):
-            shape = _elements(shape)[0]  # (data, context, token)
-        elif opcode != kind and kind != "all-reduce":
-            shape = _elements(shape)[
-                1
-            ]  # (operand, result, contexts); all-reduce-start has the result
-        yield kind, shape, runs.get(computation, 1)
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a program sends, holds and computes. Sizes are those of one device."""
+
+    target: str  # the topology, or the platform and the mesh
+    devices: int
+    exchanges: tuple[Exchange, ...]
+    rounds: int  # collectives that wait for one another
+    argument_bytes: int | None = None  # from here on None where it was not compiled
+    output_bytes: int | None = None
+    temp_bytes: int | None = None
+    flops: float | None = None  # XLA's count, the body of a loop once; None where it says nothing
+    accessed_bytes: float | None = None  # of memory
+    optimal_s: float | None = None  # XLA's estimate; None where it has none or says what cannot be
+    seconds: float = 0.0  # that tracing and compiling took
+    hlo: str = dataclasses.field(default="", repr=False)  # the text that was counted
+
+    @property
+    def collectives(self) -> dict[str, dict[str, int]]:
+        """{'collective-permute': {'count': 12, 'bytes': 199680}, ...}."""
+        found: dict[str, dict[str, int]] = {}
+        for x in self.exchanges:
+            kind = found.setdefault(x.kind, {"count": 0, "bytes": 0})
+            kind["count"] += x.count
+            kind["bytes"] += x.bytes
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the text of the program, with `collectives` and their axes."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("hlo", "exchanges")
+        }
+        exchanges = [dataclasses.asdict(x) for x in self.exchanges]
+        return fields | {"collectives": self.collectives, "exchanges": exchanges}
 
 
-def _elements(shape: str) -> list[str]:
-    """The parts of a tuple shape, split at the commas that are inside no other bracket."""
-    parts, depth = [""], 0
-    for character in shape.strip()[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+def compile_for(
+    f: Callable, *arguments: Any, topology: str, mesh: MeshAxes | None = None, specs: Any = None
+) -> Report:
+    """A function compiled by the real compiler of an accelerator, on a machine that has none.
+
+    The extra `tpu` brings XLA:TPU, `cuda-aot` XLA:GPU. While f is traced, the mesh is that of the context
+    (`jax.sharding.get_abstract_mesh()`), with the axes of `mesh`, its devices in rows along the torus.
+
+    Args:
+      f: a function of arrays, jitted or not: one call or a whole training step.
+      *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`, of global shapes.
+      topology: `v5p:16x16x16`, `v5p:16x16x16*16` for 16 slices of it, `h100:16x8` for 16 hosts of 8.
+      mesh: sizes of the axes by name, slowest first, as Explicit axes; or a mesh, which says the types of
+        its axes. None: that of the arguments' shardings, or one axis `kv`.
+      specs: for each argument a PartitionSpec or a pytree of them; None: as the arguments are sharded.
+
+    Returns:
+      Report.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      ValueError: an unknown topology, or a mesh of another size.
+      NotImplementedError: a chip without a compiler here.
+
+    Example:
+      distattn.testing.compile_for(step, params, batch, topology="v5p:4x4x4", mesh={"data": 4, "kv": 16})
+    """
+    wanted = pod(topology)
+    with environment():
+        devices = devices_of(wanted)
+        axes = _axes_for(devices.size, topology, mesh, arguments)
+        target = Mesh(devices.reshape(axes.axis_sizes), axes.axis_names, axis_types=axes.axis_types)
+        began = time.monotonic()
+        platform = "cuda" if wanted.chip.platform == "gpu" else "tpu"
+        lowered = _traced(f, arguments, specs, target).lower(lowering_platforms=(platform,))
+        compiled = lowered.compile()
+        seconds = time.monotonic() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    optimal_s = cost.get("optimal_seconds", 0.0)
+    return dataclasses.replace(
+        _report(topology, compiled.as_text(), target, [x.id for x in target.devices.flat]),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        flops=cost.get("flops"),
+        accessed_bytes=cost.get("bytes accessed"),
+        optimal_s=optimal_s if 0 < optimal_s < math.inf else None,
+        seconds=seconds,
+    )
 
 
-def _size_bytes(shape: str) -> int:
-    """The bytes of an array shape or of all arrays in a tuple shape."""
-    total = 0
-    for array in _ARRAY.finditer(shape):
-        bits = int(array["bits"] or 8)  # pred takes a byte
-        for dimension in array["dimensions"].split(","):
-            bits *= int(dimension.strip("<= ") or 1)
-        total += -(-bits // 8)
-    return total
+def lower(
+    f: Callable, *arguments: Any, mesh: MeshAxes, platform: str = "tpu", specs: Any = None
+) -> Report:
+    """A function lowered for a mesh of any size, on any platform, with no devices and no compiler.
+
+    What is counted is what the program says itself, before any optimisation: what XLA adds where it
+    partitions arrays on its own is not there yet.
+
+    Args:
+      f: as for `compile_for`.
+      *arguments: the same.
+      mesh: the same; it must be given.
+      platform: 'tpu', 'cuda', 'rocm' or 'cpu'.
+      specs: as for `compile_for`.
+
+    Returns:
+      Report, without memory, flops and time.
+
+    Raises:
+      ValueError: a mesh that is none.
+    """
+    axes = _axes(mesh)
+    device = abstract_device("gpu" if platform in ("cuda", "rocm") else platform)
+    axes = AbstractMesh(axes.axis_sizes, axes.axis_names, axes.axis_types, abstract_device=device)
+    began = time.monotonic()
+    traced = _traced(f, arguments, specs, axes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text(dialect="hlo")
+    sizes = " x ".join(f"{name}={size}" for name, size in axes.shape.items())
+    report = _report(f"{platform}, {sizes}", text, axes)
+    return dataclasses.replace(report, seconds=time.monotonic() - began)
+
+
+def _axes(mesh: MeshAxes) -> AbstractMesh:
+    if isinstance(mesh, Mapping):
+        kinds = (AxisType.Explicit,) * len(mesh)
+        return AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=kinds)
+    return mesh.abstract_mesh
+
+
+def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: tuple) -> AbstractMesh:
+    """The axes that are meant, for so many devices."""
+    placed = [x.sharding.mesh for x in jax.tree.leaves(arguments) if _is_placed(x)]
+    axes = _axes(mesh or next(iter(placed), {"kv": devices}))
+    size = math.prod(axes.axis_sizes)
+    if size != devices:
+        sizes = " x ".join(f"{name}={size}" for name, size in axes.shape.items())
+        raise ValueError(
+            f"mesh is {sizes}, {size} devices, and topology {topology!r} has {devices}; pass axes whose "
+            f"product is {devices}"
+        )
+    return axes
+
+
+def _is_placed(x: Any) -> bool:
+    sharding = getattr(x, "sharding", None)
+    return isinstance(sharding, NamedSharding) and not sharding.mesh.empty
+
+
+def _traced(f: Callable, arguments: tuple, specs: Any, mesh: AbstractMesh | Mesh) -> Any:
+    """f traced for arguments that lie on the mesh."""
+    specs = (None,) * len(arguments) if specs is None else specs
+    if len(specs) != len(arguments):
+        raise ValueError(
+            f"specs has {len(specs)} entries and there are {len(arguments)} arguments; pass one for each"
+        )
+
+    def placed(spec: PartitionSpec | None, x: Any) -> jax.ShapeDtypeStruct:
+        if spec is None:
+            spec = x.sharding.spec if _is_placed(x) else PartitionSpec()
+        x = jax.typeof(x) if not hasattr(x, "shape") else x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = [
+        jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda x: placed(spec, x), part),
+            spec,
+            argument,
+            is_leaf=lambda x: x is None or isinstance(x, PartitionSpec),
+        )
+        for spec, argument in zip(specs, arguments, strict=True)
+    ]
+    jitted: Any = f if hasattr(f, "trace") else jax.jit(f)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jitted.trace(*shapes)
+
+
+def _report(
+    target: str, text: str, mesh: AbstractMesh | Mesh, ids: list[int] | None = None
+) -> Report:
+    program = Program(text)
+    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    sizes: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for x in program.collectives():
+        key = x.kind, x.axes(mesh.shape, ids or ())
+        counts[key] += x.runs
+        sizes[key] += x.runs * x.result_bytes
+    exchanges = tuple(
+        Exchange(kind, axes, counts[kind, axes], sizes[kind, axes]) for kind, axes in sorted(counts)
+    )
+    return Report(target, math.prod(mesh.shape.values()), exchanges, program.rounds, hlo=text)

@@ -70,6 +70,8 @@ LAYERS = (
     "cache",
     "integrations",
     "reference",
+    "hlo",
+    "compilers",
     "testing",
     "checkup",
     "cli",

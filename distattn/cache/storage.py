@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from distattn._compat import platform_of
 from distattn.tiles import loop
 
 
@@ -51,7 +52,7 @@ def write(stored: jax.Array, new: jax.Array, index: jax.Array, layer: jax.Array 
       As `stored`.
     """
     new = new.astype(stored.dtype)
-    if stored.dtype.itemsize != 2 or jax.default_backend() != "cpu":
+    if stored.dtype.itemsize != 2 or platform_of() != "cpu":
         rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
         layers = slice(None) if new.shape[0] == stored.shape[0] else layer
         new = new if new.shape[0] == stored.shape[0] else new[0]

@@ -1,0 +1,274 @@
+"""What a compiled program sends between devices, read off the text of its HLO."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+    "all-to-all",
+    "ragged-all-to-all",
+    "send",
+    "recv",
+)
+
+# `%name = shape opcode(operands), attributes`. Layouts hold parentheses (`{1,0:T(8,128)}`), but
+# only the opcode has a space before its name and a parenthesis behind it.
+_INSTRUCTION = re.compile(
+    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][a-z\-]*)\((?P<rest>.*)$"
+)
+# `%name (arguments) -> shape {`, and before any optimisation `name {`.
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) (?:\(.*)?\{$")
+# What an instruction calls: `body=%name`, `calls=%name`, `branch_computations={%name, %name}`.
+_CALLS = re.compile(
+    r"\b(body|condition|calls|to_apply|called_computations|true_computation|false_computation"
+    r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+_TARGETS = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)*)\}")
+_INDEX = re.compile(r"\bindex=(\d+)")
+_NUMBER = re.compile(r"^(-?\d+)\)")
+_GROUPS = re.compile(r"\breplica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+_PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<dimensions>[\d,<= ]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation in the text; one in two halves (start, done) is one, a send another."""
+
+    kind: str  # of KINDS
+    result_bytes: int  # of what it leaves on one device; for a send, of what it sends
+    runs: int  # in one run of the program, as far as the text says how often loops run
+    partners: np.ndarray | None  # int[P, Q]: ranks of which those of a row exchange; None: not said
+    by_id: bool = False  # whether partners are ids of devices, and not ranks
+
+    def axes(self, sizes: Mapping[str, int], ids: Sequence[int] = ()) -> tuple[str, ...]:
+        """The axes of a mesh along which something is exchanged.
+
+        Args:
+          sizes: of all axes of the mesh by name; ranks count devices row by row.
+          ids: of the devices in that order, where they are known.
+        """
+        names, shape = tuple(sizes), tuple(sizes.values())
+        if self.partners is None or (self.by_id and not len(ids)):
+            return tuple(name for name in names if sizes[name] > 1)
+        if not self.partners.size:
+            return ()
+        ranks = self.partners
+        if self.by_id:
+            order = np.argsort(ids)
+            ranks = order[np.searchsorted(np.asarray(ids)[order], ranks)]
+        places = np.unravel_index(ranks, shape)
+        return tuple(
+            name for name, place in zip(names, places, strict=True) if (place != place[:, :1]).any()
+        )
+
+
+@dataclasses.dataclass
+class _Instruction:
+    name: str
+    opcode: str
+    shape: str
+    rest: str  # operands and attributes
+    root: bool
+
+    @functools.cached_property
+    def kind(self) -> str | None:
+        """The collective that begins here."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in KINDS else None
+
+    @functools.cached_property
+    def calls(self) -> dict[str, list[str]]:
+        """Names of computations, by attribute."""
+        found: dict[str, list[str]] = {}
+        for attribute, names in _CALLS.findall(self.rest):
+            found.setdefault(attribute, []).extend(n.strip(" {%}") for n in names.split(","))
+        return found
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        """Names of instructions."""
+        depth, end = 1, len(self.rest)
+        for end, character in enumerate(self.rest):  # noqa: B007
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                break
+        return _OPERAND.findall(self.rest[:end])
+
+    def attribute(self, pattern: re.Pattern[str]) -> str | None:
+        """The group of a pattern among the attributes."""
+        match = pattern.search(self.rest)
+        return match[1] if match else None
+
+    @property
+    def meeting(self) -> str | None:
+        """What a send and its receive have in common."""
+        return self.attribute(_MEETING) or self.attribute(_CHANNEL)
+
+
+class Program:
+    """The computations of a program, parsed once."""
+
+    def __init__(self, text: str):
+        """Of the text of HLO, optimised or not."""
+        self.computations: dict[str, list[_Instruction]] = {}
+        self.entry = ""
+        here = self.computations.setdefault("", [])  # of a part of a text
+        for line in text.splitlines():
+            if start := _COMPUTATION.match(line):
+                here = self.computations.setdefault(start["name"], [])
+                self.entry = start["name"] if start["entry"] else self.entry
+            elif match := _INSTRUCTION.match(line):
+                parts = (match[x] for x in ("name", "opcode", "shape", "rest"))
+                here.append(_Instruction(*parts, root=bool(match["root"])))
+        self._by_name = {
+            name: {x.name: x for x in found} for name, found in self.computations.items()
+        }
+        self._runs = self._count_runs()
+        self._depths: dict[str, int] = {}
+
+    def collectives(self) -> Iterator[Collective]:
+        """Each collective operation of the text."""
+        for name, instructions in self.computations.items():
+            for x in instructions:
+                if x.kind is not None:
+                    runs, by_id = self._runs.get(name, 1), x.attribute(_TARGETS) is not None
+                    yield Collective(x.kind, _result_bytes(x), runs, _partners(x), by_id)
+
+    @property
+    def rounds(self) -> int:
+        """How many collectives wait for one another: the longest chain in one run of the program.
+
+        A send and its receive are one: what is received waits for what the partner sent, by the same
+        program in the same place.
+        """
+        return self._depth(self.entry)
+
+    def _depth(self, name: str) -> int:
+        if name not in self._depths:
+            known: dict[str, int] = {}
+            sent: dict[str | None, int] = {}
+            for x in self.computations.get(name, ()):
+                # Instructions come after their operands.
+                before = max((known.get(y, 0) for y in x.operands), default=0)
+                own = 0
+                if x.kind == "send":
+                    sent[x.meeting] = before
+                elif x.kind == "recv":
+                    before, own = max(before, sent.get(x.meeting, 0)), 1
+                elif x.kind is not None:
+                    own = 1
+                for attribute, callees in x.calls.items():
+                    depth = max((self._depth(y) for y in callees), default=0)
+                    own += depth * (self._trips(name, x) if attribute == "body" else 1)
+                known[x.name] = before + own
+            self._depths[name] = max(known.values(), default=0)
+        return self._depths[name]
+
+    def _count_runs(self) -> dict[str, int]:
+        callers: dict[str, list[tuple[str, int]]] = {}
+        for name, instructions in self.computations.items():
+            for x in instructions:
+                for attribute, callees in x.calls.items():
+                    times = self._trips(name, x) if attribute == "body" else 1
+                    for callee in callees:
+                        callers.setdefault(callee, []).append((name, times))
+
+        @functools.cache
+        def runs(name: str) -> int:
+            return (
+                sum(times * runs(caller) for caller, times in callers[name])
+                if name in callers
+                else 1
+            )
+
+        return {name: runs(name) for name in callers}
+
+    def _trips(self, computation: str, loop: _Instruction) -> int:
+        """How often the body of a loop runs: said by XLA, or counted up to a constant; else 1."""
+        if (known := loop.attribute(_TRIPS)) is not None:
+            return int(known)
+        condition = self._by_name.get(loop.calls.get("condition", [""])[0], {})
+        root = next((x for x in condition.values() if x.root), None)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
+            return 1
+        counter, limit = (condition.get(x) for x in root.operands)
+        if counter is None or limit is None or counter.opcode != "get-tuple-element":
+            return 1
+        last = limit.attribute(_NUMBER)
+        index = int(counter.attribute(_INDEX) or 0)
+        around = self._by_name[computation]
+        carried = around.get(loop.operands[0]) if loop.operands else None
+        first = None
+        if carried is not None and carried.opcode == "tuple":
+            start = around.get(carried.operands[index])
+            while start is not None and start.opcode in ("copy", "bitcast"):
+                start = around.get(start.operands[0])
+            first = None if start is None else start.attribute(_NUMBER)
+        return 1 if last is None else max(int(last) - int(first or 0), 0)
+
+
+def _result_bytes(x: _Instruction) -> int:
+    shape = x.shape
+    if x.kind in ("send", "recv"):
+        shape = _elements(shape)[0]  # (data, context, token)
+    elif x.opcode != x.kind and x.kind != "all-reduce":
+        shape = _elements(shape)[1]  # (operand, result, contexts); all-reduce-start has the result
+    return _size_bytes(shape)
+
+
+def _partners(x: _Instruction) -> np.ndarray | None:
+    for pattern in (_PAIRS, _TARGETS):
+        if (pairs := x.attribute(pattern)) is not None:
+            return np.array(re.findall(r"\d+", pairs), np.int64).reshape(-1, 2)
+    text = x.attribute(_GROUPS)
+    if text is None or text == "{}":
+        return None
+    if text.startswith("{"):
+        return np.array(
+            [group.split(",") for group in re.findall(r"\{([\d, ]+)\}", text)], np.int64
+        )
+    shape, dimensions, order = re.fullmatch(
+        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ).groups()
+    sizes = [int(size) for size in dimensions.split(",")]
+    ranks = np.arange(math.prod(sizes)).reshape(sizes)
+    if order:
+        ranks = ranks.transpose([int(axis) for axis in order.split(",")])
+    return ranks.reshape([int(size) for size in shape.split(",")])
+
+
+def _elements(shape: str) -> list[str]:
+    """The parts of a tuple shape, split at the commas that are inside no other bracket."""
+    parts, depth = [""], 0
+    for character in shape.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _size_bytes(shape: str) -> int:
+    """The bytes of an array shape or of all arrays in a tuple shape."""
+    total = 0
+    for array in _ARRAY.finditer(shape):
+        bits = int(array["bits"] or 8)  # pred takes a byte
+        for dimension in array["dimensions"].split(","):
+            bits *= int(dimension.strip("<= ") or 1)
+        total += -(-bits // 8)
+    return total
