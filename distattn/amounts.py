@@ -20,4 +20,5 @@ def bytes_text(count: float) -> str:
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
     size, unit = next((unit for unit in units if value >= unit[0]), units[-1])
-    return f"{value / size:.3g} {unit}"
+    digits = ".0f" if value >= 1000 * size else ".3g"
+    return f"{value / size:{digits}} {unit}"

@@ -26,7 +26,7 @@ class Alternative:
     predicted_s: float  # one step: all layers
     bytes_per_device: int
     bytes_sent_per_device: float
-    rounds: int  # messages of a layer, one after another
+    rounds: int  # messages of a layer's forward pass, one after another
     largest_context: int | None  # None: memory not known
     fits: bool
     why: str = ""  # it is not taken
@@ -48,7 +48,7 @@ class Plan:
     bytes_per_device: int
     memory_bytes: int | None  # of a device, without what is reserved; None: not known
     bytes_sent_per_device: float
-    rounds: int  # messages of a layer, one after another
+    rounds: int  # messages of a layer's forward pass, one after another
     largest_context: int | None
     fits: bool
     alternatives: tuple[Alternative, ...]  # the next best first
@@ -206,6 +206,8 @@ def _why(other: Alternative, best: Alternative, memory: int | None) -> str:
         causes.append(f"{bytes_text(more)} more sent a device")
     if rounds > 0:
         causes.append(f"{rounds} more messages a layer, one after another")
+    if "ring" in best.combine and "ring" not in other.combine:
+        causes.append("nothing sent while attention is computed")
     return f"{ratio:.3g} times as long" + (f": {', '.join(causes)}" if causes else "")
 
 

@@ -128,7 +128,10 @@ def round_link(stretches: Axis, pairs: Pairs) -> Link:
             place = (*place[:k], end[k], *place[k + 1 :])
         latency_s = max(latency_s, moved_s)
     busiest = {k: max((n for key, n in loads.items() if key[0] == k), default=1) for k in crossed}
-    return Link(latency_s, min(stretches[k].link(load=busiest[k]).bytes_per_s for k in crossed))
+    slowest = min(
+        (stretches[k].link(load=busiest[k]).bytes_per_s for k in crossed), default=math.inf
+    )
+    return Link(latency_s, slowest)
 
 
 @functools.cache
@@ -186,7 +189,7 @@ def levels(stretches: Axis, collectives: str, network: str) -> tuple[Level, ...]
 
     On a torus: rings along all dimensions at once, both ways where closed, and half the diameter of each
     until the last byte has come ("How to Scale Your Model", chapter 3: max(hop_s * size / 2, bytes /
-    bandwidth of all axes)). All to all, of n devices in a row that send b bytes each: half of what one half
+    bandwidth of all axes); here their sum, as everywhere). All to all, of n devices in a row that send b bytes each: half of what one half
     sends crosses the middle, n b / 4 over one link of an open row, or two of a closed one.
 
     Args:

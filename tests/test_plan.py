@@ -175,6 +175,15 @@ def test_a_named_combine_is_taken_whatever_it_costs():
     assert "where butterfly does" in large.reason
 
 
+def test_what_is_not_hidden_is_why_a_gather_loses_to_a_ring():
+    # Heads that do not divide, and enough to multiply while keys and values are on their way.
+    prompt = Workload(context=1 << 20, queries=1 << 20, heads=33, kv_heads=11)
+    found = plan(prompt, pod("h100:16x8"))
+    assert found.combine == "ring"
+    assert found.alternatives[0].combine == "gather_kv"
+    assert found.alternatives[0].why.endswith("nothing sent while attention is computed")
+
+
 def test_queries_are_sharded_where_there_are_as_many_as_devices():
     where = pod("v5e:4x4")
     for queries, sharded in ((1, False), (15, False), (16, True)):
@@ -200,6 +209,13 @@ def test_two_devices_of_a_chip_share_its_memory_and_products():
     assert local_s(SMALL.shape, 128, where.chip) == pytest.approx(
         ((1 << 20) / 128 * 4096 + 32 * 512) / (7.38e12 / 2)
     )
+
+
+def test_devices_of_one_process_share_its_cores():
+    one, eight = (local_s(SMALL.shape, d, pod("cpu:8").chip) for d in (1, 8))
+    assert eight == pytest.approx(one, rel=1e-3)  # each reads the query
+    apart = local_s(SMALL.shape, 8, pod("cpu:8").chip, processes=8)
+    assert apart == pytest.approx(one / 8, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))

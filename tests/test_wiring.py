@@ -128,6 +128,10 @@ def test_devices_that_share_links_share_their_bandwidth():
     assert round_link(both, ((0, 6),)) == Link(7.0, 1 / 4)
 
 
+def test_a_round_without_messages_takes_no_time():
+    assert round_link((Stretch(torus((4,), True)[0], 4),), ()) == Link(0.0, math.inf)
+
+
 def test_a_ring_takes_neighbours_and_one_message_leaves_a_host():
     x = Dimension("x", 4, UNIT, wired=True, closed=True)
     slices = Dimension("slice", 2, Link(7.0, 0.5), wired=False, sharers=4)

@@ -64,7 +64,7 @@ def volumes(
 ) -> list[Answer]:
     """Elements that a device sends for a token, beside V_tree and V_ring; heads of 128.
 
-    V_tree is what psum sends: max, sum and weighted sum are reduced, packed as one state or as three arrays.
+    V_tree is what psum sends: max, sum and weighted sum are reduced, packed or as three arrays.
     A butterfly sends that state, b n_h (V + 2), whole in each of log2 p rounds: more bytes in fewer
     messages. V_ring counts p hops where p - 1 do, and as many heads of keys as of queries.
     """
