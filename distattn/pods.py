@@ -77,8 +77,15 @@ class Pod:
                 devices if chip.platform == "cpu" else 1
             )  # a GPU has a network card of its own
             return (
-                Dimension("host", hosts, chip.network, wired=False, sharers=sharers),
-                Dimension("device", devices, chip.link, wired=False),
+                Dimension(
+                    "host",
+                    hosts,
+                    chip.network,
+                    wired=False,
+                    sharers=sharers,
+                    collectives=chip.network_collectives,
+                ),
+                Dimension("device", devices, chip.link, wired=False, collectives=chip.collectives),
             )
         sharers = min(chip.per_host, math.prod(self.torus)) * chip.devices
         found = [Dimension("slice", self.slices, chip.network, wired=False, sharers=sharers)]

@@ -6,11 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 
-from distattn.chips import CHIPS, TYPICAL
 from distattn.cost import Shape, Topology, Traffic
 from distattn.link import Link, worst
 from distattn.schedule import Schedule, butterfly_round_count, halving
-from distattn.wiring import Level, butterfly_links, levels, ring_link, round_link, shift_link
+from distattn.wiring import butterfly_links, levels, ring_link, round_link, shift_link
 
 
 def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
@@ -186,7 +185,7 @@ def _heads_over(shape: Shape, topology: Topology, size: int) -> Traffic:
     sent = whole / size * (inner - 1) / inner
     if topology.wired is None:
         return Traffic(3, 3 * (inner - 1), sent, sent)
-    found = _levels(topology)
+    found = levels(topology.stretches)
     hops = sum(level.messages for level in found)
     crossed = [(level.exchange, 3 * level.messages, whole / size) for level in found]
     # Each level has its own links for the same bytes: so many more or less than are sent.
@@ -232,17 +231,12 @@ def gather_traffic(whole_bytes: float, topology: Topology) -> Traffic:
 def _gather_by_levels(whole_bytes: float, topology: Topology) -> Traffic:
     """Over the slowest level first, where the parts are smallest: it sends no more in all."""
     held, crossed = whole_bytes / topology.size, []
-    for level in _levels(topology):
+    for level in levels(topology.stretches):
         crossed.append((level.link, level.messages, held * (level.size - 1)))
         held *= level.size
     sent = whole_bytes * (topology.size - 1) / topology.size
-    messages = sum(level.messages for level in _levels(topology))
+    messages = sum(count for _, count, _ in crossed)
     return Traffic(1, messages, sent, sent) + _nearer(crossed, topology)
-
-
-def _levels(topology: Topology) -> tuple[Level, ...]:
-    chip = topology.chip or CHIPS[TYPICAL[topology.platform]]
-    return levels(topology.stretches, chip.collectives, chip.network_collectives)
 
 
 _Formula = Callable[[Shape, Topology], Traffic]

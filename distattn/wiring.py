@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from distattn.chips import Collectives
 from distattn.link import Link, worst
 from distattn.schedule import Pairs, butterfly
 
@@ -26,6 +27,7 @@ class Dimension:
     wired: bool
     closed: bool = False  # the last is wired to the first
     sharers: int = 1  # devices at each place of the row: all of them send at once
+    collectives: Collectives = "tree"  # over a switch: D - 1 or log2 D messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,24 +186,20 @@ class Level:
     exchange: Link  # of what each device sends to all others: of its bytes, own part and all
 
 
-def levels(stretches: Axis, collectives: str, network: str) -> tuple[Level, ...]:
+def levels(stretches: Axis) -> tuple[Level, ...]:
     """The levels of a collective, slowest first: each switch by itself, the torus as a whole.
 
     On a torus: rings along all dimensions at once, both ways where closed, and half the diameter of each
     until the last byte has come ("How to Scale Your Model", chapter 3: max(hop_s * size / 2, bytes /
-    bandwidth of all axes); here their sum, as everywhere). All to all, of n devices in a row that send b bytes each: half of what one half
-    sends crosses the middle, n b / 4 over one link of an open row, or two of a closed one.
-
-    Args:
-      stretches: of all axes, slowest first.
-      collectives: 'ring' or 'tree', over the innermost switch.
-      network: the same, over a switch that is not innermost.
+    bandwidth of all axes); here their sum, as everywhere). All to all, of n devices in a row that send b
+    bytes each: half of what one half sends crosses the middle, n b / 4 over one link of an open row, or
+    two of a closed one.
     """
     found, torus = [], [s for s in stretches if s.dimension.wired]
-    for k, stretch in enumerate(stretches):
+    for stretch in stretches:
         if not stretch.dimension.wired:
-            ring = (collectives if k == len(stretches) - 1 else network) == "ring"
-            messages = stretch.size - 1 if ring else (stretch.size - 1).bit_length()
+            others = stretch.size - 1
+            messages = others if stretch.dimension.collectives == "ring" else others.bit_length()
             link = stretch.link()
             crossing = (stretch.size - 1) / stretch.size
             exchange = Link(link.latency_s, link.bytes_per_s / crossing)

@@ -292,6 +292,12 @@ def test_a_gather_over_hosts_takes_each_part_over_its_own_links():
     assert sent == pytest.approx(kv * 127 / 128)
 
 
+def test_hosts_of_one_gpu_reduce_by_trees():
+    topology = pod("h100:16x1").topology()
+    assert traffic("gather_kv", SHAPE, topology).messages == 2 * 4
+    assert traffic("psum", SHAPE, pod("h100:8").topology()).messages == 4 * 7
+
+
 @pytest.mark.parametrize("name", PODS)
 def test_wiring_changes_no_count_of_launches_bytes_or_merges(name):
     topology = pod(name).topology()

@@ -140,16 +140,16 @@ def test_a_ring_takes_neighbours_and_one_message_leaves_a_host():
 
 
 def test_collectives_use_all_links_of_a_torus_at_once():
-    (level,) = levels(along(torus((16, 16, 16), True), (4096,))[0], "tree", "tree")
+    (level,) = levels(along(torus((16, 16, 16), True), (4096,))[0])
     assert (level.size, level.messages, level.link) == (4096, 24, Link(1.0, 6.0))
-    (level,) = levels(along(torus((4, 4), False), (16,))[0], "tree", "tree")
+    (level,) = levels(along(torus((4, 4), False), (16,))[0])
     assert (level.size, level.messages, level.link) == (16, 6, Link(1.0, 2.0))
 
 
 def test_switches_are_levels_of_their_own():
     host = Dimension("host", 16, Link(3.0, 1.0), wired=False)
-    device = Dimension("device", 8, UNIT, wired=False)
-    outer, inner = levels((Stretch(host, 16), Stretch(device, 8)), "ring", "tree")
+    device = Dimension("device", 8, UNIT, wired=False, collectives="ring")
+    outer, inner = levels((Stretch(host, 16), Stretch(device, 8)))
     assert (outer.size, outer.messages, outer.link) == (16, 4, Link(3.0, 1.0))
     assert (inner.size, inner.messages) == (8, 7)
     # Of what a device sends to all alike, 15 of 16 parts go to other hosts.
@@ -158,7 +158,7 @@ def test_switches_are_levels_of_their_own():
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8])
 def test_an_exchange_of_all_with_all_fills_the_middle_link(size):
-    (level,) = levels(along(torus((size,), False), (size,))[0], "tree", "tree")
+    (level,) = levels(along(torus((size,), False), (size,))[0])
     crossing = sum(a < size / 2 <= b for a in range(size) for b in range(size))
     assert 1 / level.exchange.bytes_per_s == pytest.approx(crossing / size)
 
