@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import compilers
+from distattn.cli import main, picture
 from distattn.testing import compile_for, lower
 
 HEADS, KV_HEADS, WIDTH = 16, 4, 128
@@ -214,3 +215,56 @@ def test_a_compiler_that_is_not_here(monkeypatch):
     for topology, extra in (("v5e:4x4", "tpu"), ("h100:2x8", "cuda-aot")):
         with pytest.raises(ModuleNotFoundError, match=rf"pip install 'distattn\[{extra}\]'.*lower"):
             compile_for(f, *arrays, topology=topology)
+
+
+# ------------------------------------------------------------------------ distattn plan --compile, --plot
+
+MODEL = ["--heads", "16", "--kv-heads", "4", "--head-dim", "128", "--layers", "80"]
+
+
+def test_the_command_compiles_what_it_plans(capsys):
+    command = ["plan", "--topology", "v5p:4x4x4", "--context", "1000000", *MODEL]
+    assert main([*command, "--combine", "butterfly", "--compile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    compiled = found["compiled"]
+    assert compiled["collectives"] == {"collective-permute": {"count": 6, "bytes": 6 * STATE}}
+    assert compiled["rounds"] == found["rounds"] == 6
+    # What the plan says is sent is what the program sends, and what it holds of keys are its arguments.
+    assert found["bytes_sent_per_device"] == 80 * 6 * STATE
+    assert 80 * compiled["argument_bytes"] == pytest.approx(found["bytes_per_device"], rel=0.02)
+    assert {"temp_bytes", "optimal_s"} <= set(compiled)
+
+    assert main([*command, "--training", "--queries", "4096", "--compile"]) == 0
+    text = capsys.readouterr().out
+    assert "one layer, compiled for v5p:4x4x4 in" in text
+    assert "one after another" in text
+
+
+@pytest.mark.parametrize(
+    ("topology", "more", "labels"),
+    [
+        ("v5p:4x4x4", (), ["butterfly (taken)", "z=4, round 2", "x=4, round 1"]),
+        ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
+        ("h100:6", ("--combine", "psum"), ["XLA's own psum"]),
+        ("cpu:1", (), ["butterfly (taken)"]),
+    ],
+)
+def test_the_command_draws_what_it_plans(topology, more, labels, tmp_path, monkeypatch, capsys):
+    # Text as text, so that it can be read here.
+    monkeypatch.setattr(picture, "RC", picture.RC | {"svg.fonttype": "none"})
+    command = ["plan", "--topology", topology, "--context", "65536", *MODEL, *more]
+    drawings = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for path in drawings:
+        assert main([*command, "--plot", str(path)]) == 0
+    first, second = (path.read_text() for path in drawings)
+    assert first == second
+    assert all(label in first for label in [*labels, "predicted time of a step (s)"])
+    assert main([*command, "--plot", str(tmp_path / "absent" / "one.png")]) == 2
+    assert "--plot" in capsys.readouterr().err
+
+
+def test_a_picture_has_a_format(capsys):
+    command = ["plan", "--topology", "v5p:4x4x4", "--context", "65536", *MODEL]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--plot", "picture.bmp"])
+    assert ".svg, .png, .pdf" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """`distattn plan`: does it fit on a pod, what will it cost, which combine; without any device."""
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distattn.amounts import bytes_text, seconds_text
 from distattn.chips import CHIPS
@@ -14,6 +16,10 @@ from distattn.pods import FORM, Pod, pod
 from distattn.traffic import FORMULAS
 from distattn.workload import Workload
 
+if TYPE_CHECKING:  # JAX takes a second, and formulas do not need it
+    from distattn.testing import Report
+
+SUFFIXES = (".svg", ".png", ".pdf")
 DTYPES = {"f8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 
 
@@ -72,37 +78,77 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
         help="of a device's memory, for weights and all else (default %(default)s)",
     )
     argument(
+        "--compile",
+        action="store_true",
+        help="one layer, by the real compiler (extras tpu and cuda-aot): what the program sends and holds",
+    )
+    argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="draw time against context and devices, and who sends to whom, as .svg, .png or .pdf",
+    )
+    argument(
         "--json", action="store_true", help="write the plan as JSON, and nothing else on stdout"
     )
     parser.set_defaults(run=_run)
+
+
+def _picture(value: str) -> Path:
+    if Path(value).suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{value!r} does not end in one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    return Path(value)
 
 
 def _run(options: argparse.Namespace) -> None:
     queries = options.queries or (options.context if options.training else 1)
     try:
         where = pod(options.topology)
+        links = _measured(options.check, where)
+        workload = Workload(
+            context=options.context,
+            queries=queries,
+            batch=options.batch,
+            heads=options.heads,
+            kv_heads=options.kv_heads or options.heads,
+            head_dim=options.head_dim,
+            value_dim=options.value_dim,
+            layers=options.layers,
+            dtype_bytes=DTYPES[options.dtype],
+            training=options.training,
+        )
         found = plan(
-            Workload(
-                context=options.context,
-                queries=queries,
-                batch=options.batch,
-                heads=options.heads,
-                kv_heads=options.kv_heads or options.heads,
-                head_dim=options.head_dim,
-                value_dim=options.value_dim,
-                layers=options.layers,
-                dtype_bytes=DTYPES[options.dtype],
-                training=options.training,
-            ),
+            workload,
             where,
             sharding=options.mesh,
             combine=options.combine,
-            links=_measured(options.check, where),
+            links=links,
             reserved_bytes=options.reserved_bytes,
         )
-    except ValueError as error:
+        report = _compiled(found, workload, options.dtype) if options.compile else None
+        if options.plot:
+            from distattn.cli.picture import draw
+
+            draw(found, workload, where, options.plot, links=links)
+    except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
-    print(json.dumps(found.as_json(), indent=2, allow_nan=False) if options.json else _text(found))
+    except OSError as error:
+        raise CommandError(f"--plot {options.plot}: {error.strerror}") from None
+    if options.json:
+        more = {} if report is None else {"compiled": report.as_json()}
+        print(json.dumps(found.as_json() | more, indent=2, allow_nan=False))
+    else:
+        print(_text(found))
+        if report is not None:
+            print(f"\n{_compiled_text(report)}")
+
+
+def _compiled(found: Plan, workload: Workload, dtype: str) -> "Report":
+    from distattn.cli.compiled import compiled_layer
+
+    return compiled_layer(found, workload, dtype)
 
 
 def _measured(path: str | None, where: Pod) -> Mapping[str, Link] | None:
@@ -161,6 +207,23 @@ def _text(found: Plan) -> str:
         for row in rows
     )
     return "\n".join([*lines, "", *table, "", found.reason])
+
+
+def _compiled_text(report: "Report") -> str:
+    lines = [f"one layer, compiled for {report.target} in {report.seconds:.1f} s"]
+    for x in report.exchanges:
+        size = bytes_text(x.bytes)
+        lines.append(f"  {x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}: {size} a device")
+    lines.append(f"  {report.rounds} one after another")
+    sizes = {
+        "arguments": report.argument_bytes,
+        "temporary": report.temp_bytes,
+        "results": report.output_bytes,
+    }
+    lines.append("  " + ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items()))
+    if report.optimal_s is not None:
+        lines.append(f"  XLA's own estimate {seconds_text(report.optimal_s)}, each loop once")
+    return "\n".join(lines)
 
 
 def _number(count: int | None) -> str:

@@ -1,0 +1,63 @@
+"""One layer of a planned step, compiled by the real compiler of the pod."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from distattn.plan import Plan
+from distattn.sharded import dot_product_attention
+from distattn.testing import Report, compile_for
+from distattn.workload import Workload
+
+DTYPES = {
+    "f8": jnp.float8_e4m3fn,
+    "bf16": jnp.bfloat16,
+    "f16": jnp.float16,
+    "f32": jnp.float32,
+    "f64": jnp.float64,
+}
+
+
+def compiled_layer(plan: Plan, workload: Workload, dtype: str) -> Report:
+    """The attention of one layer, on the mesh and by the combine of the plan; its gradient in training.
+
+    Args:
+      plan: for the workload.
+      workload: of which lengths are rounded up to multiples of the devices.
+      dtype: a name of DTYPES, of query, key and value.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      NotImplementedError: there is none for the chip.
+      ValueError: a topology, or a dtype, that it does not take.
+    """
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing runs, and no other device is to be looked for
+    if dtype == "f64":
+        jax.config.update("jax_enable_x64", True)
+    names = tuple(plan.axes)
+
+    def shape(length: int, heads: int, width: int, *, sharded: bool) -> jax.ShapeDtypeStruct:
+        length += -length % (plan.devices if sharded else 1)
+        return jax.ShapeDtypeStruct((workload.batch, length, heads, width), DTYPES[dtype])
+
+    arrays = (
+        shape(workload.queries, workload.heads, workload.head_dim, sharded=plan.query_sharded),
+        shape(workload.context, workload.kv_heads, workload.head_dim, sharded=True),
+        shape(workload.context, workload.kv_heads, workload.values, sharded=True),
+    )
+    along = PartitionSpec(None, names)
+    specs = (along if plan.query_sharded else PartitionSpec(), along, along)
+    attention = functools.partial(
+        dot_product_attention, combine=plan.combine, is_causal=workload.training
+    )
+
+    def loss(*arrays: jax.Array) -> Any:
+        return attention(*arrays).astype(jnp.float32).sum()
+
+    step = jax.grad(loss, argnums=(0, 1, 2)) if workload.training else attention
+    return compile_for(step, *arrays, topology=plan.topology, mesh=plan.axes, specs=specs)
