@@ -57,7 +57,8 @@ def compiled_layer(plan: Plan, workload: Workload, dtype: str) -> Report:
     )
 
     def loss(*arrays: jax.Array) -> Any:
-        return attention(*arrays).astype(jnp.float32).sum()
+        out: Any = attention(*arrays)
+        return out.astype(jnp.float32).sum()
 
     step = jax.grad(loss, argnums=(0, 1, 2)) if workload.training else attention
     return compile_for(step, *arrays, topology=plan.topology, mesh=plan.axes, specs=specs)

@@ -47,7 +47,9 @@ def draw(
     axes = {name: size for name, size in found.axes.items() if size > 1}
     rounds = max((len(butterfly(size).rounds) for size in axes.values()), default=0)
     figure = plt.figure(figsize=(12, 4.6 + 1.9 * len(axes)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(4.6, max(1.9 * len(axes), 0.1)))
+    above, below = figure.subfigures(
+        2, 1, squeeze=False, height_ratios=(4.6, max(1.9 * len(axes), 0.1))
+    )[:, 0]
     left, right = above.subplots(1, 2)
     names = (found.combine, *sorted(x.combine for x in found.alternatives))
     style = {name: (COLOURS[k % 8], MARKERS[k % 8]) for k, name in enumerate(names)}
