@@ -89,7 +89,9 @@ def devices_of(pod: Pod) -> np.ndarray:
 def _tpu_devices(pod: Pod) -> np.ndarray:
     _require("libtpu", "tpu", pod)
     shape = "x".join(map(str, pod.torus))
-    more = {"num_slices": pod.slices} if pod.slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": pod.slices} if pod.slices > 1 else {}
+    if pod.chip.name == "v4":  # as on real ones both cores of a chip are one device
+        more["chip_config_name"] = "megacore"
     found = _topology(pod, platform="tpu", topology_name=f"{pod.chip.name}:{shape}", **more)
 
     def place(device: Any) -> tuple[int, ...]:

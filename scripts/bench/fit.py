@@ -1,0 +1,153 @@
+"""Seconds of a decoding step as a N / p + b log2 p + c: what merging over p devices costs, measured.
+
+    python scripts/bench/fit.py              # 1 to 8 fake devices of one process
+    python scripts/bench/fit.py --processes  # 1 to 8 processes on one machine, gloo
+
+Contenders: the butterfly, pmax and one packed psum, and the recipe that reduces maximum, sum and weighted
+sum apart. All are run by turns in one process, or one job; medians. N is the keys of the whole sequence.
+Devices that share cores do not divide the work: the first term is then a N.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import distattn
+from distattn.testing import fake_devices
+
+HEADS, KV_HEADS, WIDTH = 8, 2, 64
+KEYS = (840, 6720, 26880)  # multiples of 1 to 8
+MODELS = ("butterfly", "psum", "three all-reduces")
+
+
+def three_all_reduces(query, key, value):
+    state = distattn.partial_attention(query, key, value)
+    largest = lax.pmax(state.max, "kv")
+    weight = jnp.exp(state.max - largest)
+    total = lax.psum(state.sum * weight, "kv")
+    return lax.psum(state.weighted_sum * weight[..., None], "kv") / total[..., None]
+
+
+def programs(mesh):
+    split = P(None, "kv")
+    calls = {
+        combine: functools.partial(
+            distattn.dot_product_attention, mesh=mesh, axis_name="kv", combine=combine
+        )
+        for combine in MODELS[:2]
+    }
+    calls[MODELS[2]] = jax.shard_map(
+        three_all_reduces, mesh=mesh, in_specs=(P(), split, split), out_specs=P(), check_vma=False
+    )
+    return calls
+
+
+def array(shape, mesh, spec):
+    def part(index):
+        rng = np.random.default_rng(0)
+        return rng.normal(size=shape).astype(np.float32)[index]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+
+def measure(mesh, repeats):
+    """[(contender, N, p, seconds)], for the devices of the mesh."""
+    found = []
+    for keys in KEYS:
+        query = array((1, 1, HEADS, WIDTH), mesh, P())
+        key = array((1, keys, KV_HEADS, WIDTH), mesh, P(None, "kv"))
+        ready = {
+            name: jax.jit(f).lower(query, key, key).compile() for name, f in programs(mesh).items()
+        }
+        times = {name: [] for name in ready}
+        for _ in range(repeats + 2):
+            for name, program in ready.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(query, key, key))
+                times[name].append(time.perf_counter() - start)
+        found += [
+            (name, keys, mesh.size, statistics.median(seconds[2:]))
+            for name, seconds in times.items()
+        ]
+    return found
+
+
+def rank(repeats):
+    """One process of a job; the first prints what it has measured."""
+    distattn.distributed.initialize(cpu_devices=1)
+    mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
+    found = measure(mesh, repeats)
+    if jax.process_index() == 0:
+        print("samples " + json.dumps(found), flush=True)
+
+
+def of_processes(repeats):
+    found = []
+    for count in range(1, 9):
+        command = [sys.executable, "-m", "distattn", "launch", "-n", str(count), "--"]
+        command += [sys.executable, os.path.abspath(__file__), "--rank", "--repeats", str(repeats)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        line = next(x for x in done.stdout.splitlines() if "samples " in x)
+        found += [tuple(x) for x in json.loads(line.partition("samples ")[2])]
+    return found
+
+
+def of_devices(repeats):
+    fake_devices(8)
+    meshes = [
+        jax.make_mesh((p,), ("kv",), (AxisType.Auto,), devices=jax.devices()[:p])
+        for p in range(1, 9)
+    ]
+    return [sample for mesh in meshes for sample in measure(mesh, repeats)]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=25)
+    options = parser.parse_args()
+    if options.rank:
+        rank(options.repeats)
+        return
+    samples = (of_processes if options.processes else of_devices)(options.repeats)
+    print(
+        f"jax {jax.__version__}, N {HEADS}, K {KV_HEADS}, H {WIDTH}, float32; {os.cpu_count()} cores"
+    )
+    print("| p | " + " | ".join(f"{name}, us" for name in MODELS) + " |\n|---|---|---|---|")
+    for p in range(1, 9):
+        row = [
+            s for name in MODELS for n, keys, q, s in samples if (n, keys, q) == (name, KEYS[0], p)
+        ]
+        print(f"| {p} | " + " | ".join(f"{s * 1e6:.0f}" for s in row) + " |")
+    print(f"({KEYS[0]} keys in all)\n")
+    for name in MODELS:
+        rows = [(n, p, s) for other, n, p, s in samples if other == name]
+        n, p, s = (np.array(x, float) for x in zip(*rows, strict=True))
+        for what, first in (("a N", n), ("a N / p", n / p)):
+            # Relative errors, so that short and long sequences count alike.
+            columns = np.stack([first, np.log2(p), np.ones_like(n)], axis=1) / s[:, None]
+            (a, b, c), *_ = np.linalg.lstsq(columns, np.ones_like(s), rcond=None)
+            residual = np.sqrt(np.mean((columns @ [a, b, c] - 1) ** 2))
+            print(
+                f"{name:18} {what} + b log2 p + c: a {a * 1e9:.1f} ns, b {b * 1e6:.0f} us, "
+                f"c {c * 1e6:.0f} us; {residual:.0%} off"
+            )
+
+
+if __name__ == "__main__":
+    main()
