@@ -1,5 +1,6 @@
 """What differs between the JAX versions that are supported, in one place."""
 
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed
 from jax.sharding import AbstractDevice, Mesh
+
+# Of the job that a program is compiled for, where that is another than the one that compiles it.
+traced_processes: ContextVar[int | None] = ContextVar("traced_processes", default=None)
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -49,6 +53,13 @@ def platform_of(mesh: Any = None) -> str:
         return device.platform
     kind = device.device_kind.lower()  # JAX before 0.10
     return next((x for x in ("cpu", "tpu") if kind.startswith(x)), "gpu")
+
+
+def processes_of(mesh: Any = None) -> int:
+    """The number of processes that a mesh spans, or that of the job."""
+    if isinstance(mesh, Mesh):
+        return len({device.process_index for device in mesh.devices.flat})
+    return traced_processes.get() or jax.process_count()
 
 
 def abstract_device(platform: str) -> AbstractDevice:

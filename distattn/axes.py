@@ -5,7 +5,7 @@ import math
 import jax
 from jax import lax
 
-from distattn._compat import platform_of, varying_axes
+from distattn._compat import platform_of, processes_of, varying_axes
 from distattn.cost import Topology
 
 AxisName = str | tuple[str, ...]
@@ -49,7 +49,7 @@ def sizes_of(axes: tuple[str, ...]) -> tuple[int, ...]:
 
 def topology_of(axes: tuple[str, ...]) -> Topology:
     """The axes of the `shard_map` around, on the devices that it is traced for."""
-    return Topology(platform_of(), sizes_of(axes), jax.process_count())
+    return Topology(platform_of(), sizes_of(axes), processes_of())
 
 
 def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from distattn._compat import platform_of
+from distattn._compat import platform_of, processes_of
 from distattn.cost import Topology
 
 Axes = tuple[str, ...]
@@ -82,9 +82,7 @@ class Placement:
     @property
     def processes(self) -> int:
         """The number of processes that the mesh spans."""
-        if isinstance(self.mesh, Mesh):
-            return len({device.process_index for device in self.mesh.devices.flat})
-        return jax.process_count()
+        return processes_of(self.mesh)
 
 
 def read_placement(

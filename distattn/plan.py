@@ -13,6 +13,7 @@ from distattn.cost import Link, Shape, Topology, Traffic
 from distattn.memory import bytes_per_device, largest_context
 from distattn.planner import choose
 from distattn.pods import Pod
+from distattn.pods import pod as pod_of
 from distattn.roofline import local_s
 from distattn.traffic import QUERY_SHARDED, gather_traffic, sum_traffic, traffic
 from distattn.workload import Workload
@@ -61,7 +62,7 @@ class Plan:
 
 def plan(
     workload: Workload,
-    pod: Pod,
+    pod: Pod | str,
     *,
     sharding: Mapping[str, int] | None = None,
     query_sharded: bool | None = None,
@@ -77,7 +78,7 @@ def plan(
 
     Args:
       workload: one step.
-      pod: the devices, by `pods.pod`.
+      pod: the devices, or their name, as `pods.pod` takes it.
       sharding: axes of the mesh, slowest first, by name; None: one for each dimension of the network.
       query_sharded: whether queries are sharded like keys; None: where there is one or more for each
         device.
@@ -92,6 +93,7 @@ def plan(
       ValueError: axes that do not lie on the pod, an axis without a link, or a combine that does not fit
         how queries are sharded.
     """
+    pod = pod_of(pod) if isinstance(pod, str) else pod
     axes = dict(pod.axes if sharding is None else sharding)
     topology = pod.topology(axes, links)
     sharded = workload.queries >= pod.devices > 1 if query_sharded is None else query_sharded

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from distattn._compat import abstract_device
+from distattn._compat import abstract_device, traced_processes
 from distattn.compilers import devices_of, environment
 from distattn.hlo import Program
 from distattn.pods import pod
@@ -172,7 +172,12 @@ def compile_for(
         target = Mesh(devices.reshape(axes.axis_sizes), axes.axis_names, axis_types=axes.axis_types)
         began = time.monotonic()
         platform = "cuda" if wanted.chip.platform == "gpu" else "tpu"
-        lowered = _traced(f, arguments, specs, target).lower(lowering_platforms=(platform,))
+        hosts = traced_processes.set(wanted.hosts)
+        try:
+            traced = _traced(f, arguments, specs, target)
+        finally:
+            traced_processes.reset(hosts)
+        lowered = traced.lower(lowering_platforms=(platform,))
         compiled = lowered.compile()
         seconds = time.monotonic() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}

@@ -4,8 +4,8 @@
     python scripts/bench/pods.py scaling [--json FILE] [--plot FILE]  # 1 chip to 4096, five contenders
     python scripts/bench/pods.py memory                 # beside Rabe & Staats, Tables 2 and 3
 
-They need the extras tpu and cuda-aot, or the environment that scripts/setup makes, whose compilers are found.
-Nothing here needs an accelerator.
+They need the extras tpu and cuda-aot, or the environment that scripts/setup makes, whose compilers are
+found. Nothing here needs an accelerator.
 """
 
 import argparse
@@ -20,12 +20,12 @@ if COMPILERS.is_dir():
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import pods_figure  # noqa: E402
 from jax import lax  # noqa: E402
 from jax.sharding import AbstractMesh, AxisType  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import distattn  # noqa: E402
-import pods_figure  # noqa: E402
 from distattn.cost import time_s  # noqa: E402
 from distattn.plan import plan  # noqa: E402
 from distattn.pods import pod  # noqa: E402
@@ -45,10 +45,8 @@ TOPOLOGIES = (
     "h100:16x8",
 )
 LARGE = ("v5p:16x16x16", "v5p:16x16x16*16", "h100:512x8")
-# Slices of v5p, from one chip to all that there are.
-SCALE = (
-    "1x1x1 2x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16".split()
-)
+# Slices of v5p, from one chip to 4096.
+SHAPES = "1x1x1 2x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16"
 
 
 def shapes(rows, keys):
@@ -151,7 +149,7 @@ def ring_decode(axes):
 
 
 def predicted(name, workload, where, report):
-    """Seconds by the model: of a plan, or of the attention itself and the all-reduces that were compiled."""
+    """Seconds by the model: of a plan, or of attention itself and the all-reduces that were compiled."""
     if name in ("butterfly", "psum"):
         return plan(workload, where, combine=name).predicted_s
     if name == "ring":
@@ -168,7 +166,7 @@ def scaling():
     """Decoding on v5p, 8192 keys a chip: what each contender sends, and what it is predicted to take."""
     jax.config.update("jax_platforms", "cpu")
     rows = []
-    for shape in SCALE:
+    for shape in SHAPES.split():
         where = pod(f"v5p:{shape}")
         workload = Workload(KEYS * where.devices, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH)
         for name, (f, kind) in contenders(where).items():
