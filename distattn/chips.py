@@ -37,6 +37,7 @@ class Chip:
     merge_share: float = 1 / 3
     network_launch_s: float | None = None  # None: launch_s
     shared: bool = False  # all devices share one host's cores and memory
+    overlaps: bool = True  # a message travels while something else is computed
 
     @property
     def merge_bytes_per_s(self) -> float:
@@ -149,6 +150,7 @@ _ROWS = (
         merge_share=4 / 30,
         network_launch_s=3e-4,
         shared=True,
+        overlaps=False,  # XLA:CPU has no collective in two halves: it waits for each
     ),
     # Cloud, v4: 32 GiB, 1200 GB/s, 275 TFLOP/s. Book, chapter 2: ICI, DCN of a host, 4 chips a host.
     _tpu(

@@ -33,6 +33,7 @@ class Platform:
     collectives: Collectives  # D - 1 or log2 D messages, twice that for an all-reduce
     flops_per_s: float  # of attention's products, on one device
     shared: bool = False  # the devices share their cores, so that D devices take D times as long
+    overlaps: bool = True  # a message travels while something else is computed
 
 
 def platform_of(chip: Chip, *, network: bool = False) -> Platform:
@@ -46,6 +47,7 @@ def platform_of(chip: Chip, *, network: bool = False) -> Platform:
         collectives=chip.network_collectives if crosses else chip.collectives,
         flops_per_s=chip.attained_flops_per_s,
         shared=chip.shared and not network,
+        overlaps=chip.overlaps,
     )
 
 

@@ -124,11 +124,9 @@ def _all_reduce(whole_bytes: float, topology: Topology) -> Traffic:
 
 
 def _all_gather(shape: Shape, topology: Topology) -> Traffic:
-    """Sends n (D-1) and merges D - 1 states."""
+    """Sends n (D-1) and merges D - 1 states, at once."""
     n, others = shape.payload_bytes, topology.size - 1
-    return gather_traffic(n * topology.size, topology) + Traffic(
-        merges=others, merged_bytes=others * n
-    )
+    return gather_traffic(n * topology.size, topology) + Traffic(merges=1, merged_bytes=others * n)
 
 
 def _reduce_scatter(shape: Shape, topology: Topology) -> Traffic:
@@ -153,13 +151,13 @@ def _gather_kv(shape: Shape, topology: Topology) -> Traffic:
 
 
 def _ring(shape: Shape, topology: Topology) -> Traffic:
-    """Sends (key + value) (D-1)/D in D - 1 hops of two messages, while it computes."""
+    """Sends (key + value) (D-1)/D in D - 1 hops of two messages, where it can be while it computes."""
     size, hops, row = topology.size, topology.size - 1, topology.constants
     link = row.link if topology.wired is None else ring_link(topology.stretches)
     sent = shape.key_value_bytes * hops / size
     sending_s = 2 * hops * link.latency_s + sent / link.bytes_per_s
-    # Of D equal parts of a device's work, all but the last; where cores are shared, nothing is left over.
-    computing_s = 0.0 if row.shared else shape.flops / size * hops / size / row.flops_per_s
+    # Of D equal parts of a device's work, all but the last.
+    computing_s = shape.flops / size * hops / size / row.flops_per_s if row.overlaps else 0.0
     whole = Traffic(
         launches=2 * hops,
         messages=2 * hops,
@@ -178,13 +176,16 @@ def _ulysses(shape: Shape, topology: Topology) -> Traffic:
 
 
 def _heads_over(shape: Shape, topology: Topology, size: int) -> Traffic:
-    """From rows to heads and back, among those of `size` devices; heads of keys are repeated to divide."""
+    """From rows to heads and back, among those of `size` devices; heads of keys are repeated to divide.
+
+    The messages of an all-to-all to all the others are on their way together: one latency.
+    """
     inner = topology.size
     repeated = math.lcm(shape.num_kv_heads, inner) // shape.num_kv_heads
     whole = shape.query_bytes + repeated * shape.key_value_bytes + shape.out_bytes
     sent = whole / size * (inner - 1) / inner
     if topology.wired is None:
-        return Traffic(3, 3 * (inner - 1), sent, sent)
+        return Traffic(3, 3 if inner > 1 else 0, sent, sent)
     found = levels(topology.stretches)
     hops = sum(level.messages for level in found)
     crossed = [(level.exchange, 3 * level.messages, whole / size) for level in found]

@@ -105,8 +105,9 @@ def test_launches_messages_and_merges_on_eight_devices():
     assert counts("butterfly", ring) == counts("butterfly", tree) == (3, 3, 3)
     assert counts("psum", ring) == (2, 28, 1)
     assert counts("psum", tree) == (2, 12, 1)
-    assert counts("all_gather", ring) == (1, 7, 7)
-    assert counts("all_gather", tree) == (1, 3, 7)
+    assert counts("all_gather", ring) == (1, 7, 1)  # the states that come are merged at once
+    assert counts("all_gather", tree) == (1, 3, 1)
+    assert counts("ulysses", ring) == counts("ulysses", tree) == (3, 3, 0)
     assert counts("reduce_scatter", ring) == (4, 10, 3)
     assert counts("gather_kv", ring) == (2, 14, 0)
     assert counts("ring", ring) == counts("ring", tree) == (14, 14, 7)
@@ -201,7 +202,7 @@ def test_heads_over_the_fast_axis_take_what_it_takes():
     part = dataclasses.replace(shape, num_heads=2, num_kv_heads=1)  # of a device of a host
     whole = traffic("ulysses_gather_kv", shape, topology)
     moved = shape.query_bytes + shape.key_value_bytes + shape.query_bytes * 2  # V = 2 H
-    expected = 3 * topology.constants.launch_s + 9 * FAST.latency_s
+    expected = 3 * topology.constants.launch_s + 3 * FAST.latency_s
     expected += moved / 8 * 3 / 4 / FAST.bytes_per_s + seconds("gather_kv", part, outer)
     assert time_s(whole, topology) == pytest.approx(expected)
 
@@ -425,8 +426,8 @@ def test_processes_on_one_machine_are_in_the_measured_order():
 
 @pytest.mark.parametrize(
     ("rows", "order", "butterfly_over_psum"),
-    [  # of 2 KiB each, on eight threads
-        (1, ["psum", "all_gather", "butterfly"], 1.05 / 0.79),
+    [  # of 2 KiB each, on eight threads; the first order as of a whole call: 0.44, 0.52 and 0.62 ms
+        (1, ["all_gather", "psum", "butterfly"], 1.05 / 0.79),
         (64, ["psum", "butterfly", "all_gather"], 1.41 / 0.81),
         (1000, ["psum", "butterfly", "all_gather"], 2.85 / 1.02),
     ],

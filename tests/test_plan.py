@@ -166,7 +166,7 @@ def test_a_named_combine_is_taken_whatever_it_costs():
     found = plan(LLAMA, pod("v5p:16x16x16"), combine="all_gather")
     assert found.combine == "all_gather"
     assert found.alternatives[0].combine == "butterfly"
-    assert re.match(r"faster, 0\.0\d of the time; it was not named", found.alternatives[0].why)
+    assert re.match(r"faster, 0\.[23]\d of the time; it was not named", found.alternatives[0].why)
     assert "named by you, against butterfly" in found.reason
     large = plan(
         dataclasses.replace(LLAMA, context=1_275_000_000), pod("v5p:16x16x16"), combine="all_gather"
@@ -299,7 +299,7 @@ def test_measured_links_are_taken():
         (
             lambda: plan(SMALL, pod("v5e:4x4"), combine="ring"),
             "combine is 'ring'; for 1 queries",
-            "('butterfly', 'psum', 'all_gather'): name one, or pass query_sharded=True",
+            "('all_gather', 'butterfly', 'psum'): name one, or pass query_sharded=True",
         ),
         (
             lambda: plan(SMALL, pod("v5e:4x4"), sharding={"a": 3}),

@@ -1,0 +1,141 @@
+"""What combine='auto' takes, beside the best of those that could have been taken: measured, on a grid of shapes.
+
+    python scripts/bench/planner.py                      # eight fake devices of one process
+    python scripts/bench/planner.py --processes 2x4      # processes x devices on one machine, gloo
+
+Of each shape all combines that fit are run by turns in one process, or one job; medians. `auto` is right where
+what it takes is the fastest, or within --noise of it, which two runs of the same program differ by.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import distattn
+from distattn import planner
+from distattn.cost import Shape, Topology
+from distattn.testing import fake_devices
+from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits
+
+# B, T, S, N, K, H, whether the query is sharded
+SHAPES = (
+    (1, 1, 4096, 8, 2, 64, False),
+    (1, 1, 65536, 8, 2, 64, False),
+    (8, 1, 2048, 8, 2, 64, False),
+    (1, 1, 16384, 32, 8, 128, False),
+    (1, 16, 8192, 8, 2, 64, False),
+    (1, 256, 4096, 8, 2, 64, False),
+    (1, 1024, 1024, 8, 8, 64, False),
+    (1, 64, 8192, 8, 2, 64, True),
+    (1, 512, 512, 8, 8, 64, True),
+    (1, 1024, 1024, 8, 2, 64, True),
+    (1, 2048, 2048, 8, 1, 64, True),
+    (1, 2048, 2048, 8, 8, 64, True),
+)
+
+
+def array(shape, mesh, spec):
+    def part(index):
+        whole = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return whole[index]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+
+def measure(mesh, processes, repeats):
+    """[(shape, choice, {combine: seconds})]."""
+    found = []
+    for b, t, s, n, k, h, sharded in SHAPES:
+        shape = Shape(b, t, s, n, k, h, h, 4)
+        topology = Topology("cpu", (mesh.size,), processes)
+        known = QUERY_SHARDED if sharded else QUERY_REPLICATED
+        names = [name for name in known if fits(name, shape, topology)]
+        choice = planner.choose(shape, topology, query_sharded=sharded).combine
+        along = P(None, "kv")
+        query = array((b, t, n, h), mesh, along if sharded else P())
+        key = array((b, s, k, h), mesh, along)
+        programs = {}
+        for name in names:
+            f = functools.partial(
+                distattn.dot_product_attention,
+                mesh=mesh,
+                axis_name="kv",
+                query_axis_name="kv" if sharded else None,
+                combine=name,
+            )
+            programs[name] = jax.jit(f).lower(query, key, key).compile()
+        times = {name: [] for name in names}
+        for _ in range(repeats + 2):
+            for name, program in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(query, key, key))
+                times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(x[2:]) for name, x in times.items()}
+        found.append(((b, t, s, n, k, h, sharded), choice, medians))
+    return found
+
+
+def of_processes(how, repeats):
+    processes, devices = map(int, how.split("x"))
+    command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes)]
+    command += ["--devices-per-process", str(devices), "--", sys.executable]
+    command += [os.path.abspath(__file__), "--rank", "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    line = next(x for x in done.stdout.splitlines() if "samples " in x)
+    return json.loads(line.partition("samples ")[2])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", metavar="PxD")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--noise", type=float, default=1.05)
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        distattn.distributed.initialize()
+        mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
+        samples = measure(mesh, jax.process_count(), options.repeats)
+        if jax.process_index() == 0:
+            print("samples " + json.dumps(samples), flush=True)
+        return
+    if options.processes:
+        samples = of_processes(options.processes, options.repeats)
+    else:
+        fake_devices(8)
+        mesh = jax.make_mesh((8,), ("kv",), (AxisType.Auto,))
+        samples = measure(mesh, 1, options.repeats)
+    ratios = []
+    print(
+        "| B, T, S, N, K, H | query | auto takes | beside the best | all, ms |\n|---|---|---|---|---|"
+    )
+    for (*sizes, sharded), choice, seconds in samples:
+        best = min(seconds.values())
+        ratios.append(seconds[choice] / best)
+        listed = ", ".join(
+            f"{name} {s * 1e3:.2f}" for name, s in sorted(seconds.items(), key=lambda x: x[1])
+        )
+        where = "sharded" if sharded else "whole"
+        print(
+            f"| {', '.join(map(str, sizes))} | {where} | {choice} | {ratios[-1]:.2f} | {listed} |"
+        )
+    right = sum(ratio <= options.noise for ratio in ratios)
+    print(f"\nright in {right} of {len(ratios)}; at worst {max(ratios):.2f} times the best")
+
+
+if __name__ == "__main__":
+    main()
