@@ -1,10 +1,10 @@
-"""What combine='auto' takes, beside the best of those that could have been taken: measured, on a grid of shapes.
+"""What combine='auto' takes, beside the best that could have been taken: measured, on a grid of shapes.
 
     python scripts/bench/planner.py                      # eight fake devices of one process
     python scripts/bench/planner.py --processes 2x4      # processes x devices on one machine, gloo
 
-Of each shape all combines that fit are run by turns in one process, or one job; medians. `auto` is right where
-what it takes is the fastest, or within --noise of it, which two runs of the same program differ by.
+Of each shape all combines that fit are run by turns in one process, or one job; medians. `auto` is right
+where what it takes is the fastest, or within --noise of it, which two runs of one program differ by.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
     python scripts/bench/pods.py compile [--large]      # decode, prompt, training step for each topology
     python scripts/bench/pods.py scaling [--json FILE] [--plot FILE]  # 1 chip to 4096, five contenders
+    python scripts/bench/pods.py estimate               # the compiler's, beside its own partitioning's
     python scripts/bench/pods.py memory                 # beside Rabe & Staats, Tables 2 and 3
 
 They need the extras tpu and cuda-aot, or the environment that scripts/setup makes, whose compilers are
@@ -17,13 +18,22 @@ from pathlib import Path
 COMPILERS = Path(sys.prefix, "compilers")
 if COMPILERS.is_dir():
     sys.path.append(str(COMPILERS))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pods_figure  # noqa: E402
-from jax import lax  # noqa: E402
-from jax.sharding import AbstractMesh, AxisType  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.sharding import AxisType  # noqa: E402
+from pods_programs import (  # noqa: E402
+    HEADS,
+    KEYS,
+    KV_HEADS,
+    WIDTH,
+    compiled,
+    contenders,
+    model_step,
+    training,
+)
 
 import distattn  # noqa: E402
 from distattn.cost import time_s  # noqa: E402
@@ -33,7 +43,6 @@ from distattn.testing import compile_for  # noqa: E402
 from distattn.traffic import sum_traffic  # noqa: E402
 from distattn.workload import Workload  # noqa: E402
 
-HEADS, KV_HEADS, WIDTH, KEYS = 32, 8, 128, 8192  # keys of a chip
 TOPOLOGIES = (
     "v4:4x4x4",
     "v5e:4x4",
@@ -47,29 +56,6 @@ TOPOLOGIES = (
 LARGE = ("v5p:16x16x16", "v5p:16x16x16*16", "h100:512x8")
 # Slices of v5p, from one chip to 4096.
 SHAPES = "1x1x1 2x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16"
-
-
-def shapes(rows, keys):
-    query = jax.ShapeDtypeStruct((1, rows, HEADS, WIDTH), jnp.bfloat16)
-    key = jax.ShapeDtypeStruct((1, keys, KV_HEADS, WIDTH), jnp.bfloat16)
-    return query, key, key
-
-
-def compiled(f, rows, keys, where, *, sharded, kind=AxisType.Explicit):
-    """The report of a call whose keys, and with `sharded` rows, lie along all axes of the pod."""
-    axes = where.axes
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
-    along = P(None, tuple(axes))
-    specs = (along if sharded else P(), along, along)
-    return compile_for(f, *shapes(rows, keys), topology=where.name, mesh=mesh, specs=specs)
-
-
-def training(combine):
-    def loss(*arrays):
-        out = distattn.dot_product_attention(*arrays, combine=combine, is_causal=True)
-        return out.astype(jnp.float32).sum()
-
-    return jax.grad(loss, argnums=(0, 1, 2))
 
 
 def compile_table(large):
@@ -89,8 +75,18 @@ def compile_table(large):
         if devices <= 4096:  # 512 rows of a device
             programs["prompt"] = (prompt, 512 * devices, 512 * devices, True)
             programs["training"] = (training("ring"), 512 * devices, 512 * devices, True)
-        for what, (f, rows, keys, sharded) in programs.items():
-            report = compiled(f, rows, keys, where, sharded=sharded)
+        reports = {
+            what: functools.partial(compiled, f, rows, keys, where, sharded=sharded)
+            for what, (f, rows, keys, sharded) in programs.items()
+        }
+        if devices <= 256:
+            reports["model"] = functools.partial(model_step, where)
+        for what, make in reports.items():
+            try:
+                report = make()
+            except jax.errors.JaxRuntimeError as error:
+                print(f"| {name} | {devices} | {what} | the compiler fails: {str(error)[:60]} |")
+                continue
             counts = ", ".join(f"{x['count']} {k}" for k, x in report.collectives.items())
             estimate = "" if report.optimal_s is None else f"{report.optimal_s * 1e6:.0f}"
             print(
@@ -98,54 +94,6 @@ def compile_table(large):
                 f"{report.temp_bytes / 2**20:.1f} | {estimate} |",
                 flush=True,
             )
-
-
-def published_recipe(axes):
-    """Tree Attention's (arXiv 2408.04093, code of its appendix): three all-reduces of partial results."""
-
-    def body(query, key, value):
-        state = distattn.partial_attention(query, key, value)
-        out, lse = distattn.finalize(state)
-        largest = lax.pmax(lse, axes)
-        weight = jnp.exp(lse - largest)
-        numerator = lax.psum(out.astype(jnp.float32) * weight[..., None], axes)
-        return (numerator / lax.psum(weight, axes)[..., None]).astype(query.dtype)
-
-    along = P(None, axes)
-    return jax.shard_map(body, in_specs=(P(), along, along), out_specs=P(), check_vma=False)
-
-
-def contenders(where):
-    """Name to (function, kind of the mesh axes)."""
-    axes, attention = tuple(where.axes), distattn.dot_product_attention
-    return {
-        "butterfly": (functools.partial(attention, combine="butterfly"), AxisType.Explicit),
-        "psum": (functools.partial(attention, combine="psum"), AxisType.Explicit),
-        "published": (published_recipe(axes), AxisType.Auto),
-        "xla": (jax.nn.dot_product_attention, AxisType.Auto),
-        "ring": (ring_decode(axes), AxisType.Auto),
-    }
-
-
-def ring_decode(axes):
-    """One query on each device, to which all keys and values come, hop by hop."""
-
-    def body(query, key, value):
-        size = lax.axis_size(axes)
-        pairs = [(rank, (rank + 1) % size) for rank in range(size)]
-
-        def hop(carry, _):
-            state, key, value = carry
-            key, value = (lax.ppermute(x, axes, pairs) for x in (key, value))
-            more = distattn.partial_attention(query, key, value)
-            return (distattn.merge(state, more), key, value), None
-
-        state = distattn.partial_attention(query, key, value)
-        (state, *_), _ = lax.scan(hop, (state, key, value), length=size - 1)
-        return distattn.finalize(state)[0].astype(query.dtype)
-
-    along = P(None, axes)
-    return jax.shard_map(body, in_specs=(P(), along, along), out_specs=P(), check_vma=False)
 
 
 def predicted(name, workload, where, report):
@@ -190,6 +138,25 @@ def scaling():
             )
     shape = f"B 1, T 1, N {HEADS}, K {KV_HEADS}, H {WIDTH}, bfloat16, {KEYS} keys a chip"
     return {"jax": jax.__version__, "shape": shape, "rows": rows}
+
+
+def estimate():
+    """XLA:TPU's own estimate of a layer, beside that of its own partitioning: without loops, to compare."""
+    jax.config.update("jax_platforms", "cpu")
+    dense = functools.partial(distattn.dot_product_attention, implementation="dense")
+    print("| topology | devices | butterfly, us | psum, us | jax.nn, partitioned by XLA, us |")
+    print("|---|---|---|---|---|")
+    for name in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:16x16x16", "tpu7x:4x4x4"):
+        where = pod(name)
+        keys = KEYS * where.devices
+        row = []
+        for combine in ("butterfly", "psum"):
+            f = functools.partial(dense, combine=combine)
+            row.append(compiled(f, 1, keys, where, sharded=False))
+        theirs = jax.nn.dot_product_attention
+        row.append(compiled(theirs, 1, keys, where, sharded=False, kind=AxisType.Auto))
+        cells = (f"{1e6 * x.optimal_s:.1f}" if x.optimal_s else "none" for x in row)
+        print(f"| {name} | {where.devices} | {' | '.join(cells)} |", flush=True)
 
 
 # Rabe & Staats, arXiv 2112.05682, Tables 2 and 3: n -> MiB of overhead, standard and memory-efficient;
@@ -250,7 +217,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("compile", "scaling", "memory"))
+    parser.add_argument("what", choices=("compile", "scaling", "memory", "estimate"))
     parser.add_argument("--large", action="store_true", help="4096 chips and more too")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write, or with --plot alone read"
@@ -271,6 +238,8 @@ def main():
                 pods_figure.plot(found, options.plot)
         case "memory":
             memory()
+        case "estimate":
+            estimate()
 
 
 if __name__ == "__main__":
