@@ -18,10 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size
 from distattn.call import Call
-from distattn.collectives import all_reduce, reduce_scatter
 from distattn.completion import (
-    finish,
-    finish_over,
+    completed,
     heads_summed,
     numbers,
     row_cotangents,
@@ -30,13 +28,12 @@ from distattn.completion import (
     sum_over,
 )
 from distattn.local import local_fold, local_gradients, refuse_second_derivative
-from distattn.monoid import monoid_of
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
 from distattn.state import state_dtype
-from distattn.ulysses import by_heads, heads_to_rows
+from distattn.ulysses import by_heads
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -220,17 +217,7 @@ def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
         operands, _ = _by_heads(movement, operands)
     local = local_fold(call.scoring, call.machine, call.implementation, call.units)
     state = ring_fold(local, operands, call.ring) if call.ring else local(operands)
-    how = operands.sinks, valid, operands.query.dtype
-    if movement.all_reduce and not movement.scatter:
-        out, lse = finish_over(state, movement.all_reduce, movement.schedule, *how)
-    else:
-        if movement.all_reduce:
-            state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
-        if movement.scatter:
-            time = monoid_of(state).time
-            state = reduce_scatter(state, movement.scatter, scatter_dimension=time)
-        out, lse = finish(state, *how)
-    return tuple(heads_to_rows([out, lse], movement.heads)) if movement.heads else (out, lse)
+    return completed(state, movement, operands.sinks, valid, operands.query.dtype)
 
 
 def _by_heads(

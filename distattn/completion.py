@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn import elementary, fixed_point
-from distattn.axes import axes_size, own_part
+from distattn.axes import axes_size, own_part, typed_as_varying
 from distattn.collectives import (
     all_reduce,
     all_sum,
@@ -18,6 +18,8 @@ from distattn.collectives import (
 )
 from distattn.fixed_point import FixedPoint, FixedPointState
 from distattn.monoid import FIXED_POINT, State, monoid_of, rows_of
+from distattn.movement import Movement
+from distattn.placement import Axes
 from distattn.reproducible import softmax_weights as reproducible_weights
 from distattn.schedule import Schedule
 from distattn.state import softmax_weights
@@ -25,8 +27,37 @@ from distattn.sums import Sum
 from distattn.ulysses import heads_to_rows
 from distattn.words import lattice
 
-Axes = tuple[str, ...]
 LARGE_BYTES = 2**20  # of a state, from which on one more collective costs less than what it saves
+
+
+def completed(
+    state: State,
+    movement: Movement,
+    sinks: jax.Array | None,
+    valid: jax.Array | None,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, N, V] in the given dtype and lse [B, T, N] of the rows that this device is to have.
+
+    Args:
+      state: over this device's keys, of the rows with which it has computed.
+      movement: of the call.
+      sinks: f32[N], or None.
+      valid: bool[B|1, T], of the rows that it is to have; those that are not are empty. None: all are.
+      dtype: of out.
+    """
+    if movement.all_reduce and not movement.scatter:
+        out, lse = finish_over(state, movement.all_reduce, movement.schedule, sinks, valid, dtype)
+    else:
+        if movement.all_reduce:
+            state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
+        if movement.scatter:
+            time = monoid_of(state).time
+            state = reduce_scatter(state, movement.scatter, scatter_dimension=time)
+        out, lse = finish(state, sinks, valid, dtype)
+    if movement.heads:
+        out, lse = heads_to_rows([out, lse], movement.heads)
+    return out, lse
 
 
 def finish(
@@ -52,9 +83,11 @@ def finish_over(
 
     An all-reduce is a reduce-scatter and an all-gather. Where XLA makes that of a large state in fixed
     point, results are gathered instead: a third of the bytes, and each device divides its own rows only.
+    Where types are tracked, what is gathered so would not count as replicated.
     """
     rows = rows_of(state)[-1]
-    if isinstance(state, FixedPointState) and rows % axes_size(axes) == 0:
+    divides = rows % axes_size(axes) == 0 and not typed_as_varying(axes)
+    if isinstance(state, FixedPointState) and divides:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         if size >= LARGE_BYTES and chosen_schedule(schedule, state, axes) == "psum":
             time = FIXED_POINT.time

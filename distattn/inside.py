@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 from distattn._compat import platform_of, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.block import Scoring
-from distattn.collectives import ALL_REDUCES, all_reduce, reduce_scatter, typed_as_replicated
-from distattn.completion import finish
+from distattn.collectives import ALL_REDUCES, typed_as_replicated
+from distattn.completion import completed
 from distattn.cost import Shape
 from distattn.local import local_state
 from distattn.movement import (
@@ -34,7 +34,6 @@ from distattn.placement import Axes
 from distattn.ring import Ring, ring_state
 from distattn.schedule import Schedule
 from distattn.tiles import Machine
-from distattn.ulysses import heads_to_rows
 from distattn.units import units_of
 from distattn.within import Own, at_work, reproducible_attention
 
@@ -221,15 +220,8 @@ def _attend(
         state = ring_state(operands, scoring, machine, implementation, ring)
     else:
         state = local_state(operands, scoring, machine, implementation)
-    if movement.scatter:
-        state = reduce_scatter(state, movement.scatter)
-    elif movement.all_reduce:
-        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
     valid = own_rows if movement.scatter else operands.mask.query_valid
-    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
-    if movement.heads:
-        out, lse = heads_to_rows([out, lse], movement.heads)
-    return out, lse
+    return completed(state, movement, operands.sinks, valid, operands.query.dtype)
 
 
 def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:

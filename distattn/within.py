@@ -18,9 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size, own_part, typed_as_varying
 from distattn.block import Scoring
-from distattn.collectives import all_reduce, reduce_scatter
 from distattn.completion import (
-    finish,
+    completed,
     heads_summed,
     numbers,
     row_cotangents,
@@ -29,14 +28,13 @@ from distattn.completion import (
     sum_over,
 )
 from distattn.local import local_fold, local_gradients, refuse_second_derivative
-from distattn.monoid import monoid_of
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, with_repeated_heads
 from distattn.placement import Axes
 from distattn.ring import Ring, ring_fold, ring_gradients
 from distattn.tiles import Machine
 from distattn.totals import reproducible_sum
-from distattn.ulysses import by_heads, heads_to_rows, rows_to_heads
+from distattn.ulysses import by_heads, rows_to_heads
 from distattn.units import Units
 
 
@@ -106,15 +104,8 @@ def _primal(own: Own, *fields: Any) -> tuple[jax.Array, jax.Array]:
     operands = at_work(Operands(*fields), movement)
     local = local_fold(own.scoring, own.machine, "blocked", own.units)
     state = ring_fold(local, operands, own.ring) if own.ring else local(operands)
-    if movement.scatter:
-        state = reduce_scatter(state, movement.scatter, scatter_dimension=monoid_of(state).time)
-    elif movement.all_reduce:
-        state = all_reduce(state, movement.all_reduce, schedule=movement.schedule)
     valid = own_rows if movement.scatter else operands.mask.query_valid
-    out, lse = finish(state, operands.sinks, valid, operands.query.dtype)
-    if movement.heads:
-        out, lse = heads_to_rows([out, lse], movement.heads)
-    return out, lse
+    return completed(state, movement, operands.sinks, valid, operands.query.dtype)
 
 
 _attention: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
