@@ -43,16 +43,25 @@ def platform_of(mesh: Any = None) -> str:
 
     An abstract mesh may say for which devices it stands; where it does not, they are the default ones.
     """
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    device = mesh.abstract_device
+    device = _device(mesh)
     if device is None:
         return jax.default_backend()
     if hasattr(device, "platform"):
         return device.platform
     kind = device.device_kind.lower()  # JAX before 0.10
     return next((x for x in ("cpu", "tpu") if kind.startswith(x)), "gpu")
+
+
+def device_kind_of(mesh: Any = None) -> str:
+    """What JAX calls the devices of `platform_of`, as 'TPU v5 lite'."""
+    device = _device(mesh)
+    return (jax.local_devices()[0] if device is None else device).device_kind
+
+
+def _device(mesh: Any) -> Any:
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0]
+    return (jax.sharding.get_abstract_mesh() if mesh is None else mesh).abstract_device
 
 
 def processes_of(mesh: Any = None) -> int:

@@ -5,7 +5,8 @@ import math
 import jax
 from jax import lax
 
-from distattn._compat import platform_of, processes_of, varying_axes
+from distattn._compat import device_kind_of, platform_of, processes_of, varying_axes
+from distattn.chips import chip_of
 from distattn.cost import Topology
 
 AxisName = str | tuple[str, ...]
@@ -49,7 +50,8 @@ def sizes_of(axes: tuple[str, ...]) -> tuple[int, ...]:
 
 def topology_of(axes: tuple[str, ...]) -> Topology:
     """The axes of the `shard_map` around, on the devices that it is traced for."""
-    return Topology(platform_of(), sizes_of(axes), processes_of())
+    chip = chip_of(device_kind_of())
+    return Topology(platform_of(), sizes_of(axes), processes_of(), chip=chip)
 
 
 def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:

@@ -253,3 +253,22 @@ _ROWS = (
 CHIPS = {chip.name: chip for chip in _ROWS}
 # Where only the platform is known, as by `combine='auto'`.
 TYPICAL = {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
+# How JAX calls them (`device_kind`): the whole name of a TPU, a word in that of a GPU.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The row for what JAX calls the kind of a device; None: there is none."""
+    if device_kind in _KINDS:
+        return CHIPS[_KINDS[device_kind]]
+    words = device_kind.lower().replace("-", " ").split()
+    return next((CHIPS[x] for x in words if x in CHIPS and CHIPS[x].platform == "gpu"), None)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from distattn.chips import CHIPS, TYPICAL
+from distattn.chips import CHIPS, TYPICAL, chip_of
 from distattn.cost import PLATFORMS, platform_of
 from distattn.link import Link
 from distattn.pods import Pod, pod
@@ -129,3 +129,23 @@ def test_measured_links_stand_in_for_the_wiring():
 def test_a_pod_is_a_value():
     assert Pod(CHIPS["v5e"], (4, 4)) == pod("v5e:4x4")
     assert hash(pod("v5e:4x4")) == hash(pod("v5e:4x4"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("cpu", None),
+        ("TPU v3", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_chip_by_the_name_that_jax_has_for_it(kind, name):
+    assert chip_of(kind) is (None if name is None else CHIPS[name])

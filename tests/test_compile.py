@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import compilers
+from distattn.chips import CHIPS
 from distattn.cli import main, picture
 from distattn.cost import Shape, Topology
 from distattn.planner import choose
@@ -126,10 +127,11 @@ def test_counts_by_the_number_of_devices(devices):
 
 
 @pytest.mark.parametrize("topology", ["h100:1x8", "h100:8x1"])
-def test_auto_is_chosen_for_the_hosts_that_it_is_compiled_for(topology):
+def test_auto_is_chosen_for_the_chips_and_hosts_that_it_is_compiled_for(topology):
     hosts = pod(topology).hosts
     shape = Shape(1, 1, 256 * 8, HEADS, KV_HEADS, WIDTH, WIDTH, 2)
-    best = choose(shape, Topology("gpu", (8,), hosts), query_sharded=False).combine
+    there = Topology("gpu", (8,), hosts, chip=CHIPS["h100"])
+    best = choose(shape, there, query_sharded=False).combine
     auto, named = (decode({"kv": 8}, x, topology=topology) for x in ("auto", best))
     assert auto.exchanges == named.exchanges
 
