@@ -271,9 +271,10 @@ def test_precision_is_passed_on():
         assert ("HIGHEST" in str(jax.make_jaxpr(f)(x, x, x))) == (precision is not None)
 
 
-def decode_inputs(mesh):
+def decode_inputs(mesh, **options):
     cache = NamedSharding(mesh, P(None, ("data", "kv")))
-    return attention_fn(mesh=mesh, axis_name=("data", "kv")), cache
+    # By name, so that a gather would be one of keys, and not of states.
+    return attention_fn(mesh=mesh, axis_name=("data", "kv"), combine="psum", **options), cache
 
 
 def steps(step, cache):
@@ -294,9 +295,8 @@ def assert_nothing_gathered(compiled, name):
 @pytest.mark.parametrize("always_causal", [False, True])
 def test_nnx_decodes_on_a_sharded_cache(always_causal):
     mesh = jax.make_mesh((2, 4), ("data", "kv"), (KINDS["auto"],) * 2)
-    attention, sharding = decode_inputs(mesh)
-    if always_causal:  # made for training; the steps of decode mode are causal by Flax's mask
-        attention = attention_fn(mesh=mesh, axis_name=("data", "kv"), is_causal=True)
+    # Made for training, or not: the steps of decode mode are causal by Flax's mask.
+    attention, sharding = decode_inputs(mesh, is_causal=always_causal)
     ours = Nnx(2, attention_fn=attention)
     layer = nnx.merge(ours.definition, ours.parameters, ours.rest)
     layer.init_cache(X.shape)
