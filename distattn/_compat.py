@@ -51,6 +51,20 @@ def platform_of(mesh: Any = None) -> str:
     return next((x for x in ("cpu", "tpu") if kind.startswith(x)), "gpu")
 
 
+def device_kind() -> str:
+    """What the device is that is traced for, as `device_kind` of a JAX device says."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
+    """The shape of a result that varies over the axes, as `pallas_call` wants it."""
+    like = jax.typeof(vary(jnp.zeros(()), axes))
+    if hasattr(like, "vma"):  # JAX before 0.10
+        return jax.ShapeDtypeStruct(shape, dtype, vma=like.vma)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=like.manual_axis_type)
+
+
 def abstract_device(platform: str) -> AbstractDevice:
     """Any device of a platform, for an abstract mesh to stand for."""
     fields = {"device_kind": platform, "num_cores": None, "platform": platform}

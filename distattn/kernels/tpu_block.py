@@ -1,0 +1,172 @@
+"""What the TPU kernels compute on a block: who attends to whom, logits, and products that masks guard.
+
+The orientation is free: rows by keys in one kernel, keys by rows in another.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from distattn.block import Scoring
+from distattn.kernels.tpu_layout import Cut
+from distattn.operands import Operands
+from distattn.state import softmax_weights
+
+_EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
+_PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
+PRECISIONS = (*_EXACT, *_PLAIN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """How products are made."""
+
+    dtype: jnp.dtype  # of their operands; they are summed in float32
+    precision: lax.Precision
+
+    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+        """f32: a . b over a dimension of each."""
+        return lax.dot_general(
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            (((over[0],), (over[1],)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
+    """bfloat16 where all is, and no other precision is asked for; else float32."""
+    exact = scoring.precision in _EXACT
+    narrow = not exact and all(x.dtype == jnp.bfloat16 for x in arrays)
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel computes with, apart from arrays."""
+
+    cut: Cut
+    scoring: Scoring
+    numbers: Numbers
+    masked: bool
+    segments: bool
+
+    def allowed(
+        self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
+    ) -> jax.Array | None:
+        """Who attends to whom, from the vectors of `Index`, whose parts broadcast; None: all do."""
+        if not self.masked:
+            return None
+        position = key(0)
+        allowed = (position >= row(0)) & (position <= row(1))
+        return allowed & (key(1) == row(2)) if self.segments else allowed
+
+
+def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> Plan:
+    """The plan of a call."""
+    numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
+    return Plan(cut, scoring, numbers, masked, operands.mask.key_segment_ids is not None)
+
+
+def loaded(x: jax.Array) -> jax.Array:
+    """f32: numbers of a block; of float16 there are the bits."""
+    if x.dtype != jnp.uint16:
+        return x.astype(jnp.float32)
+    bits = x.astype(jnp.int32)
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    raised = jnp.where(exponent == 31, 255, exponent + 112)
+    size = lax.bitcast_convert_type((raised << 23) | (fraction << 13), jnp.float32)
+    # float32 has no such small numbers without a leading one on a TPU.
+    size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, size)
+    return jnp.where(bits > 32767, -size, size)
+
+
+def by_heads(cut: Cut, *arrays: jax.Array) -> list[Any]:
+    """Scratch for a block of each array of keys or values, head by head: [heads, keys, .]."""
+    return [pltpu.VMEM((cut.heads, cut.key_block, x.shape[-1]), x.dtype) for x in arrays]
+
+
+def split_heads(block: Any, heads: Any) -> None:
+    """Writes a block [1, 1, keys, heads, .] head by head."""
+    if heads.shape[0] == 1:
+        heads[0] = block[0, 0, :, 0, :]
+    else:
+        heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
+
+
+def each(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
+    """Decorates what is done for each of the heads: a loop, so that its code is there once."""
+
+    def run(body: Callable[[jax.Array], None]) -> None:
+        lax.fori_loop(0, count, lambda head, _: body(head), None)
+
+    return run
+
+
+def logits_of(
+    products: jax.Array, allowed: jax.Array | None, scoring: Scoring
+) -> tuple[jax.Array, jax.Array | None]:
+    """cap(scale * products), -inf where not allowed; and its slope, None for 1."""
+    logits, slope = products * scoring.scale, None
+    if scoring.soft_cap is not None:
+        ratio = jnp.tanh(logits / scoring.soft_cap)
+        logits, slope = scoring.soft_cap * ratio, (1 - ratio) * (1 + ratio)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    return logits, slope
+
+
+def gradients_of(
+    products: jax.Array,
+    d_products: jax.Array,
+    allowed: jax.Array | None,
+    scoring: Scoring,
+    *,
+    reference: jax.Array,
+    d_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Weights, and the gradient of logits before the soft cap: as in `distattn.block.block_gradients`.
+
+    Args:
+      products: query . key.
+      d_products: d_weighted_sum . value.
+      allowed: who attends to whom; None: all do.
+      scoring: how logits are made.
+      reference: the maximum or the log-sum-exp of rows, broadcasts.
+      d_sum: of rows, broadcasts.
+    """
+    logits, slope = logits_of(products, allowed, scoring)
+    weights = softmax_weights(logits, reference)
+    d_logits = weights * (d_products + d_sum)
+    if slope is not None:
+        d_logits = d_logits * slope
+    return weights, d_logits if allowed is None else jnp.where(allowed, d_logits, 0.0)
+
+
+def guarded(
+    weights: jax.Array, x: jax.Array, numbers: Numbers, add: Callable[[jax.Array], None]
+) -> jax.Array:
+    """weights . x, to which entries of x contribute nothing where their weight is 0, NaN among them.
+
+    `add` takes what is not finite, where there is such an entry. As `distattn.block.attended_sum`.
+    """
+    finite = jnp.abs(x) < jnp.inf
+
+    @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
+    def _() -> None:
+        attended = jnp.where(weights != 0, 1.0, 0.0)
+        odd = 0.0
+        for kind, number in ((x == jnp.inf, jnp.inf), (x == -jnp.inf, -jnp.inf), (x != x, jnp.nan)):
+            met = numbers.product(attended, jnp.where(kind, 1.0, 0.0), (1, 0))
+            odd = odd + jnp.where(met > 0, number, 0.0)
+        add(odd)
+
+    return numbers.product(weights, jnp.where(finite, x, 0.0), (1, 0))
