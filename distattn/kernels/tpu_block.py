@@ -4,7 +4,7 @@ The orientation is free: rows by keys in one kernel, keys by rows in another.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_layout import Cut
+from distattn.kernels.tpu_layout import Cut, Order, order_of
 from distattn.operands import Operands
 from distattn.state import softmax_weights
 
@@ -50,14 +50,61 @@ def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Side:
+    """Keys or values: how a block of them lies, and how it is used, head by head."""
+
+    order: Order
+    width: int
+
+    @property
+    def axis(self) -> int:
+        """Along which the keys of one head lie."""
+        return 1 if self.order == "KHS" else 0
+
+    def shape(self, cut: Cut) -> tuple[int, int, int]:
+        """Of a block, head by head."""
+        sizes = (cut.key_block, self.width)
+        return cut.heads, *(sizes[::-1] if self.axis else sizes)
+
+    def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
+        """Where a block is put head by head, if it does not lie so."""
+        return [pltpu.VMEM(self.shape(cut), dtype)] if self.order == "SKH" else []
+
+    def by_heads(self, block: Any, refs: Iterator[Any]) -> Any:
+        """The block head by head, a reference; `fill` puts it there. Takes its scratch from the refs."""
+        return next(refs) if self.order == "SKH" else block.at[0, 0]
+
+    def fill(self, block: Any, heads: Any) -> None:
+        """Puts the block there."""
+        if self.order == "SKH":
+            heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
+
+    def write(self, block: Any, x: jax.Array) -> None:
+        """The inverse: writes what lies head by head."""
+        block[0, 0] = jnp.swapaxes(x, 0, 1) if self.order == "SKH" else x
+
+
+def sides_of(operands: Operands) -> tuple[Side, Side]:
+    """Keys and values."""
+    kv_heads, width, value_width = *operands.key.shape[-2:], operands.value.shape[-1]
+    return Side(order_of(kv_heads, width), width), Side(order_of(kv_heads, value_width), value_width)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a kernel computes with, apart from arrays."""
 
     cut: Cut
     scoring: Scoring
     numbers: Numbers
+    key: Side
+    value: Side
     masked: bool
     segments: bool
+
+    def index(self, refs: Iterator[Any]) -> list[Any]:
+        """The blocks of `Index`, which are the first of the refs, if there are any."""
+        return [next(refs), next(refs)] if self.masked else []
 
     def allowed(
         self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
@@ -73,7 +120,8 @@ class Plan:
 def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> Plan:
     """The plan of a call."""
     numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
-    return Plan(cut, scoring, numbers, masked, operands.mask.key_segment_ids is not None)
+    segments = operands.mask.key_segment_ids is not None
+    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments)
 
 
 def loaded(x: jax.Array) -> jax.Array:
@@ -87,19 +135,6 @@ def loaded(x: jax.Array) -> jax.Array:
     # float32 has no such small numbers without a leading one on a TPU.
     size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, size)
     return jnp.where(bits > 32767, -size, size)
-
-
-def by_heads(cut: Cut, *arrays: jax.Array) -> list[Any]:
-    """Scratch for a block of each array of keys or values, head by head: [heads, keys, .]."""
-    return [pltpu.VMEM((cut.heads, cut.key_block, x.shape[-1]), x.dtype) for x in arrays]
-
-
-def split_heads(block: Any, heads: Any) -> None:
-    """Writes a block [1, 1, keys, heads, .] head by head."""
-    if heads.shape[0] == 1:
-        heads[0] = block[0, 0, :, 0, :]
-    else:
-        heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
 
 
 def each(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
@@ -152,11 +187,14 @@ def gradients_of(
 
 
 def guarded(
-    weights: jax.Array, x: jax.Array, numbers: Numbers, add: Callable[[jax.Array], None]
-) -> jax.Array:
-    """weights . x, to which entries of x contribute nothing where their weight is 0, NaN among them.
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: jax.Array,
+    x: jax.Array,
+    add: Callable[[jax.Array], None],
+) -> None:
+    """Adds product(weights, x), to which entries of x contribute nothing where their weight is 0.
 
-    `add` takes what is not finite, where there is such an entry. As `distattn.block.attended_sum`.
+    They may be NaN: as `distattn.block.attended_sum`. What is not finite is added for those who attend to it.
     """
     finite = jnp.abs(x) < jnp.inf
 
@@ -165,8 +203,8 @@ def guarded(
         attended = jnp.where(weights != 0, 1.0, 0.0)
         odd = 0.0
         for kind, number in ((x == jnp.inf, jnp.inf), (x == -jnp.inf, -jnp.inf), (x != x, jnp.nan)):
-            met = numbers.product(attended, jnp.where(kind, 1.0, 0.0), (1, 0))
+            met = product(attended, jnp.where(kind, 1.0, 0.0))
             odd = odd + jnp.where(met > 0, number, 0.0)
         add(odd)
 
-    return numbers.product(weights, jnp.where(finite, x, 0.0), (1, 0))
+    add(product(weights, jnp.where(finite, x, 0.0)))

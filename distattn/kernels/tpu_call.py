@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn._compat import shaped, vary, varying_axes
-from distattn.kernels.tpu_layout import Cut, Index, Table
+from distattn.kernels.tpu_layout import Cut, Index, Order, Table
 
 # Part of the key under which JAX caches what it has traced.
 _interpret = jax.make_user_context(None)
@@ -96,16 +96,17 @@ class Call:
 
         return Part(x, pl.BlockSpec((1, self.cut.heads, x.shape[2], self.cut.rows), at))
 
-    def by_keys(self, x: Any) -> Part:
-        """[L, B, S, K, .], keys or values."""
+    def by_keys(self, x: Any, order: Order) -> Part:
+        """[L, B, S, K, .] in its order, keys or values."""
 
         def at(*place: Any) -> tuple:
             batch, heads, _, key = self._blocks(*place)
             layer = place[-1][0] if x.shape[0] > 1 else 0
-            return layer, batch, key, heads, 0
+            index = {"S": key, "K": heads, "H": 0}
+            return layer, batch, *(index[letter] for letter in order)
 
-        shape = (1, 1, self.cut.key_block, self.cut.heads, x.shape[4])
-        return Part(x, pl.BlockSpec(shape, at))
+        sizes = {"S": self.cut.key_block, "K": self.cut.heads, "H": x.shape[2 + order.index("H")]}
+        return Part(x, pl.BlockSpec((1, 1, *(sizes[letter] for letter in order)), at))
 
     def step(self, counts: Any) -> Step:
         """Of the kernel that is running."""

@@ -6,6 +6,7 @@ is left out, before it is loaded, by the range of its positions; 3. the state is
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from distattn.block import Scoring
 from distattn.kernels.tpu_block import (
     Plan,
-    by_heads,
     each,
     guarded,
     loaded,
     logits_of,
     plan_of,
-    split_heads,
 )
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, launch
@@ -48,7 +47,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     call = Call(cut, table, operands.layer, "keys")
     key, value = as_stored(operands.key), as_stored(operands.value)
     query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    inputs = [*call.index(index), call.by_rows(query), call.by_keys(key), call.by_keys(value)]
+    inputs = [*call.index(index), call.by_rows(query), call.by_keys(key, plan.key.order), call.by_keys(value, plan.value.order)]
     rows = (cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
@@ -62,7 +61,8 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
             pltpu.VMEM((cut.rows, LANES), jnp.int32),
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
-            *by_heads(cut, key, value),
+            *plan.key.scratch(cut, key.dtype),
+            *plan.value.scratch(cut, value.dtype),
         ],
     )
     high, total = (by_queries(numbers[:, :, n], cut) for n in range(2))
@@ -74,8 +74,11 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
-    *index, query, key, value, weighted_sum, numbers, row_index, highest, sums, keys, values = refs
-    cut, step = plan.cut, call.step(counts)
+    cut, step, parts = plan.cut, call.step(counts), iter(refs)
+    index = plan.index(parts)
+    query, key, value, weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 8)
+    keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
+    product = plan.numbers.product
 
     @pl.when(step.is_first)
     def _() -> None:
@@ -87,15 +90,15 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
 
     @pl.when(step.is_needed)
     def _() -> None:
-        split_heads(key, keys)
-        split_heads(value, values)
+        plan.key.fill(key, keys)
+        plan.value.fill(value, values)
         allowed = plan.allowed(
             lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
         )
 
         @each(cut.heads)
         def _(head: jax.Array) -> None:
-            products = plan.numbers.product(query[0, head], loaded(keys[head]), (1, 1))
+            products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
             logits, _ = logits_of(products, allowed, plan.scoring)
             before = highest[head, :, :1]
             high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
@@ -108,7 +111,9 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             def add(x: jax.Array) -> None:
                 weighted_sum[0, head] += x
 
-            add(guarded(weights, loaded(values[head]), plan.numbers, add))
+            guarded(
+                lambda w, x: product(w, x, (1, plan.value.axis)), weights, loaded(values[head]), add
+            )
 
     @pl.when(step.is_last)
     def _() -> None:

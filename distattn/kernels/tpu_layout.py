@@ -1,27 +1,30 @@
 """How the operands of a call are laid out for the TPU kernels, and which blocks these visit.
 
-Keys and values stay as they are: a block is cut from [B, S, K, .] and the kernel picks the heads out of it.
+Keys and values stay as they are, which is not always [B, S, K, .]: XLA lays an array of a TPU out so that its
+tiles of 8 by 128 are full. Heads of 64 or 80 numbers lie with S along the lanes, [B, K, ., S], and where there
+are 3 heads, [B, K, S, .]. The kernels take all three `Order`s, so that what they ask for is what there is.
 The queries of all heads of a key head lie side by side, [B, K, R, .] with R >= T * G rows, so that few
 queries fill a tile. What masks read is made of vectors: of a row the lowest and the highest position that it
 may attend to and its segment, of a key its position and its segment.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind
-from distattn.kernels.tpu_blocks import Shape, Target, sizes, target_of
+from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of
 from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
 from distattn.tiles import Machine
 from distattn.visits import Visits
 
 _HIGHEST = jnp.iinfo(jnp.int32).max
-HEADS = 8  # of keys in a block, where they divide: the tile of HBM
+HEADS = 8  # of keys in a block, at most: the tile of HBM
+Order = Literal["SKH", "KSH", "KHS"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def shape_of(operands: Operands, *, backward: bool) -> Shape:
     """What the sizes of blocks depend on."""
     _, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
-    in_block = HEADS if kv_heads % HEADS == 0 else kv_heads
+    in_block = next(n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0)
     arrays = operands.query, operands.key, operands.value
     return Shape(
         rows=queries * heads // kv_heads,
@@ -193,10 +196,32 @@ def _table(needed: jax.Array) -> Table:
     return Table(counts.reshape(-1), order.reshape(-1), own, others, batch)
 
 
+def order_of(kv_heads: int, width: int) -> Order:
+    """How keys, or values, of so many heads and such a width lie in the memory of a TPU."""
+    if width % LANES:
+        return "KHS"
+    return "SKH" if kv_heads in (2, 4) or kv_heads % HEADS == 0 else "KSH"
+
+
 def as_stored(x: jax.Array) -> jax.Array:
-    """[L, B, S, K, .]: keys or values as a kernel can load them; float16, which it cannot, as its bits."""
+    """[L, B, S, K, .] with the last three in their `Order`; float16, which cannot be loaded, as its bits."""
     x = x if x.ndim == 5 else x[None]
+    match order_of(*x.shape[-2:]):
+        case "KHS":
+            x = jnp.moveaxis(x, 2, 4)
+        case "KSH":
+            x = x.swapaxes(2, 3)
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
+
+
+def as_given(x: jax.Array, order: Order) -> jax.Array:
+    """The inverse, of one layer: [B, S, K, .]."""
+    match order:
+        case "KHS":
+            return jnp.moveaxis(x[0], 3, 1)
+        case "KSH":
+            return x[0].swapaxes(1, 2)
+    return x[0]
 
 
 def _stacked(parts: list[jax.Array]) -> jax.Array:
