@@ -22,8 +22,8 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CALLS = {
     "decode": (2, 1, 50000, 32, 8),
     "decode_3_heads": (2, 2, 50000, 9, 3),
-    "prefill": (1, 600, 10000, 8, 2),
-    "gradient": (1, 600, 10000, 8, 2),
+    "prefill": (1, 600, 40000, 8, 2),
+    "gradient": (1, 600, 40000, 8, 2),
 }
 
 
@@ -44,7 +44,7 @@ def compiled(
     """One call of `dot_product_attention` over the devices of a target, keys in any order."""
     batch, queries, keys, heads, kv_heads = CALLS[call]
     chips = math.prod(map(int, target.partition(":")[2].split("x")))
-    devices = chips * (2 if target.startswith("tpu7x") else 1)
+    devices = chips * (2 if target.startswith(("v4", "tpu7x")) else 1)  # a core is a device there
     f = functools.partial(
         distattn.dot_product_attention,
         is_causal=True,
@@ -85,10 +85,13 @@ def launches(report: Report) -> int:
 
 
 def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
-    """What the program computes, outside of kernels, that is as large as the keys of a device."""
+    """What the program computes, outside of kernels, that is as large as the keys of a device.
+
+    That XLA brings an array into VMEM before a kernel reads it (copy-done, slice-done) counts as reading it.
+    """
     batch, _, keys, _, kv_heads = CALLS[call]
     size = batch * keys * kv_heads * width
-    free = {"parameter", "get-tuple-element", "bitcast", "tuple", "custom-call"}
+    free = {"parameter", "get-tuple-element", "bitcast", "tuple", "custom-call", "copy-done", "slice-done"}
     found = []
     for line in report.hlo.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
@@ -97,3 +100,9 @@ def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
             if elements >= size:
                 found.append(f"{match[3]} {match[2]}")
     return found
+
+
+def key_bytes(call: str, width: int, dtype: Any) -> int:
+    """Of the keys of a device."""
+    batch, _, keys, _, kv_heads = CALLS[call]
+    return batch * keys * kv_heads * width * jnp.dtype(dtype).itemsize

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from distattn.block import Scoring
 from distattn.kernels.tpu_backward import fold_gradients
 from distattn.kernels.tpu_block import PRECISIONS
-from distattn.kernels.tpu_blocks import TABLE_ENTRIES, vmem_bytes
+from distattn.kernels.tpu_blocks import TABLE_ENTRIES
 from distattn.kernels.tpu_call import interpreted, is_interpreted
 from distattn.kernels.tpu_forward import fold
-from distattn.kernels.tpu_layout import cut_of, shape_of
+from distattn.kernels.tpu_layout import cut_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
 
@@ -77,10 +77,9 @@ def refusal(
     if scoring.precision not in PRECISIONS:
         return f"precision is {scoring.precision!r}; None, 'default' and 'highest' are done"
     cut = cut_of(operands, machine, backward=backward)
-    held = vmem_bytes(shape_of(operands, backward=backward), cut.rows, cut.key_block)
-    if held > cut.target.budget_bytes:
+    if cut.vmem_bytes > cut.target.budget_bytes:
         return (
-            f"key has {cut.kv_heads} heads of {cut.width}, of which a block would take {held} bytes of the "
+            f"key has {cut.kv_heads} heads of {cut.width}, of which a block would take {cut.vmem_bytes} bytes of the "
             f"{cut.target.budget_bytes} there are on {cut.target.name}"
         )
     entries = cut.row_blocks * cut.key_blocks * (1 if mask_is_shared(operands) else cut.batch)

@@ -37,7 +37,7 @@ class Target:
     step_bytes: int  # of keys and values
 
 
-V4 = Target("v4", ("tpu v4",), 16 * MIB, 12 * MIB, rows=256, step_bytes=1 * MIB)
+V4 = Target("v4", ("tpu v4",), 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB)
 TARGETS = (
     V4,
     Target(

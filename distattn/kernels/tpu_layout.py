@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind
-from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of
+from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of, vmem_bytes
 from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
 from distattn.tiles import Machine
@@ -42,6 +42,7 @@ class Cut:
     rows: int  # of a block
     key_block: int
     target: Target
+    vmem_bytes: int  # that a kernel holds, about
 
     @property
     def row_blocks(self) -> int:
@@ -69,42 +70,47 @@ class Cut:
         return self.keys % self.key_block != 0
 
 
-def shape_of(operands: Operands, *, backward: bool) -> Shape:
-    """What the sizes of blocks depend on."""
-    _, queries, heads, width = operands.query.shape
-    keys, kv_heads, value_width = operands.value.shape[-3:]
-    in_block = next(n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0)
-    arrays = operands.query, operands.key, operands.value
-    return Shape(
-        rows=queries * heads // kv_heads,
-        groups=heads // kv_heads,
-        keys=keys,
-        heads=in_block,
-        width=width,
-        value_width=value_width,
-        itemsize=max(x.dtype.itemsize for x in arrays),
-        backward=backward,
-    )
-
-
 def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> Cut:
-    """The sizes for a call."""
-    shape = shape_of(operands, backward=backward)
+    """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
+    batch, queries, heads, width = operands.query.shape
+    keys, kv_heads, value_width = operands.value.shape[-3:]
     target = target_of(device_kind())
-    rows, key_block = sizes(shape, target, machine.block_sizes)
-    return Cut(
-        batch=operands.query.shape[0],
-        queries=operands.query.shape[1],
-        keys=shape.keys,
-        kv_heads=operands.key.shape[-2],
-        groups=shape.groups,
-        width=shape.width,
-        value_width=shape.value_width,
-        heads=shape.heads,
-        rows=rows,
-        key_block=key_block,
-        target=target,
-    )
+    counts = [n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
+    if "SKH" in (order_of(kv_heads, width), order_of(kv_heads, value_width)):
+        counts = counts[:1]
+    arrays = operands.query, operands.key, operands.value
+    shapes = [
+        Shape(
+            rows=queries * heads // kv_heads,
+            groups=heads // kv_heads,
+            keys=keys,
+            heads=count,
+            width=width,
+            value_width=value_width,
+            itemsize=max(x.dtype.itemsize for x in arrays),
+            backward=backward,
+        )
+        for count in counts
+    ]
+    sized = ((shape, *sizes(shape, target, machine.block_sizes)) for shape in shapes)
+    cuts = [
+        Cut(
+            batch,
+            queries,
+            keys,
+            kv_heads,
+            shape.groups,
+            width,
+            value_width,
+            shape.heads,
+            rows,
+            key_block,
+            target,
+            vmem_bytes(shape, rows, key_block),
+        )
+        for shape, rows, key_block in sized
+    ]
+    return next((cut for cut in cuts if cut.vmem_bytes <= target.budget_bytes), cuts[-1])
 
 
 def by_key_heads(x: jax.Array, cut: Cut) -> jax.Array:

@@ -56,7 +56,9 @@ def compile_all(targets: list[str], out: str | None) -> int:
                 "copies": copies,
             }
         )
-        if launches(report) != (3 if call == "gradient" else 1) or copies:
+        # Mosaic takes no float16: its bits are passed on, which XLA copies.
+        copied = copies and dtype != jax.numpy.float16
+        if launches(report) != (3 if call == "gradient" else 1) or copied:
             failed += 1
             print("WRONG", *what.values(), launches(report), copies, flush=True)
         seconds[target, call].append(time.monotonic() - began)
