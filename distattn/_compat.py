@@ -61,7 +61,8 @@ def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.Shap
     """The shape of a result that varies over the axes, as `pallas_call` wants it."""
     like = jax.typeof(vary(jnp.zeros(()), axes))
     if hasattr(like, "vma"):  # JAX before 0.10
-        return jax.ShapeDtypeStruct(shape, dtype, vma=like.vma)
+        more: dict[str, Any] = {"vma": like.vma}
+        return jax.ShapeDtypeStruct(shape, dtype, **more)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=like.manual_axis_type)
 
 

@@ -178,14 +178,13 @@ def local_fold(
 ) -> Callable[[Operands], Any]:
     """The function from operands to the state over their keys; 'blocked' has no derivative of its own.
 
-    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one serves,
-    else 'blocked'.
+    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one
+    serves, else 'blocked'.
     """
     if units is not None:
         return lambda operands: reproducible.fold(operands, scoring, machine, units)
     if implementation == "dense":
         return lambda operands: dense_state(operands, scoring)
-
 
     def run(operands: Operands) -> SoftmaxState:
         served = kernels.serves(operands, scoring, machine, implementation)
@@ -211,7 +210,6 @@ def local_gradients(
         return lambda operands: reproducible.fold_gradients(
             operands, scoring, machine, units, **rows
         )
-
 
     def run(operands: Operands) -> tuple[Sum, Sum, Sum, Sum | None]:
         served = kernels.serves(operands, scoring, machine, implementation, backward=True)

@@ -46,8 +46,8 @@ def units_of(operands: Operands, implementation: str, keys: int = BLOCK) -> Unit
         )
     if implementation == "pallas_tpu":
         raise NotImplementedError(
-            "implementation='pallas_tpu' sums keys in floating point, and reproducible=True in integers, which "
-            "no kernel is built for; pass implementation=None, or reproducible=False"
+            "implementation='pallas_tpu' with reproducible=True is not built, sums not being of integers; "
+            "pass implementation=None, or reproducible=False"
         )
     arrays = operands.query, operands.key, operands.value
     if state_dtype(*arrays) != jnp.float32:

@@ -73,9 +73,16 @@ MORE = {
     "heads beside keys": WIDE,
     "heads before keys": dataclasses.replace(WIDE, heads=6, kv_heads=3),
     "values in another order": dataclasses.replace(WIDE, value_width=72),
-    "16 heads of keys": dataclasses.replace(WIDE, heads=16, kv_heads=16),
+    "16 heads of keys": dataclasses.replace(WIDE, batch=1, heads=16, kv_heads=16),
 }
-COVERED = {"plain", "causal", "one_query", "window_left", "lengths_permuted"}  # by the others
+COVERED = {
+    "plain",
+    "causal",
+    "one_query",
+    "window_left",
+    "window_right",
+    "lengths_permuted",
+}  # by the others
 DONE = MORE | {
     name: x
     for name, x in CASES.items()
@@ -93,8 +100,14 @@ def test_cases(name):
 HALF_FACTOR = 2.0
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["everything", "heads beside keys"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("everything", jnp.bfloat16),
+        ("everything", jnp.float16),
+        ("heads beside keys", jnp.bfloat16),
+    ],
+)
 def test_half_precision(name, dtype):
     with on_a_tpu():
         check(DONE[name], attention, dtype=dtype, what=f"pallas_tpu {name}", factor=HALF_FACTOR)
@@ -159,7 +172,7 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
 def test_nothing_leaks_from_slots_that_some_rows_may_not_see(garbage):
     # The last key is garbage, and the last query sees it.
     keys = 12
@@ -233,10 +246,7 @@ def test_states_of_parts_merge():
     with on_a_tpu():
         parts = [
             distattn.partial_attention(
-                **{
-                    name: x[:, half] if name in by_key else x
-                    for name, x in arguments.items()
-                },
+                **{name: x[:, half] if name in by_key else x for name, x in arguments.items()},
                 implementation="pallas_tpu",
             )
             for half in (slice(0, 10), slice(10, None))
@@ -271,7 +281,7 @@ def test_blocks_that_no_row_can_see_are_not_visited():
             assert sorted(found[own, : counts[own]]) == others
 
 
-# --------------------------------------------------------------------------------------------- when it is taken
+# --------------------------------------------------------------------------------------- when it is taken
 
 REFUSED = {
     "bias": {"bias": np.zeros((1, 1, 1, 6), np.float32)},
@@ -321,7 +331,7 @@ def test_none_takes_it_on_a_tpu_where_it_serves():
 # Every target, width and dtype; all of them together are in scripts/bench/kernels.py.
 THINNED = [
     (TARGETS[1:][n % 4], ("decode", "prefill", "decode_3_heads")[n % 3], width, dtype)
-    for n, (width, dtype) in enumerate(itertools.product(WIDTHS, DTYPES))
+    for n, (width, dtype) in enumerate(list(itertools.product(WIDTHS, DTYPES))[::2])
 ]
 GRADIENTS = [
     ("v5e:2x2", 128, jnp.bfloat16),
@@ -384,7 +394,12 @@ def test_keys_wider_than_values_compiled():
 def test_blocks_fit(target):
     assert tpu_blocks.target_of(target.kinds[0] + " chip") == target
     for rows, groups, heads, width, itemsize, backward in itertools.product(
-        (1, 96, 100_000), (1, 3, 8), (1, 3) if target.name == "v4" else (1, 3, 8), WIDTHS, (2, 4), (False, True)
+        (1, 96, 100_000),
+        (1, 3, 8),
+        (1, 3) if target.name == "v4" else (1, 3, 8),
+        WIDTHS,
+        (2, 4),
+        (False, True),
     ):
         shape = tpu_blocks.Shape(
             rows * groups, groups, 100_000, heads, width, width, itemsize, backward

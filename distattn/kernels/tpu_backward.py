@@ -1,4 +1,4 @@
-"""The gradient of the fold as two TPU kernels: of queries, over the keys; of keys and values, over the rows.
+"""The gradient of the fold as two TPU kernels: of queries, over keys; of keys and values, over rows.
 
 Both make the weights of a block again from the saved maximum or log-sum-exp, as FlashAttention-2 does
 (arXiv 2307.08691, section 3); see `distattn.block.block_gradients` for the formula. In the second logits
@@ -106,6 +106,7 @@ def _of_queries(plan: Plan, call: Call, index, rows: list, arrays: list) -> jax.
             *plan.key.scratch(cut, arrays[0].dtype),
             *plan.value.scratch(cut, arrays[1].dtype),
         ],
+        width=2 * cut.width + cut.value_width,
     )
     return result
 
@@ -173,6 +174,7 @@ def _of_keys(
             *plan.key.scratch(cut, arrays[0].dtype),
             *plan.value.scratch(cut, arrays[1].dtype),
         ],
+        width=2 * (cut.width + cut.value_width),
     )
 
 

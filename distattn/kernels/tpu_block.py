@@ -14,13 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_layout import Cut, Order, order_of
+from distattn.kernels.tpu_layout import EXACT, Cut, Order, order_of
 from distattn.operands import Operands
 from distattn.state import softmax_weights
-
-_EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
-_PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
-PRECISIONS = (*_EXACT, *_PLAIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Numbers:
 
 def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
     """bfloat16 where all is, and no other precision is asked for; else float32."""
-    exact = scoring.precision in _EXACT
+    exact = scoring.precision in EXACT
     narrow = not exact and all(x.dtype == jnp.bfloat16 for x in arrays)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
@@ -63,8 +59,8 @@ class Side:
 
     def shape(self, cut: Cut) -> tuple[int, int, int]:
         """Of a block, head by head."""
-        sizes = (cut.key_block, self.width)
-        return cut.heads, *(sizes[::-1] if self.axis else sizes)
+        keys, width = cut.key_block, self.width
+        return (cut.heads, width, keys) if self.axis else (cut.heads, keys, width)
 
     def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
         """Where a block is put head by head, if it does not lie so."""
@@ -87,7 +83,9 @@ class Side:
 def sides_of(operands: Operands) -> tuple[Side, Side]:
     """Keys and values."""
     kv_heads, width, value_width = *operands.key.shape[-2:], operands.value.shape[-1]
-    return Side(order_of(kv_heads, width), width), Side(order_of(kv_heads, value_width), value_width)
+    return Side(order_of(kv_heads, width), width), Side(
+        order_of(kv_heads, value_width), value_width
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +192,7 @@ def guarded(
 ) -> None:
     """Adds product(weights, x), to which entries of x contribute nothing where their weight is 0.
 
-    They may be NaN: as `distattn.block.attended_sum`. What is not finite is added for those who attend to it.
+    They may be NaN: as `distattn.block.attended_sum`. What is not finite is added for who attends to it.
     """
     finite = jnp.abs(x) < jnp.inf
 

@@ -1,19 +1,19 @@
 """Block sizes of the TPU kernels: one table, by what a core of each target has.
 
-The reasoning. A step of a kernel's grid loads a block of keys and values for up to 8 heads (the tile of
-HBM is 8 heads by 128 lanes, so a block has 8 heads or all of them) and multiplies it with a block of rows,
-the rows of all query heads of a key head.
+The reasoning. A step of a kernel's grid loads a block of keys and values for up to 8 heads (a tile of HBM
+is 8 by 128: where heads lie beside each other a block has 8 of them, or all 2 or 4) and multiplies it with
+a block of rows, the rows of all query heads of a key head.
 
 * Rows. A byte of bfloat16 keys and values is loaded once for each block of rows, and serves 1 flop for each
   row of it: products hide the loads where rows >= flops/s / bytes/s of the chip: 224 on v4, 240 on v5e,
   166 on v5p, 560 on v6e, 312 on tpu7x. The next power of two is taken.
 * Keys. A step costs about 0.35 us however little it does; 2 MiB of keys and values a step take 2.5 us of
-  v5e's HBM and 0.3 us of tpu7x's, where as many bytes again are asked for. Not more than 1024 keys: logits
-  are rows x keys in float32, and skipping is by whole blocks.
-* VMEM. Blocks that come and go are held twice, their last dimension padded to 128 lanes; the accumulator, and
-  two numbers a row in 128 lanes each, stay; what a step computes with (logits, weights, their gradients) is
-  at most six arrays of rows x keys. Rows and keys are halved, the larger first, until that is half of the
-  budget; the other half is for what the compiler spills and copies.
+  v5e's HBM, and 4 MiB 1.1 us of tpu7x's. Not more than 1024 keys: logits are rows x keys in float32, and
+  skipping is by whole blocks.
+* VMEM. Blocks that come and go are held twice, their last dimension padded to 128 lanes; the accumulator,
+  and two numbers a row in 128 lanes each, stay; what a step computes with (logits, weights, their
+  gradients) is at most six arrays of rows x keys. Rows and keys are halved, the larger first, until that
+  is half of the budget; the other half is for what the compiler spills and copies.
 
 Nothing of this has been timed: there was no TPU. It compiles for every target, and fits.
 """
@@ -40,13 +40,9 @@ class Target:
 V4 = Target("v4", ("tpu v4",), 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB)
 TARGETS = (
     V4,
-    Target(
-        "v5e", ("tpu v5 lite", "tpu v5e"), 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB
-    ),
+    Target("v5e", ("tpu v5 lite", "tpu v5e"), 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB),
     Target("v5p", ("tpu v5",), 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB),
-    Target(
-        "v6e", ("tpu v6 lite", "tpu v6e"), 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB
-    ),
+    Target("v6e", ("tpu v6 lite", "tpu v6e"), 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB),
     Target("tpu7x", ("tpu7", "tpu v7"), 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
 )
 MOST_KEYS = 1024
@@ -75,9 +71,7 @@ class Shape:
     backward: bool = False
 
 
-def sizes(
-    shape: Shape, target: Target, wanted: tuple[int, int] | None = None
-) -> tuple[int, int]:
+def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
     """Rows and keys of a block.
 
     Keys are a multiple of 128. Rows are all of them, in sixteens; or whole queries, and a multiple of 128.

@@ -1,13 +1,13 @@
 """One launch of a TPU kernel: the grid, and which block of each array a step of it has.
 
-The grid is (rows of the batch, blocks of heads, own blocks, steps): a block of rows steps over the blocks of
-keys that it visits, or the other way round. Beyond the last one a step has the same blocks as the step
+The grid is (rows of the batch, blocks of heads, own blocks, steps): a block of rows steps over the blocks
+of keys that it visits, or the other way round. Beyond the last one a step has the same blocks as the step
 before, so nothing is loaded for it, and computes nothing.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,27 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn._compat import shaped, vary, varying_axes
+from distattn.kernels.interpreter import interpreter
 from distattn.kernels.tpu_layout import Cut, Index, Order, Table
-
-# Part of the key under which JAX caches what it has traced.
-_interpret = jax.make_user_context(None)
-
-
-@contextlib.contextmanager
-def interpreted(params: Any = True) -> Iterator[None]:
-    """While it is entered, the TPU kernels that are traced run on a CPU, by Pallas' interpreter.
-
-    Args:
-      params: of `pallas_call`: True, or a `pltpu.InterpretParams`, which simulates a TPU's memories and
-        needs PJRT_NPROC=16 in the environment before JAX starts where several fake devices run kernels.
-    """
-    with _interpret(params):
-        yield
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run by the interpreter."""
-    return bool(_interpret.value)
 
 
 class Part(NamedTuple):
@@ -123,14 +104,24 @@ class Call:
 
 
 def launch(
-    kernel: Callable, call: Call, inputs: list[Part], outputs: list[Part], scratch: list[Any]
+    kernel: Callable,
+    call: Call,
+    inputs: list[Part],
+    outputs: list[Part],
+    *,
+    scratch: list[Any],
+    width: int,
 ) -> list[jax.Array]:
-    """kernel(counts, order, layer, *blocks of inputs and outputs, *scratch), over the grid of the call."""
+    """kernel(counts, order, layer, *blocks of inputs and outputs, *scratch), over the grid of the call.
+
+    `width` is the sum of the widths of its products, for the compiler's estimate of its time.
+    """
     cut, table = call.cut, call.table
     layer = jnp.zeros((), jnp.int32) if call.layer is None else call.layer
     arrays = [table.counts, table.order, layer.reshape(1), *(x.array for x in inputs)]
     axes = varying_axes(*arrays)
     arguments = [vary(x, axes) for x in arrays]
+    pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
     steps = "parallel", "parallel", "parallel", "arbitrary"
     return pl.pallas_call(
         kernel,
@@ -145,5 +136,10 @@ def launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=steps, vmem_limit_bytes=cut.target.budget_bytes
         ),
-        interpret=_interpret.value or False,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * width * pairs,
+            transcendentals=pairs,
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        ),
+        interpret=interpreter() or False,
     )(*arguments)

@@ -47,7 +47,12 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     call = Call(cut, table, operands.layer, "keys")
     key, value = as_stored(operands.key), as_stored(operands.value)
     query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    inputs = [*call.index(index), call.by_rows(query), call.by_keys(key, plan.key.order), call.by_keys(value, plan.value.order)]
+    inputs = [
+        *call.index(index),
+        call.by_rows(query),
+        call.by_keys(key, plan.key.order),
+        call.by_keys(value, plan.value.order),
+    ]
     rows = (cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
@@ -64,6 +69,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
             *plan.key.scratch(cut, key.dtype),
             *plan.value.scratch(cut, value.dtype),
         ],
+        width=cut.width + cut.value_width,
     )
     high, total = (by_queries(numbers[:, :, n], cut) for n in range(2))
     return SoftmaxState(high, total, by_queries(weighted_sum, cut))

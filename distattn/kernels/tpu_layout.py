@@ -1,11 +1,11 @@
 """How the operands of a call are laid out for the TPU kernels, and which blocks these visit.
 
-Keys and values stay as they are, which is not always [B, S, K, .]: XLA lays an array of a TPU out so that its
-tiles of 8 by 128 are full. Heads of 64 or 80 numbers lie with S along the lanes, [B, K, ., S], and where there
-are 3 heads, [B, K, S, .]. The kernels take all three `Order`s, so that what they ask for is what there is.
+Keys and values stay as they are, which is not always [B, S, K, .]: XLA lays out an array so that the tiles
+of a TPU, 8 by 128, are full. Heads of 64 or 80 numbers lie with S along the lanes, [B, K, ., S], and 3
+heads of 128 as [B, K, S, .]. The kernels take all three `Order`s: what they ask for is what there is.
 The queries of all heads of a key head lie side by side, [B, K, R, .] with R >= T * G rows, so that few
-queries fill a tile. What masks read is made of vectors: of a row the lowest and the highest position that it
-may attend to and its segment, of a key its position and its segment.
+queries fill a tile. What masks read is made of vectors: of a row the lowest and the highest position that
+it may attend to and its segment, of a key its position and its segment.
 """
 
 import dataclasses
@@ -25,6 +25,9 @@ from distattn.visits import Visits
 _HIGHEST = jnp.iinfo(jnp.int32).max
 HEADS = 8  # of keys in a block, at most: the tile of HBM
 Order = Literal["SKH", "KSH", "KHS"]
+# Precisions of products that Mosaic has.
+EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
+PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,7 @@ def order_of(kv_heads: int, width: int) -> Order:
 
 
 def as_stored(x: jax.Array) -> jax.Array:
-    """[L, B, S, K, .] with the last three in their `Order`; float16, which cannot be loaded, as its bits."""
+    """[L, B, S, K, .] with the last three in their `Order`; of float16, which Mosaic has not, the bits."""
     x = x if x.ndim == 5 else x[None]
     match order_of(*x.shape[-2:]):
         case "KHS":
