@@ -71,6 +71,15 @@ def processes_of(mesh: Any = None) -> int:
     return traced_processes.get() or jax.process_count()
 
 
+def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
+    """The shape of a result that varies over the axes, as `pallas_call` wants it."""
+    like = jax.typeof(vary(jnp.zeros(()), axes))
+    if hasattr(like, "vma"):  # JAX before 0.10
+        more: dict[str, Any] = {"vma": like.vma}
+        return jax.ShapeDtypeStruct(shape, dtype, **more)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=like.manual_axis_type)
+
+
 def abstract_device(platform: str) -> AbstractDevice:
     """Any device of a platform, for an abstract mesh to stand for."""
     fields = {"device_kind": platform, "num_cores": None, "platform": platform}

@@ -253,7 +253,12 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
     times = key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
     keys_sum = call.ring or axes["key"] or times > 1
     gradients = local_gradients(
-        call.scoring, call.machine, call.units, cotangents, key_dtype=dtype if keys_sum else None
+        call.scoring,
+        call.machine,
+        call.implementation,
+        call.units,
+        cotangents,
+        key_dtype=dtype if keys_sum else None,
     )
     found = ring_gradients(gradients, operands, call.ring) if call.ring else gradients(operands)
     names = ("query", "key", "value", "bias")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from distattn import reproducible
+from distattn import kernels, reproducible
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
 from distattn.mask import Mask, split_heads
@@ -178,18 +178,25 @@ def local_fold(
 ) -> Callable[[Operands], Any]:
     """The function from operands to the state over their keys; 'blocked' has no derivative of its own.
 
-    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`.
+    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one
+    serves, else 'blocked'.
     """
     if units is not None:
         return lambda operands: reproducible.fold(operands, scoring, machine, units)
     if implementation == "dense":
         return lambda operands: dense_state(operands, scoring)
-    return lambda operands: fold(operands, scoring, machine)
+
+    def run(operands: Operands) -> SoftmaxState:
+        served = kernels.serves(operands, scoring, machine, implementation)
+        return (kernels.fold if served else fold)(operands, scoring, machine)
+
+    return run
 
 
 def local_gradients(
     scoring: Scoring,
     machine: Machine,
+    implementation: str,
     units: Units | None,
     rows: dict[str, jax.Array],
     *,
@@ -203,7 +210,13 @@ def local_gradients(
         return lambda operands: reproducible.fold_gradients(
             operands, scoring, machine, units, **rows
         )
-    return lambda operands: fold_gradients(operands, scoring, machine, **rows, key_dtype=key_dtype)
+
+    def run(operands: Operands) -> tuple[Sum, Sum, Sum, Sum | None]:
+        served = kernels.serves(operands, scoring, machine, implementation, backward=True)
+        gradients = kernels.fold_gradients if served else fold_gradients
+        return gradients(operands, scoring, machine, **rows, key_dtype=key_dtype)
+
+    return run
 
 
 def local_state(
@@ -217,7 +230,7 @@ def local_state(
         return local(operands)
     return with_gradients(
         local,
-        lambda operands, **rows: fold_gradients(operands, scoring, machine, **rows),
+        lambda x, **rows: local_gradients(scoring, machine, implementation, None, rows)(x),
         operands,
     )
 

@@ -21,8 +21,8 @@ from distattn.block import Scoring
 from distattn.checks import Window
 from distattn.mask import Mask
 
-IMPLEMENTATIONS = ("blocked", "dense")
-ACCELERATOR_KERNELS = ("cudnn", "xla", "splash", "pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("blocked", "dense", "pallas_tpu")
+ACCELERATOR_KERNELS = ("cudnn", "xla", "splash", "pallas_gpu")
 
 
 @jax.tree_util.register_dataclass
@@ -218,9 +218,9 @@ def make_scoring(
 
 
 def check_implementation(implementation: str | None) -> str:
-    """The name of an implementation that exists; None stands for 'blocked'."""
+    """The name of an implementation that exists; None stands for 'auto', chosen for each device's part."""
     if implementation is None:
-        return "blocked"
+        return "auto"
     if implementation in ACCELERATOR_KERNELS:
         raise NotImplementedError(
             f"implementation={implementation!r} is not built; use None, or one of {IMPLEMENTATIONS}"

@@ -51,14 +51,15 @@ def partial_attention(
       query_seq_lengths: int32[B]; query rows t >= length attend to nothing.
       key_value_seq_lengths: int32[B]; attend iff key position < length.
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
-      implementation: 'blocked' (None), or 'dense' for plain operations of size [T, S].
+      implementation: None, 'blocked', 'pallas_tpu', or 'dense' for plain operations of size [T, S]; see
+        `dot_product_attention`.
       logits_soft_cap: c in c * tanh(logit / c).
       precision: of the matrix products, as in `jax.numpy.einsum`.
       query_positions: int32[T] or int32[B, T]; default 0, 1, 2, ...
       key_positions: int32[S] or int32[B, S], in any order; negative = empty slot; default 0, 1, 2, ...
       query_segment_ids: int32[T] or int32[B, T]; attend iff equal.
       key_value_segment_ids: int32[S] or int32[B, S].
-      block_sizes: queries and keys of one block; chosen if None.
+      block_sizes: queries and keys of one block, rounded up to what a kernel can do; chosen if None.
 
     Returns:
       SoftmaxState: f32[B, T, N], f32[B, T, N], f32[B, T, N, V] (float64 if an input is); B = 1 where the

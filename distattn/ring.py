@@ -80,7 +80,9 @@ def ring_state(
     return with_gradients(
         lambda operands: ring_fold(local, operands, ring),
         lambda operands, **rows: ring_gradients(
-            local_gradients(scoring, machine, None, rows, key_dtype=dtype), operands, ring
+            local_gradients(scoring, machine, implementation, None, rows, key_dtype=dtype),
+            operands,
+            ring,
         ),
         operands,
     )

@@ -37,12 +37,17 @@ def units_of(operands: Operands, implementation: str, keys: int = BLOCK) -> Unit
 
     Raises:
       ValueError: implementation='dense'.
-      NotImplementedError: float64.
+      NotImplementedError: float64; implementation='pallas_tpu'.
     """
     if implementation == "dense":
         raise ValueError(
             "implementation='dense' sums keys in the compiler's order, and reproducible=True in none; pass "
             "implementation=None, or reproducible=False"
+        )
+    if implementation == "pallas_tpu":
+        raise NotImplementedError(
+            "implementation='pallas_tpu' with reproducible=True is not built, sums not being of integers; "
+            "pass implementation=None, or reproducible=False"
         )
     arrays = operands.query, operands.key, operands.value
     if state_dtype(*arrays) != jnp.float32:

@@ -152,7 +152,7 @@ def _gradients(own: Own, fields: tuple, out, lse, d_out, d_lse) -> tuple:
         "d_sum": rows[..., 1],
         "d_weighted_sum": d_out.astype(lse.dtype),
     }
-    gradients = local_gradients(own.scoring, own.machine, own.units, cotangents)
+    gradients = local_gradients(own.scoring, own.machine, "blocked", own.units, cotangents)
     found = ring_gradients(gradients, there, own.ring) if own.ring else gradients(there)
     query, key, value, bias = found
     sums["query"] = sum_over(query, movement.all_reduce, movement.scatter)

@@ -48,6 +48,7 @@ DEFAULT_VERSION_ALONE = {
     "test_cluster_bench.py",
     "test_cluster_files.py",
     "test_compile.py",
+    "test_kernels.py",
     "test_distributed.py",
     "test_examples.py",
     "test_generation.py",

@@ -78,7 +78,7 @@ def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(combine):
     topology, mesh = POD_16
     short, long = (decode(mesh, combine, keys, topology=topology) for keys in (1024, 8192))
     assert short.exchanges == long.exchanges
-    assert short.temp_bytes == long.temp_bytes < 2**20
+    assert max(short.temp_bytes, long.temp_bytes) < 2**19  # the keys are 16 times that
     kind, count, size = {
         "butterfly": ("collective-permute", 4, 4 * STATE),
         "psum": ("all-reduce", 2, STATE),

@@ -67,7 +67,7 @@ def attend(
       query_seq_lengths: int32[B]; query rows t >= length give 0.
       key_value_seq_lengths: int32[B]; attend iff key position < length.
       local_window_size: int or (left, right), inclusive, on positions.
-      implementation: None, 'blocked' or 'dense'.
+      implementation: as in `dot_product_attention`.
       return_residual: also return the log-sum-exp.
       logits_soft_cap: c in c * tanh(logit / c).
       sinks: f32[N], one extra logit with value 0.

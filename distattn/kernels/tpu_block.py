@@ -1,0 +1,208 @@
+"""What the TPU kernels compute on a block: who attends to whom, logits, and products that masks guard.
+
+The orientation is free: rows by keys in one kernel, keys by rows in another.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from distattn.block import Scoring
+from distattn.kernels.tpu_layout import EXACT, Cut, Order, order_of
+from distattn.operands import Operands
+from distattn.state import softmax_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """How products are made."""
+
+    dtype: jnp.dtype  # of their operands; they are summed in float32
+    precision: lax.Precision
+
+    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+        """f32: a . b over a dimension of each."""
+        return lax.dot_general(
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            (((over[0],), (over[1],)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
+    """bfloat16 where all is, and no other precision is asked for; else float32."""
+    exact = scoring.precision in EXACT
+    narrow = not exact and all(x.dtype == jnp.bfloat16 for x in arrays)
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Keys or values: how a block of them lies, and how it is used, head by head."""
+
+    order: Order
+    width: int
+
+    @property
+    def axis(self) -> int:
+        """Along which the keys of one head lie."""
+        return 1 if self.order == "KHS" else 0
+
+    def shape(self, cut: Cut) -> tuple[int, int, int]:
+        """Of a block, head by head."""
+        keys, width = cut.key_block, self.width
+        return (cut.heads, width, keys) if self.axis else (cut.heads, keys, width)
+
+    def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
+        """Where a block is put head by head, if it does not lie so."""
+        return [pltpu.VMEM(self.shape(cut), dtype)] if self.order == "SKH" else []
+
+    def by_heads(self, block: Any, refs: Iterator[Any]) -> Any:
+        """The block head by head, a reference; `fill` puts it there. Takes its scratch from the refs."""
+        return next(refs) if self.order == "SKH" else block.at[0, 0]
+
+    def fill(self, block: Any, heads: Any) -> None:
+        """Puts the block there."""
+        if self.order == "SKH":
+            heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
+
+    def write(self, block: Any, x: jax.Array) -> None:
+        """The inverse: writes what lies head by head."""
+        block[0, 0] = jnp.swapaxes(x, 0, 1) if self.order == "SKH" else x
+
+
+def sides_of(operands: Operands) -> tuple[Side, Side]:
+    """Keys and values."""
+    kv_heads, width, value_width = *operands.key.shape[-2:], operands.value.shape[-1]
+    return Side(order_of(kv_heads, width), width), Side(
+        order_of(kv_heads, value_width), value_width
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel computes with, apart from arrays."""
+
+    cut: Cut
+    scoring: Scoring
+    numbers: Numbers
+    key: Side
+    value: Side
+    masked: bool
+    segments: bool
+
+    def index(self, refs: Iterator[Any]) -> list[Any]:
+        """The blocks of `Index`, which are the first of the refs, if there are any."""
+        return [next(refs), next(refs)] if self.masked else []
+
+    def allowed(
+        self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
+    ) -> jax.Array | None:
+        """Who attends to whom, from the vectors of `Index`, whose parts broadcast; None: all do."""
+        if not self.masked:
+            return None
+        position = key(0)
+        allowed = (position >= row(0)) & (position <= row(1))
+        return allowed & (key(1) == row(2)) if self.segments else allowed
+
+
+def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> Plan:
+    """The plan of a call."""
+    numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
+    segments = operands.mask.key_segment_ids is not None
+    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments)
+
+
+def loaded(x: jax.Array) -> jax.Array:
+    """f32: numbers of a block; of float16 there are the bits."""
+    if x.dtype != jnp.uint16:
+        return x.astype(jnp.float32)
+    bits = x.astype(jnp.int32)
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    raised = jnp.where(exponent == 31, 255, exponent + 112)
+    size = lax.bitcast_convert_type((raised << 23) | (fraction << 13), jnp.float32)
+    # float32 has no such small numbers without a leading one on a TPU.
+    size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, size)
+    return jnp.where(bits > 32767, -size, size)
+
+
+def each(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
+    """Decorates what is done for each of the heads: a loop, so that its code is there once."""
+
+    def run(body: Callable[[jax.Array], None]) -> None:
+        lax.fori_loop(0, count, lambda head, _: body(head), None)
+
+    return run
+
+
+def logits_of(
+    products: jax.Array, allowed: jax.Array | None, scoring: Scoring
+) -> tuple[jax.Array, jax.Array | None]:
+    """cap(scale * products), -inf where not allowed; and its slope, None for 1."""
+    logits, slope = products * scoring.scale, None
+    if scoring.soft_cap is not None:
+        ratio = jnp.tanh(logits / scoring.soft_cap)
+        logits, slope = scoring.soft_cap * ratio, (1 - ratio) * (1 + ratio)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    return logits, slope
+
+
+def gradients_of(
+    products: jax.Array,
+    d_products: jax.Array,
+    allowed: jax.Array | None,
+    scoring: Scoring,
+    *,
+    reference: jax.Array,
+    d_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Weights, and the gradient of logits before the soft cap: as in `distattn.block.block_gradients`.
+
+    Args:
+      products: query . key.
+      d_products: d_weighted_sum . value.
+      allowed: who attends to whom; None: all do.
+      scoring: how logits are made.
+      reference: the maximum or the log-sum-exp of rows, broadcasts.
+      d_sum: of rows, broadcasts.
+    """
+    logits, slope = logits_of(products, allowed, scoring)
+    weights = softmax_weights(logits, reference)
+    d_logits = weights * (d_products + d_sum)
+    if slope is not None:
+        d_logits = d_logits * slope
+    return weights, d_logits if allowed is None else jnp.where(allowed, d_logits, 0.0)
+
+
+def guarded(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: jax.Array,
+    x: jax.Array,
+    add: Callable[[jax.Array], None],
+) -> None:
+    """Adds product(weights, x), to which entries of x contribute nothing where their weight is 0.
+
+    They may be NaN: as `distattn.block.attended_sum`. What is not finite is added for who attends to it.
+    """
+    finite = jnp.abs(x) < jnp.inf
+
+    @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
+    def _() -> None:
+        attended = jnp.where(weights != 0, 1.0, 0.0)
+        odd = 0.0
+        for kind, number in ((x == jnp.inf, jnp.inf), (x == -jnp.inf, -jnp.inf), (x != x, jnp.nan)):
+            met = product(attended, jnp.where(kind, 1.0, 0.0))
+            odd = odd + jnp.where(met > 0, number, 0.0)
+        add(odd)
+
+    add(product(weights, jnp.where(finite, x, 0.0)))

@@ -1,0 +1,131 @@
+"""Block sizes of the TPU kernels: one table, by what a core of each target has.
+
+The reasoning. A step of a kernel's grid loads a block of keys and values for up to 8 heads (a tile of HBM
+is 8 by 128: where heads lie beside each other a block has 8 of them, or all 2 or 4) and multiplies it with
+a block of rows, the rows of all query heads of a key head.
+
+* Rows. A byte of bfloat16 keys and values is loaded once for each block of rows, and serves 1 flop for each
+  row of it: products hide the loads where rows >= flops/s / bytes/s of the chip: 224 on v4, 240 on v5e,
+  166 on v5p, 560 on v6e, 312 on tpu7x. The next power of two is taken.
+* Keys. A step costs about 0.35 us however little it does; 2 MiB of keys and values a step take 2.5 us of
+  v5e's HBM, and 4 MiB 1.1 us of tpu7x's. Not more than 1024 keys: logits are rows x keys in float32, and
+  skipping is by whole blocks.
+* VMEM. Blocks that come and go are held twice, their last dimension padded to 128 lanes; the accumulator,
+  and two numbers a row in 128 lanes each, stay; what a step computes with (logits, weights, their
+  gradients) is at most six arrays of rows x keys. Rows and keys are halved, the larger first, until that
+  is half of the budget; the other half is for what the compiler spills and copies.
+
+Nothing of this has been timed: there was no TPU. It compiles for every target, and fits.
+"""
+
+import dataclasses
+import math
+
+from distattn.chips import chip_of
+
+LANES = 128
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A row of the table."""
+
+    name: str  # of the chip, as in `distattn.chips`
+    vmem_bytes: int  # of a core
+    budget_bytes: int  # what a kernel may take
+    rows: int
+    step_bytes: int  # of keys and values
+
+
+V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB)
+TARGETS = (
+    V4,
+    Target("v5e", 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB),
+    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB),
+    Target("v6e", 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB),
+    Target("tpu7x", 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
+)
+MOST_KEYS = 1024
+# Of the 1 MiB of scalar memory, half is for the table of which block visits which.
+TABLE_ENTRIES = 2**17
+
+
+def target_of(device_kind: str) -> Target:
+    """The row for a device; of one that is not known, the one with least memory."""
+    chip = chip_of(device_kind)
+    return next((x for x in TARGETS if chip is not None and x.name == chip.name), V4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of one call, what the sizes depend on."""
+
+    rows: int  # T * G
+    groups: int  # G
+    keys: int  # S
+    heads: int  # of key and value, in a block
+    width: int  # H
+    value_width: int  # V
+    itemsize: int  # of the widest of query, key and value
+    backward: bool = False
+
+
+def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Rows and keys of a block.
+
+    Keys are a multiple of 128. Rows are all of them, in sixteens; or whole queries, and a multiple of 128.
+
+    Args:
+      shape: of the call.
+      target: what it runs on.
+      wanted: queries and keys; they are rounded up. None: as the table says.
+    """
+    if wanted is not None:
+        return _rows(shape, wanted[0] * shape.groups), _keys(shape, wanted[1])
+    of_a_key = shape.heads * shape.itemsize * (_padded(shape.width) + _padded(shape.value_width))
+    rows = _rows(shape, target.rows)
+    keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), MOST_KEYS))
+    while vmem_bytes(shape, rows, keys) > target.budget_bytes // 2:
+        fewer_rows, fewer_keys = _rows(shape, rows // 2), _keys(shape, keys // 2)
+        if fewer_rows < rows and (rows >= keys or fewer_keys == keys):
+            rows = fewer_rows
+        elif fewer_keys < keys:
+            keys = fewer_keys
+        else:
+            break
+    return rows, keys
+
+
+def vmem_bytes(shape: Shape, rows: int, keys: int) -> int:
+    """What a kernel with such blocks holds, about."""
+    width, value_width = _padded(shape.width), _padded(shape.value_width)
+    both = width + value_width
+    key_block = shape.heads * keys * both * shape.itemsize
+    query_block = shape.heads * rows * width * shape.itemsize
+    state = shape.heads * rows * 4 * (value_width + LANES)
+    # Keys and values are there once more, head by head.
+    held = 3 * key_block + 2 * (query_block + state) + shape.heads * rows * 4 * 2 * LANES
+    if shape.backward:
+        # The gradients of keys and values: accumulated, and written.
+        held += 2 * key_block + 4 * shape.heads * keys * both
+    return held + 6 * rows * keys * 4 + 4 * (rows + keys) * both
+
+
+def _rows(shape: Shape, wanted: int) -> int:
+    """At least one unit; all, where they are not many more."""
+    unit = math.lcm(shape.groups, LANES)
+    rows = max(wanted // unit, 1) * unit
+    return rows if rows < shape.rows else _up(shape.rows, 16)
+
+
+def _keys(shape: Shape, wanted: int) -> int:
+    return min(_up(max(wanted, 1), LANES), _up(shape.keys, LANES))
+
+
+def _padded(width: int) -> int:
+    return _up(width, LANES)
+
+
+def _up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit

@@ -1,0 +1,131 @@
+"""The fold over keys as one TPU kernel: a softmax state for each block of rows, kept in VMEM.
+
+It differs from published TPU kernels in: 1. keys and values are read as they lie, [B, S, K, .], 8 heads at
+a time, and never transposed; 2. masks are functions of positions that are given, in any order, and a block
+is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from distattn.block import Scoring
+from distattn.kernels.tpu_block import (
+    Plan,
+    each,
+    guarded,
+    loaded,
+    logits_of,
+    plan_of,
+)
+from distattn.kernels.tpu_blocks import LANES
+from distattn.kernels.tpu_call import Call, launch
+from distattn.kernels.tpu_layout import (
+    as_stored,
+    by_key_heads,
+    by_queries,
+    cut_of,
+    index_of,
+    tables,
+)
+from distattn.operands import Operands
+from distattn.state import SoftmaxState, softmax_weights
+from distattn.tiles import Machine
+
+
+def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+    """As `distattn.local.fold`; of operands that the kernel takes, see `distattn.kernels`."""
+    cut = cut_of(operands, machine)
+    index = index_of(operands.mask, cut)
+    table, _ = tables(operands.mask, cut)
+    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    call = Call(cut, table, operands.layer, "keys")
+    key, value = as_stored(operands.key), as_stored(operands.value)
+    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
+    inputs = [
+        *call.index(index),
+        call.by_rows(query),
+        call.by_keys(key, plan.key.order),
+        call.by_keys(value, plan.value.order),
+    ]
+    rows = (cut.batch, cut.kv_heads)
+    weighted_sum, numbers = launch(
+        functools.partial(_kernel, plan, call),
+        call,
+        inputs,
+        [
+            call.by_rows(_float32(*rows, cut.all_rows, cut.value_width)),
+            call.of_rows(_float32(*rows, 2, cut.all_rows)),
+        ],
+        scratch=[
+            pltpu.VMEM((cut.rows, LANES), jnp.int32),
+            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
+            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
+            *plan.key.scratch(cut, key.dtype),
+            *plan.value.scratch(cut, value.dtype),
+        ],
+        width=cut.width + cut.value_width,
+    )
+    high, total = (by_queries(numbers[:, :, n], cut) for n in range(2))
+    return SoftmaxState(high, total, by_queries(weighted_sum, cut))
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+    cut, step, parts = plan.cut, call.step(counts), iter(refs)
+    index = plan.index(parts)
+    query, key, value, weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 8)
+    keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
+    product = plan.numbers.product
+
+    @pl.when(step.is_first)
+    def _() -> None:
+        weighted_sum[...] = jnp.zeros_like(weighted_sum)
+        highest[...] = jnp.full_like(highest, -jnp.inf)
+        sums[...] = jnp.zeros_like(sums)
+        if index:
+            row_index[:, :3] = jnp.swapaxes(index[0][0], 0, 1)
+
+    @pl.when(step.is_needed)
+    def _() -> None:
+        plan.key.fill(key, keys)
+        plan.value.fill(value, values)
+        allowed = plan.allowed(
+            lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
+        )
+
+        @each(cut.heads)
+        def _(head: jax.Array) -> None:
+            products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
+            logits, _ = logits_of(products, allowed, plan.scoring)
+            before = highest[head, :, :1]
+            high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+            weights, shrink = softmax_weights(logits, high), softmax_weights(before, high)
+            total = shrink * sums[head, :, :1] + weights.sum(axis=1, keepdims=True)
+            highest[head] = jnp.broadcast_to(high, highest.shape[1:])
+            sums[head] = jnp.broadcast_to(total, sums.shape[1:])
+            weighted_sum[0, head] *= shrink
+
+            def add(x: jax.Array) -> None:
+                weighted_sum[0, head] += x
+
+            guarded(
+                lambda w, x: product(w, x, (1, plan.value.axis)), weights, loaded(values[head]), add
+            )
+
+    @pl.when(step.is_last)
+    def _() -> None:
+        lane = lax.broadcasted_iota(jnp.int32, highest.shape[1:], 1)
+
+        @each(cut.heads)
+        def _(head: jax.Array) -> None:
+            both = jnp.where(lane == 0, highest[head], sums[head])
+            numbers[0, head] = jnp.swapaxes(both, 0, 1)[:2]

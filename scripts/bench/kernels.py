@@ -1,0 +1,112 @@
+"""The TPU kernels, compiled for every target, width and dtype by the real compiler, with no TPU.
+
+    python scripts/bench/kernels.py compile                    # all of it: some minutes
+    python scripts/bench/kernels.py compile --target v6e:2x2   # one target
+    python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
+
+Needs the extra `tpu`. What is compiled are whole calls, keys sharded over the target's devices.
+"""
+
+import argparse
+import collections
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+sys.path.append(str(Path(sys.prefix, "compilers")))
+
+from tests.kernel_calls import (  # noqa: E402
+    CALLS,
+    TARGETS,
+    arrays_like_keys,
+    compiled,
+    launches,
+    matrix,
+)
+
+
+def compile_all(targets: list[str], out: str | None, every: int) -> int:
+    """Prints what fails, and a line for each target and call; returns how many failed."""
+    failed, lines = 0, []
+    seconds = collections.defaultdict(list)
+    for target, call, width, dtype in matrix()[::every]:
+        if target not in targets:
+            continue
+        if out:
+            Path(out).write_text(json.dumps(lines, indent=1), encoding="utf-8")
+        what = {"target": target, "call": call, "width": width, "dtype": dtype.__name__}
+        began = time.monotonic()
+        try:
+            report = compiled(target, call, width, dtype)
+        except Exception as error:  # noqa: BLE001 - all of them are listed
+            failed += 1
+            lines.append(what | {"error": str(error)[:1000]})
+            print("FAILED", *what.values(), str(error)[:300].replace("\n", " "), flush=True)
+            continue
+        copies = arrays_like_keys(report, call, width)
+        lines.append(
+            what
+            | {
+                "seconds": round(report.seconds, 2),
+                "kernels": launches(report),
+                "temp_bytes": report.temp_bytes,
+                "copies": copies,
+            }
+        )
+        # Mosaic takes no float16: its bits are passed on, which XLA copies.
+        copied = copies and dtype != jax.numpy.float16
+        if launches(report) != (3 if call == "gradient" else 1) or copied:
+            failed += 1
+            print("WRONG", *what.values(), launches(report), copies, flush=True)
+        seconds[target, call].append(time.monotonic() - began)
+    for (target, call), each in seconds.items():
+        print(
+            f"{target:12}{call:16}{len(each):4} programs, seconds: median "
+            f"{statistics.median(each):.2f}, worst {max(each):.2f}"
+        )
+    if out:
+        Path(out).write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    print(f"{len(lines)} programs, {failed} failed")
+    return failed
+
+
+def memory(targets: list[str]) -> None:
+    """Temp bytes of the kernels' programs and of the plain XLA form's."""
+    print(f"{'target':12}{'call':16}{'pallas_tpu':>14}{'blocked':>14}{'arguments':>14}")
+    for target in targets:
+        for call in CALLS:
+            ours, theirs = (
+                compiled(target, call, 128, jax.numpy.bfloat16, implementation=name)
+                for name in ("pallas_tpu", "blocked")
+            )
+            print(
+                f"{target:12}{call:16}{ours.temp_bytes:14,}{theirs.temp_bytes:14,}"
+                f"{ours.argument_bytes:14,}",
+                flush=True,
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("compile", "memory"))
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--thin", type=int, default=1, help="every N-th program")
+    parser.add_argument("--out", help="JSON, a row for each program")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    targets = arguments.target or list(TARGETS)
+    if arguments.what == "memory":
+        memory(targets)
+        return 0
+    return int(compile_all(targets, arguments.out, arguments.thin) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
