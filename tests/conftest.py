@@ -4,6 +4,7 @@ import collections
 import contextlib
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,10 +49,10 @@ DEFAULT_VERSION_ALONE = {
     "test_cluster_bench.py",
     "test_cluster_files.py",
     "test_compile.py",
-    "test_kernels.py",
     "test_distributed.py",
     "test_examples.py",
     "test_generation.py",
+    "test_kernels.py",
     "test_language_model.py",
     "test_launch.py",
     "test_reproducible.py",
@@ -60,11 +61,12 @@ DEFAULT_VERSION_ALONE = {
     "test_streaming.py",
     "test_training.py",
 }
-# Of these, what shows that a job of several processes starts, computes and survives on a version, and that
-# bits are the same there.
+# Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
+# are the same there, and kernels right.
 ON_ALL_VERSIONS = {
     "test_a_healthy_job",
     "test_any_number_of_devices",
+    "test_blocks_that_no_row_can_see_are_not_visited",
     "test_devices_and_combines",
     "test_inside",
     "test_those_who_are_left_go_on",
@@ -72,7 +74,13 @@ ON_ALL_VERSIONS = {
 
 
 def pytest_sessionstart() -> None:
-    """Looking for garbage among the modules and what JAX caches took a twentieth of the time, or more."""
+    """Interrupts are heard, and garbage is looked for less.
+
+    A shell has those that it starts in the background ignore interrupts, and so would all whom tests start.
+    Looking for garbage among the modules and what JAX caches took a twentieth of the time, or more.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 

@@ -276,7 +276,11 @@ def test_the_command_compiles_what_it_plans(capsys):
 @pytest.mark.parametrize(
     ("topology", "more", "labels"),
     [
-        ("v5p:4x4x4", (), ["butterfly (taken)", "z=4, round 2", "x=4, round 1"]),
+        (
+            "v5p:4x4x4",
+            ("--combine", "butterfly"),
+            ["butterfly (taken)", "z=4, round 2", "x=4, round 1"],
+        ),
         ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
         ("h100:6", ("--combine", "psum"), ["XLA's own psum"]),
         ("cpu:1", (), ["butterfly (taken)"]),
