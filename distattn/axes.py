@@ -1,6 +1,7 @@
 """The axes of the `shard_map` around: their order, sizes and types; everything here is for its body."""
 
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -50,8 +51,13 @@ def sizes_of(axes: tuple[str, ...]) -> tuple[int, ...]:
 
 def topology_of(axes: tuple[str, ...]) -> Topology:
     """The axes of the `shard_map` around, on the devices that it is traced for."""
-    chip = chip_of(device_kind_of())
-    return Topology(platform_of(), sizes_of(axes), processes_of(), chip=chip)
+    return topology_on(None, sizes_of(axes))
+
+
+def topology_on(mesh: Any, sizes: tuple[int, ...]) -> Topology:
+    """Axes of so many devices of a mesh; None: of what is traced for."""
+    chip = chip_of(device_kind_of(mesh))
+    return Topology(platform_of(mesh), sizes, processes_of(mesh), chip=chip)
 
 
 def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:

@@ -8,8 +8,8 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from distattn._compat import device_kind_of, platform_of, processes_of
-from distattn.chips import chip_of
+from distattn._compat import platform_of
+from distattn.axes import topology_on
 from distattn.cost import Topology
 
 Axes = tuple[str, ...]
@@ -73,18 +73,12 @@ class Placement:
     def topology(self, axes: Axes) -> Topology:
         """The devices along the axes, in the order of the mesh."""
         sizes = tuple(self.mesh.shape[axis] for axis in self.mesh.axis_names if axis in axes)
-        chip = chip_of(device_kind_of(self.mesh))
-        return Topology(self.platform, sizes, self.processes, chip=chip)
+        return topology_on(self.mesh, sizes)
 
     @property
     def platform(self) -> str:
         """'cpu', 'gpu' or 'tpu'."""
         return platform_of(self.mesh)
-
-    @property
-    def processes(self) -> int:
-        """The number of processes that the mesh spans."""
-        return processes_of(self.mesh)
 
 
 def read_placement(

@@ -221,8 +221,7 @@ def lower(
     began = time.monotonic()
     traced = _traced(f, arguments, specs, axes)
     text = traced.lower(lowering_platforms=(platform,)).as_text(dialect="hlo")
-    sizes = " x ".join(f"{name}={size}" for name, size in axes.shape.items())
-    report = _report(f"{platform}, {sizes}", text, axes)
+    report = _report(f"{platform}, {_sizes(axes)}", text, axes)
     return dataclasses.replace(report, seconds=time.monotonic() - began)
 
 
@@ -239,12 +238,15 @@ def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: tup
     axes = _axes(mesh or next(iter(placed), {"kv": devices}))
     size = math.prod(axes.axis_sizes)
     if size != devices:
-        sizes = " x ".join(f"{name}={size}" for name, size in axes.shape.items())
         raise ValueError(
-            f"mesh is {sizes}, {size} devices, and topology {topology!r} has {devices}; pass axes whose "
-            f"product is {devices}"
+            f"mesh is {_sizes(axes)}, {size} devices, and topology {topology!r} has {devices}; pass axes "
+            f"whose product is {devices}"
         )
     return axes
+
+
+def _sizes(axes: AbstractMesh) -> str:
+    return " x ".join(f"{name}={size}" for name, size in axes.shape.items())
 
 
 def _is_placed(x: Any) -> bool:

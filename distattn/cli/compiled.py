@@ -12,22 +12,14 @@ from distattn.sharded import dot_product_attention
 from distattn.testing import Report, compile_for
 from distattn.workload import Workload
 
-DTYPES = {
-    "f8": jnp.float8_e4m3fn,
-    "bf16": jnp.bfloat16,
-    "f16": jnp.float16,
-    "f32": jnp.float32,
-    "f64": jnp.float64,
-}
 
-
-def compiled_layer(plan: Plan, workload: Workload, dtype: str) -> Report:
+def compiled_layer(plan: Plan, workload: Workload, dtype: jnp.dtype) -> Report:
     """The attention of one layer, on the mesh and by the combine of the plan; its gradient in training.
 
     Args:
       plan: for the workload.
       workload: of which lengths are rounded up to multiples of the devices.
-      dtype: a name of DTYPES, of query, key and value.
+      dtype: of query, key and value.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
@@ -37,13 +29,13 @@ def compiled_layer(plan: Plan, workload: Workload, dtype: str) -> Report:
     jax.config.update(
         "jax_platforms", "cpu"
     )  # nothing runs, and no other device is to be looked for
-    if dtype == "f64":
+    if dtype == jnp.float64:
         jax.config.update("jax_enable_x64", True)
     names = tuple(plan.axes)
 
     def shape(length: int, heads: int, width: int, *, sharded: bool) -> jax.ShapeDtypeStruct:
         length += -length % (plan.devices if sharded else 1)
-        return jax.ShapeDtypeStruct((workload.batch, length, heads, width), DTYPES[dtype])
+        return jax.ShapeDtypeStruct((workload.batch, length, heads, width), dtype)
 
     arrays = (
         shape(workload.queries, workload.heads, workload.head_dim, sharded=plan.query_sharded),

@@ -5,22 +5,29 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
 
 from distattn.amounts import bytes_text, seconds_text
 from distattn.chips import CHIPS
 from distattn.cli.arguments import CommandError, at_least, mesh_axes
+from distattn.cli.compiled import compiled_layer
+from distattn.cli.picture import draw
 from distattn.cost import Link, links_from
 from distattn.plan import Plan, plan
 from distattn.pods import FORM, Pod, pod
+from distattn.testing import Report
 from distattn.traffic import FORMULAS
 from distattn.workload import Workload
 
-if TYPE_CHECKING:  # JAX takes a second, and formulas do not need it
-    from distattn.testing import Report
-
 SUFFIXES = (".svg", ".png", ".pdf")
-DTYPES = {"f8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+DTYPES = {
+    "f8": jnp.dtype(jnp.float8_e4m3fn),
+    "bf16": jnp.dtype(jnp.bfloat16),
+    "f16": jnp.dtype(jnp.float16),
+    "f32": jnp.dtype(jnp.float32),
+    "f64": jnp.dtype(jnp.float64),
+}
 
 
 def add(subparsers: "argparse._SubParsersAction") -> None:
@@ -103,6 +110,7 @@ def _picture(value: str) -> Path:
 
 
 def _run(options: argparse.Namespace) -> None:
+    dtype = DTYPES[options.dtype]
     queries = options.queries or (options.context if options.training else 1)
     try:
         where = pod(options.topology)
@@ -116,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
             head_dim=options.head_dim,
             value_dim=options.value_dim,
             layers=options.layers,
-            dtype_bytes=DTYPES[options.dtype],
+            dtype_bytes=dtype.itemsize,
             training=options.training,
         )
         found = plan(
@@ -127,10 +135,8 @@ def _run(options: argparse.Namespace) -> None:
             links=links,
             reserved_bytes=options.reserved_bytes,
         )
-        report = _compiled(found, workload, options.dtype) if options.compile else None
+        report = compiled_layer(found, workload, dtype) if options.compile else None
         if options.plot:
-            from distattn.cli.picture import draw
-
             draw(found, workload, where, options.plot, links=links)
     except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
@@ -143,12 +149,6 @@ def _run(options: argparse.Namespace) -> None:
         print(_text(found))
         if report is not None:
             print(f"\n{_compiled_text(report)}")
-
-
-def _compiled(found: Plan, workload: Workload, dtype: str) -> "Report":
-    from distattn.cli.compiled import compiled_layer
-
-    return compiled_layer(found, workload, dtype)
 
 
 def _measured(path: str | None, where: Pod) -> Mapping[str, Link] | None:
@@ -209,7 +209,7 @@ def _text(found: Plan) -> str:
     return "\n".join([*lines, "", *table, "", found.reason])
 
 
-def _compiled_text(report: "Report") -> str:
+def _compiled_text(report: Report) -> str:
     lines = [f"one layer, compiled for {report.target} in {report.seconds:.1f} s"]
     for x in report.exchanges:
         size = bytes_text(x.bytes)

@@ -10,19 +10,15 @@ Devices that share cores do not divide the work: the first term is then a N.
 
 import argparse
 import functools
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from samples import array, by_turns, hand_in, samples_of
 
 import distattn
 from distattn.testing import fake_devices
@@ -54,14 +50,6 @@ def programs(mesh):
     return calls
 
 
-def array(shape, mesh, spec):
-    def part(index):
-        rng = np.random.default_rng(0)
-        return rng.normal(size=shape).astype(np.float32)[index]
-
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
-
-
 def measure(mesh, repeats):
     """[(contender, N, p, seconds)], for the devices of the mesh."""
     found = []
@@ -71,37 +59,21 @@ def measure(mesh, repeats):
         ready = {
             name: jax.jit(f).lower(query, key, key).compile() for name, f in programs(mesh).items()
         }
-        times = {name: [] for name in ready}
-        for _ in range(repeats + 2):
-            for name, program in ready.items():
-                start = time.perf_counter()
-                jax.block_until_ready(program(query, key, key))
-                times[name].append(time.perf_counter() - start)
-        found += [
-            (name, keys, mesh.size, statistics.median(seconds[2:]))
-            for name, seconds in times.items()
-        ]
+        seconds = by_turns(ready, (query, key, key), repeats)
+        found += [(name, keys, mesh.size, x) for name, x in seconds.items()]
     return found
 
 
 def rank(repeats):
-    """One process of a job; the first prints what it has measured."""
-    distattn.distributed.initialize(cpu_devices=1)
+    """One process of a job."""
+    distattn.distributed.initialize()
     mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
-    found = measure(mesh, repeats)
-    if jax.process_index() == 0:
-        print("samples " + json.dumps(found), flush=True)
+    hand_in(measure(mesh, repeats))
 
 
 def of_processes(repeats):
-    found = []
-    for count in range(1, 9):
-        command = [sys.executable, "-m", "distattn", "launch", "-n", str(count), "--"]
-        command += [sys.executable, os.path.abspath(__file__), "--rank", "--repeats", str(repeats)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-        line = next(x for x in done.stdout.splitlines() if "samples " in x)
-        found += [tuple(x) for x in json.loads(line.partition("samples ")[2])]
-    return found
+    script = os.path.abspath(__file__)
+    return [tuple(x) for count in range(1, 9) for x in samples_of(script, count, 1, repeats)]
 
 
 def of_devices(repeats):

@@ -9,17 +9,12 @@ where what it takes is the fastest, or within --noise of it, which two runs of o
 
 import argparse
 import functools
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from samples import array, by_turns, hand_in, samples_of
 
 import distattn
 from distattn import planner
@@ -44,14 +39,6 @@ SHAPES = (
 )
 
 
-def array(shape, mesh, spec):
-    def part(index):
-        whole = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return whole[index]
-
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
-
-
 def measure(mesh, processes, repeats):
     """[(shape, choice, {combine: seconds})]."""
     found = []
@@ -74,27 +61,9 @@ def measure(mesh, processes, repeats):
                 combine=name,
             )
             programs[name] = jax.jit(f).lower(query, key, key).compile()
-        times = {name: [] for name in names}
-        for _ in range(repeats + 2):
-            for name, program in programs.items():
-                start = time.perf_counter()
-                jax.block_until_ready(program(query, key, key))
-                times[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(x[2:]) for name, x in times.items()}
+        medians = by_turns(programs, (query, key, key), repeats)
         found.append(((b, t, s, n, k, h, sharded), choice, medians))
     return found
-
-
-def of_processes(how, repeats):
-    processes, devices = map(int, how.split("x"))
-    command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes)]
-    command += ["--devices-per-process", str(devices), "--", sys.executable]
-    command += [os.path.abspath(__file__), "--rank", "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    if done.returncode:
-        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
-    line = next(x for x in done.stdout.splitlines() if "samples " in x)
-    return json.loads(line.partition("samples ")[2])
 
 
 def main():
@@ -109,12 +78,12 @@ def main():
     if options.rank:
         distattn.distributed.initialize()
         mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
-        samples = measure(mesh, jax.process_count(), options.repeats)
-        if jax.process_index() == 0:
-            print("samples " + json.dumps(samples), flush=True)
+        hand_in(measure(mesh, jax.process_count(), options.repeats))
         return
     if options.processes:
-        samples = of_processes(options.processes, options.repeats)
+        processes, devices = map(int, options.processes.split("x"))
+        script = os.path.abspath(__file__)
+        samples = samples_of(script, processes, devices, options.repeats)
     else:
         fake_devices(8)
         mesh = jax.make_mesh((8,), ("kv",), (AxisType.Auto,))
