@@ -1,4 +1,4 @@
-"""What benchmarks of one process and of several share: arrays, times by turns, jobs that hand in samples."""
+"""What benchmarks of one process and of several share: arrays, times by turns, samples of jobs."""
 
 import json
 import statistics
