@@ -187,8 +187,8 @@ def local_fold(
         return lambda operands: dense_state(operands, scoring)
 
     def run(operands: Operands) -> SoftmaxState:
-        served = kernels.serves(operands, scoring, machine, implementation)
-        return (kernels.fold if served else fold)(operands, scoring, machine)
+        kernel = kernels.chosen(operands, scoring, machine, implementation)
+        return (kernel.fold if kernel else fold)(operands, scoring, machine)
 
     return run
 
@@ -212,8 +212,8 @@ def local_gradients(
         )
 
     def run(operands: Operands) -> tuple[Sum, Sum, Sum, Sum | None]:
-        served = kernels.serves(operands, scoring, machine, implementation, backward=True)
-        gradients = kernels.fold_gradients if served else fold_gradients
+        kernel = kernels.chosen(operands, scoring, machine, implementation, backward=True)
+        gradients = kernel.fold_gradients if kernel else fold_gradients
         return gradients(operands, scoring, machine, **rows, key_dtype=key_dtype)
 
     return run

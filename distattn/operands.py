@@ -21,8 +21,8 @@ from distattn.block import Scoring
 from distattn.checks import Window
 from distattn.mask import Mask
 
-IMPLEMENTATIONS = ("blocked", "dense", "pallas_tpu")
-ACCELERATOR_KERNELS = ("cudnn", "xla", "splash", "pallas_gpu")
+KERNELS = ("pallas_tpu",)  # in `distattn.kernels`
+IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
 
 
 @jax.tree_util.register_dataclass
@@ -221,10 +221,6 @@ def check_implementation(implementation: str | None) -> str:
     """The name of an implementation that exists; None stands for 'auto', chosen for each device's part."""
     if implementation is None:
         return "auto"
-    if implementation in ACCELERATOR_KERNELS:
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not built; use None, or one of {IMPLEMENTATIONS}"
-        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}"

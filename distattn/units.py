@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from distattn.operands import Operands
+from distattn.operands import KERNELS, Operands
 from distattn.state import state_dtype
 from distattn.words import Lattice, lattice
 
@@ -37,17 +37,17 @@ def units_of(operands: Operands, implementation: str, keys: int = BLOCK) -> Unit
 
     Raises:
       ValueError: implementation='dense'.
-      NotImplementedError: float64; implementation='pallas_tpu'.
+      NotImplementedError: float64; a kernel's name as implementation.
     """
     if implementation == "dense":
         raise ValueError(
             "implementation='dense' sums keys in the compiler's order, and reproducible=True in none; pass "
             "implementation=None, or reproducible=False"
         )
-    if implementation == "pallas_tpu":
+    if implementation in KERNELS:
         raise NotImplementedError(
-            "implementation='pallas_tpu' with reproducible=True is not built, sums not being of integers; "
-            "pass implementation=None, or reproducible=False"
+            f"implementation={implementation!r} with reproducible=True is not built, its sums not being of "
+            "integers; pass implementation=None, or reproducible=False"
         )
     arrays = operands.query, operands.key, operands.value
     if state_dtype(*arrays) != jnp.float32:

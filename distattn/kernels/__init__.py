@@ -1,130 +1,88 @@
-"""The local part as Pallas kernels: for TPUs, `implementation='pallas_tpu'`.
+"""The local part by kernels: which there are, and which one computes a call.
 
-`fold` and `fold_gradients` are those of `distattn.local`, for masks of positions, lengths and segments.
-Nothing of the size of T x S exists, nor a copy of keys or values, but for float16, of which XLA makes one.
-What they do not do `refusal` names. None of it has been timed: it is checked by Pallas' interpreter, and by
-the compilers of v4 to tpu7x.
+A kernel is a module with the functions `refusal`, `fold` and `fold_gradients`. The latter two are those of
+`distattn.local`, for calls that the first does not refuse. None of them has been timed: each says how it is
+checked.
 """
 
 import importlib
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from distattn.block import Scoring
-from distattn.kernels.interpreter import interpreted, interpreter
-from distattn.kernels.tpu_blocks import TABLE_ENTRIES
-from distattn.kernels.tpu_layout import EXACT, PLAIN, cut_of
-from distattn.operands import Operands
+from distattn.kernels.interpreter import interpreted
+from distattn.operands import KERNELS, Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
-__all__ = ["fold", "fold_gradients", "interpreted", "refusal", "serves"]
+__all__ = ["Kernel", "chosen", "interpreted"]
 
-_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`, of operands that are not refused."""
-    # Pallas is imported where it is needed: it is large, and not all versions of JAX bring all it needs.
-    from distattn.kernels import tpu_forward
-
-    return tpu_forward.fold(operands, scoring, machine)
+# What None takes, the first that serves; where none does, XLA's operations on blocks.
+_OF_PLATFORM = {"tpu": ("pallas_tpu",)}
 
 
-def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
-    machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
-    *,
-    key_dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`, of operands that are not refused, which have no bias."""
-    from distattn.kernels import tpu_backward
+class Kernel(Protocol):
+    """A kernel, a module."""
 
-    rows = reference, d_sum, d_weighted_sum
-    return tpu_backward.fold_gradients(operands, scoring, machine, *rows, key_dtype=key_dtype)
+    @staticmethod
+    def refusal(
+        operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    ) -> str | None:
+        """Which argument the kernel does not do, and why; None: it does the call."""
+        ...
+
+    @staticmethod
+    def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+        """As `distattn.local.fold`."""
+        ...
+
+    @staticmethod
+    def fold_gradients(
+        operands: Operands,
+        scoring: Scoring,
+        machine: Machine,
+        reference: jax.Array,
+        d_sum: jax.Array,
+        d_weighted_sum: jax.Array,
+        *,
+        key_dtype: Any = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+        """As `distattn.local.fold_gradients`, of a call without a bias."""
+        ...
 
 
-def serves(
+def chosen(
     operands: Operands,
     scoring: Scoring,
     machine: Machine,
     implementation: str,
     *,
     backward: bool = False,
-) -> bool:
-    """Whether the kernels compute this: where they are named, or by themselves on a TPU.
+) -> Kernel | None:
+    """The kernel that computes this: the one that is named, or one of the platform's; None: none does.
 
     Raises:
-      NotImplementedError: they are named, and do not do such a call.
+      NotImplementedError: one is named, and does not do such a call.
     """
-    named = implementation == "pallas_tpu"
-    if not named and not (implementation == "auto" and machine.platform == "tpu"):
-        return False
+    named = implementation in KERNELS
     if min(*operands.query.shape, *operands.value.shape) == 0:
-        return False  # nothing to compute
-    reason = refusal(operands, scoring, machine, backward=backward)
-    if named and reason:
-        raise NotImplementedError(
-            f"implementation='pallas_tpu' is not built for this call: {reason}; pass implementation=None, "
-            "which takes what there is"
-        )
-    return not reason and (named or _is_alone())
-
-
-def refusal(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
-) -> str | None:
-    """Which argument the kernels do not do, and why; None: they do the call."""
-    mask = operands.mask
-    arrays = {"query": operands.query, "key": operands.key, "value": operands.value}
-    if machine.platform != "tpu" and not interpreter():
-        return (
-            f"it is a kernel for TPUs, and the platform is {machine.platform!r} (for tests, "
-            "distattn.kernels.interpreted() runs it there, slowly)"
-        )
-    if machine.compiler_sharded:
-        return "the compiler shards batch or heads unseen, and cannot cut a kernel; name their axes"
-    if operands.bias is not None:
-        return f"bias is given, of shape {operands.bias.shape}"
-    if mask.dense is not None:
-        return (
-            f"mask is given, of shape {mask.dense.shape}; positions, lengths and segments are done"
-        )
-    for name, x in arrays.items():
-        if x.dtype not in _DTYPES:
-            return f"{name} has dtype {x.dtype}; bfloat16, float16 and float32 are done"
-    if operands.key_scale is not None:
-        return "key and value are quantised"
-    if scoring.precision not in (*EXACT, *PLAIN):
-        return f"precision is {scoring.precision!r}; None, 'default' and 'highest' are done"
-    try:
-        importlib.import_module("jax.experimental.pallas.tpu")
-    except ModuleNotFoundError as error:
-        return f"Pallas needs the package {error.name!r}, which is not installed"
-    cut = cut_of(operands, machine, backward=backward)
-    if cut.vmem_bytes > cut.target.budget_bytes:
-        return (
-            f"key has {cut.kv_heads} heads of {cut.width}: a block of them takes {cut.vmem_bytes} bytes, "
-            f"and a kernel may take {cut.target.budget_bytes} on {cut.target.name}"
-        )
-    entries = cut.row_blocks * cut.key_blocks * (1 if mask_is_shared(operands) else cut.batch)
-    if entries > TABLE_ENTRIES:
-        return (
-            f"query and key are so long that the table of visits has {entries} entries, and "
-            f"{TABLE_ENTRIES} fit the scalar memory"
-        )
+        return None  # nothing to compute
+    if not named and (implementation != "auto" or not _is_alone()):
+        return None
+    names = (implementation,) if named else _OF_PLATFORM.get(machine.platform, ())
+    for name in names:
+        # Imported where it is needed: a kernel brings Pallas, which is large.
+        kernel: Any = importlib.import_module(f"distattn.kernels.{name}")
+        reason = kernel.refusal(operands, scoring, machine, backward=backward)
+        if not reason:
+            return kernel
+        if named:
+            raise NotImplementedError(
+                f"implementation={name!r} is not built for this call: {reason}; pass implementation=None, "
+                "which takes what there is"
+            )
     return None
-
-
-def mask_is_shared(operands: Operands) -> bool:
-    """Whether all rows of the batch have one mask."""
-    return all(x.shape[0] == 1 for x in jax.tree.leaves(operands.mask))
 
 
 def _is_alone() -> bool:
