@@ -45,12 +45,14 @@ _start_jax()
 # What runs whole programs, mostly in processes of their own, or does not rest on how JAX behaves: minutes.
 DEFAULT_VERSION_ALONE = {
     "test_align.py",
+    "test_cache_replicas.py",
     "test_check.py",
     "test_cluster_bench.py",
     "test_cluster_files.py",
     "test_compile.py",
     "test_distributed.py",
     "test_examples.py",
+    "test_fixed_point.py",
     "test_generation.py",
     "test_kernels.py",
     "test_language_model.py",
@@ -65,10 +67,12 @@ DEFAULT_VERSION_ALONE = {
 # are the same there, and kernels right.
 ON_ALL_VERSIONS = {
     "test_a_healthy_job",
+    "test_a_host_is_lost_and_no_key",
     "test_any_number_of_devices",
     "test_blocks_that_no_row_can_see_are_not_visited",
     "test_devices_and_combines",
     "test_inside",
+    "test_reproducible_sum_over_devices",
     "test_those_who_are_left_go_on",
 }
 
