@@ -413,3 +413,21 @@ def test_two_processes(tmp_path):
     for name, link in cost.links_from(report).items():
         axis = report["axes"][name]
         assert link == Link(max(0.0, axis["latency_s"] - launch_s), axis["bytes_per_s"])
+
+
+def test_report_of_what_runs_where(started, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_TRACEBACK_FILTERING", "off")
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    assert main(["check", "--report", "--mesh", "host=2,device=4"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        f"jax {jax.__version__}",
+        "equinox ",
+        "8 cpu (cpu) in 1 of 1 processes",
+        "host=2 Auto, device=4 Auto",
+        "jax_numpy_dtype_promotion=strict",
+        "JAX_TRACEBACK_FILTERING=off",
+        "XLA_FLAGS=",
+    ):
+        assert part in text
+    assert "secret" not in text

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from distattn.checkup.correctness import NAMED, subjects
+from distattn.checkup.environment import environment
 from distattn.checkup.examination import Effort, Report, examine
 from distattn.checkup.programs import gathered
 from distattn.checkup.text import text
@@ -37,6 +38,11 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
     )
     whole, number = at_least(1), at_least(0)
     argument = parser.add_argument
+    argument(
+        "--report",
+        action="store_true",
+        help="only print versions, devices, mesh and flags, to be pasted into a bug report",
+    )
     argument("--quick", action="store_true", help="less of everything: under a minute")
     argument(
         "--mesh",
@@ -92,6 +98,10 @@ def _sizes(value: str) -> tuple[int, ...]:
 def _run(options: argparse.Namespace) -> int:
     _start(options.cpu_devices)
     mesh = _mesh(options.mesh)
+    if options.report:
+        if jax.process_index() == 0:
+            print(environment(mesh), flush=True)
+        return 0
     effort = Effort(options.quick, options.sizes, options.repeats, options.combines, options.seed)
     chosen, left_out = subjects(mesh, effort.combines, quick=effort.quick)
     if not chosen:
