@@ -3,8 +3,11 @@
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
+    python scripts/bench/kernels.py time                       # on a TPU or GPU, beside others' kernels
 
-Needs the extra `tpu`. What is compiled are whole calls, keys sharded over the target's devices.
+The first three need the extra `tpu`. What is compiled are whole calls, keys sharded over the target's
+devices.
+What is timed runs on the first device here: ours against theirs, ratios, and percent of the roofline.
 """
 
 import argparse
@@ -18,7 +21,6 @@ from pathlib import Path
 import jax
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
-sys.path.append(str(Path(sys.prefix, "compilers")))
 
 from tests.kernel_calls import (  # noqa: E402
     CALLS,
@@ -95,11 +97,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("compile", "memory"))
+    parser.add_argument("what", choices=("compile", "memory", "time"))
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--thin", type=int, default=1, help="every N-th program")
     parser.add_argument("--out", help="JSON, a row for each program")
+    parser.add_argument("--repeats", type=int, default=30, help="of what is timed")
+    parser.add_argument("--small", action="store_true", help="time cases that a CPU can run")
     arguments = parser.parse_args()
+    if arguments.what == "time":
+        from kernel_contenders import time_all
+
+        time_all(arguments.repeats, arguments.out, tiny=arguments.small)
+        return 0
+    sys.path.append(str(Path(sys.prefix, "compilers")))
     jax.config.update("jax_platforms", "cpu")
     targets = arguments.target or list(TARGETS)
     if arguments.what == "memory":
