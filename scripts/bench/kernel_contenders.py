@@ -1,7 +1,7 @@
 """Attention on one device, ours and others', timed by turns: what `kernels.py time` prints.
 
-On one device keys lie in order, which is what the others ask for. A contender that does not do a case, or is
-not installed, is named with its reason.
+On one device keys lie in order, which is what the others ask for. A contender that does not do a case, or
+is not installed, is named with its reason.
 """
 
 import dataclasses
