@@ -59,6 +59,7 @@ DEFAULT_VERSION_ALONE = {
     "test_reproducible_cache.py",
     "test_reproducible_training.py",
     "test_streaming.py",
+    "test_theirs.py",
     "test_training.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
@@ -66,9 +67,11 @@ DEFAULT_VERSION_ALONE = {
 ON_ALL_VERSIONS = {
     "test_a_healthy_job",
     "test_any_number_of_devices",
+    "test_around_cudnn",
     "test_blocks_that_no_row_can_see_are_not_visited",
     "test_devices_and_combines",
     "test_inside",
+    "test_splash",
     "test_those_who_are_left_go_on",
 }
 
