@@ -65,6 +65,8 @@ def chosen(
 ) -> Kernel | None:
     """The kernel that computes this: the one that is named, or one of the platform's; None: none does.
 
+    With `backward` it computes the gradient: another one, or none, where the one that folds has none.
+
     Raises:
       NotImplementedError: one is named, and does not do such a call.
     """
