@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.sharding import AbstractDevice, Mesh
 
 # Of the job that a program is compiled for, where that is another than the one that compiles it.
@@ -102,3 +103,60 @@ def coordination() -> tuple[Any, int, int]:
     """
     state = distributed.global_state
     return state.client, state.process_id, state.num_processes
+
+
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    is_causal: bool,
+    left: int | None,
+    key_lengths: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by cuDNN: out [B, T, N, V] in query's dtype, and the log-sum-exp f32[B, N, T].
+
+    `jax.nn.dot_product_attention`, the public way there, rounds the latter to the dtype of the query.
+
+    Args:
+      query: [B, T, N, H], bfloat16 or float16.
+      key: [B, S, K, H].
+      value: [B, S, K, H].
+      scale: of query . key.
+      is_causal: row t attends to keys 0 .. t.
+      left: how many keys before t it attends to at most, under is_causal; None: all.
+      key_lengths: int32[B], of keys from the first on; None: all.
+    """
+    kind = fused_attention.MaskType
+    padded = key_lengths is not None
+    causal, whole = (kind.PADDING_CAUSAL, kind.PADDING) if padded else (kind.CAUSAL, kind.NO_MASK)
+    rows = jnp.full(query.shape[:1], query.shape[1], jnp.int32) if padded else None
+    attention: Any = fused_attention.dot_product_attention
+    out, lse = attention(
+        query,
+        key,
+        value,
+        q_seqlen=rows,
+        kv_seqlen=key_lengths,
+        scale=scale,
+        mask_type=causal if is_causal else whole,
+        sliding_window_length=None if left is None else left + 1,
+        return_residual=True,
+    )
+    return out, lse
+
+
+def cudnn_version() -> int | None:
+    """As 91002 for 9.10.2; None where JAX finds no cuDNN."""
+    try:
+        return fused_attention.check_cudnn_version()
+    except RuntimeError:
+        return None
+
+
+def compute_capability() -> tuple[int, ...] | None:
+    """(9, 0) for an H100: of this process's GPUs; None: it has none."""
+    device = jax.local_devices()[0]
+    parts = str(getattr(device, "compute_capability", None)).split(".")  # of AMD's 'gfx942'
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None

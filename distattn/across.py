@@ -47,6 +47,8 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     if operands.key.shape[-2] > 1:  # one head may lie on all devices
         operands = _for_head_shards(call, operands)
     operands = _padded(call, operands)
+    if call.placement.size(call.row_axes + call.key_axes) > 1:
+        operands = dataclasses.replace(operands, mask=operands.mask.apart())
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.implementation == "dense":
         out, lse = _forward(call, operands)
@@ -84,8 +86,8 @@ def _padded(call: Call, operands: Operands) -> Operands:
     }
     if not any(more.values()):
         return operands
-    if more["S"] and mask.key_positions is None:
-        mask = dataclasses.replace(mask, key_positions=jnp.arange(keys, dtype=jnp.int32)[None])
+    if more["S"]:
+        mask = mask.with_empty_slots(keys)
     if more["T"] and mask.query_valid is None:
         mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
 

@@ -119,6 +119,7 @@ def sharded_attention(
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     rank = lax.axis_index(names)
     rows, keys = jnp.shape(query)[-3], jnp.shape(key)[-3]
+    several = axes_size(axes) > 1
     movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask))
     operands = make_operands(
         query,
@@ -135,8 +136,8 @@ def sharded_attention(
         key_positions=key_positions,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
-        query_start=rank * rows if query_sharded else 0,
-        key_start=rank * keys,
+        query_start=rank * rows if query_sharded and several else 0,
+        key_start=rank * keys if several else 0,
         dense_rows=rows * axes_size(movement.gather_rows),
         dense_keys=keys if movement.all_reduce or movement.scatter else keys * axes_size(axes),
     )

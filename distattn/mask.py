@@ -21,6 +21,17 @@ class Span(NamedTuple):
     size: int
 
 
+@dataclasses.dataclass(frozen=True)
+class IndexOrder:
+    """What is known of positions before any is looked at, where nobody has passed them.
+
+    Those of queries and those of keys are consecutive, in the order of the arrays; empty slots come last.
+    """
+
+    aligned: bool = True  # the first query and the first key have the same position
+    full: bool = True  # no slot is empty
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -42,6 +53,8 @@ class Mask:
     window: tuple[int | None, int | None] = dataclasses.field(
         default=(None, None), metadata={"static": True}
     )
+    # None: positions are what they are.
+    index_order: IndexOrder | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def compares_positions(self) -> bool:
@@ -58,7 +71,21 @@ class Mask:
             query_segment_ids=take(self.query_segment_ids, batch, query),
             key_segment_ids=take(self.key_segment_ids, batch, key),
             dense=take(self.dense, batch, heads, query, key),
+            index_order=None,
         )
+
+    def with_empty_slots(self, keys: int) -> "Mask":
+        """The same for more keys than these, int32[B|1, keys + ...]: its key positions are to be padded."""
+        positions = self.key_positions
+        if positions is None:
+            positions = jnp.arange(keys, dtype=jnp.int32)[None]
+        order = self.index_order and dataclasses.replace(self.index_order, full=False)
+        return dataclasses.replace(self, key_positions=positions, index_order=order)
+
+    def apart(self) -> "Mask":
+        """The same, of one device's queries and keys, which do not begin at the same index."""
+        order = self.index_order and dataclasses.replace(self.index_order, aligned=False)
+        return dataclasses.replace(self, index_order=order)
 
     def allowed(self, num_kv_heads: int) -> jax.Array | None:
         """bool[b, K|1, G|1, q|1, s|1]: True = attend; None where nothing is forbidden."""

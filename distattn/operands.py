@@ -19,9 +19,9 @@ from jax.typing import ArrayLike
 from distattn import checks
 from distattn.block import Scoring
 from distattn.checks import Window
-from distattn.mask import Mask
+from distattn.mask import IndexOrder, Mask
 
-KERNELS = ("pallas_tpu",)  # in `distattn.kernels`
+KERNELS = ("pallas_tpu", "cudnn", "splash")  # in `distattn.kernels`
 IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
 
 
@@ -127,6 +127,11 @@ def make_operands(
     )
     query_index = checks.index("query_positions", query_positions, "T", batch, queries)
     key_index = checks.index("key_positions", key_positions, "S", batch, keys)
+    order = None
+    if key_index is None and not (by_position and query_index is not None):
+        starts = (query_start, key_start)
+        aligned = all(isinstance(start, int) and start == 0 for start in starts)
+        order = IndexOrder(aligned, full=key_value_seq_lengths is None)
     key_lengths = checks.lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
     query_lengths = checks.lengths("query_seq_lengths", query_seq_lengths, batch)
     if key_index is None and (by_position or key_lengths is not None):
@@ -155,6 +160,7 @@ def make_operands(
             dense=checks.broadcastable("mask", mask, dense, jnp.bool_),
             is_causal=bool(is_causal),
             window=window,
+            index_order=order,
         ),
         key_scale=key_scale,
         value_scale=value_scale,

@@ -66,9 +66,13 @@ def dot_product_attention(
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
       implementation: 'blocked': XLA's operations on blocks, memory O(T + block), reverse mode.
         'pallas_tpu': the same as TPU kernels, for masks of positions, lengths and segments; no bias, dense
-        mask or float64; compiled for v4 to tpu7x, not timed yet. 'dense': plain operations of size [T, S],
-        for forward mode, hessians, and as a check. None: on a TPU the kernels, where they serve and no axis
-        is left to the compiler, else 'blocked'.
+        mask or float64; compiled for v4 to tpu7x, not timed yet. 'cudnn', 'splash': NVIDIA's and JAX's own
+        kernels for the forward pass, of keys in index order and standard masks, causal ones where T and S
+        are whole on a device; NaN in a value that a causal mask, a window or segments hide from some rows
+        may reach these (see `distattn.kernels.cudnn` and `splash`). 'dense': plain operations of size
+        [T, S], for forward mode, hessians, and as a check. None: on a TPU 'pallas_tpu', on a GPU 'cudnn'
+        for calls without causal mask or window, where they serve and no axis is left to the compiler, else
+        'blocked'.
       return_residual: also return the log-sum-exp of the logits.
       logits_soft_cap: c in c * tanh(logit / c).
       sinks: float[N], one extra logit a head whose value is 0. Differentiable. A row with a sink and no
@@ -109,8 +113,8 @@ def dot_product_attention(
     Raises:
       ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard; the
         message says what to do.
-      NotImplementedError: an implementation that is not built; reproducible for float64, or for key heads
-        that the devices of the heads do not divide.
+      NotImplementedError: an implementation that cannot do the call, saying which argument it is;
+        reproducible for float64, or for key heads that the devices of the heads do not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp, distattn

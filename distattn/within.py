@@ -75,8 +75,8 @@ def _padded(own: Own, operands: Operands) -> Operands:
     rows, keys = operands.query.shape[1], operands.key.shape[1]
     more = {"T": -rows % own.units.rows, "S": -keys % own.units.keys}
     mask = operands.mask
-    if more["S"] and mask.key_positions is None:
-        mask = dataclasses.replace(mask, key_positions=jnp.arange(keys, dtype=jnp.int32)[None])
+    if more["S"]:
+        mask = mask.with_empty_slots(keys)
     if more["T"] and mask.query_valid is None:
         mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
     if not any(more.values()):

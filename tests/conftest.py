@@ -61,6 +61,7 @@ DEFAULT_VERSION_ALONE = {
     "test_reproducible_cache.py",
     "test_reproducible_training.py",
     "test_streaming.py",
+    "test_theirs.py",
     "test_training.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
@@ -69,10 +70,12 @@ ON_ALL_VERSIONS = {
     "test_a_healthy_job",
     "test_a_host_is_lost_and_no_key",
     "test_any_number_of_devices",
+    "test_around_cudnn",
     "test_blocks_that_no_row_can_see_are_not_visited",
     "test_devices_and_combines",
     "test_inside",
     "test_reproducible_sum_over_devices",
+    "test_splash",
     "test_those_who_are_left_go_on",
 }
 

@@ -129,10 +129,10 @@ def test_a_traced_scale():
         jax.jit(lambda s: call(scale=s))(1.0)
 
 
-@pytest.mark.parametrize("overrides", [{"implementation": "cudnn"}, {"implementation": "splash"}])
-def test_right_calls_that_are_not_built(overrides):
-    with raises(NotImplementedError, ["not built"]):
-        call(**overrides)
+@pytest.mark.parametrize("name", ["pallas_tpu", "cudnn", "splash"])
+def test_kernels_of_other_platforms(name):
+    with raises(NotImplementedError, [f"'{name}' is not built for this call", "platform is 'cpu'"]):
+        call(implementation=name)
 
 
 def test_dropout_is_not_an_argument():

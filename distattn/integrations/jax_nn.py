@@ -30,8 +30,8 @@ def stand_in(
 
     It differs from jax.nn's in three things:
 
-    * `implementation`: None and 'xla', which is what None means there, are the blocked attention of
-      distattn; 'cudnn' raises NotImplementedError;
+    * `implementation`: None and 'xla', which is what None means there, are what distattn chooses; 'cudnn'
+      is cuDNN for the keys of each device, and raises NotImplementedError where it cannot do the call;
     * the residual of `return_residual=True` is float32 and has a gradient (there: key's dtype, and none);
     * a row that attends to no key gives 0 (there: the mean of all values).
 
@@ -71,11 +71,6 @@ def stand_in(
         implementation: str | None = None,
         return_residual: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        if implementation == "cudnn":
-            raise NotImplementedError(
-                "implementation='cudnn' attends on one GPU, and no such kernel is built here; pass None "
-                "or 'xla', or call jax.nn.dot_product_attention where nothing is sharded"
-            )
         return dot_product_attention(
             query,
             key,

@@ -1,8 +1,10 @@
 """The local part by kernels: which there are, and which one computes a call.
 
 A kernel is a module with the functions `refusal`, `fold` and `fold_gradients`. The latter two are those of
-`distattn.local`, for calls that the first does not refuse. None of them has been timed: each says how it is
-checked.
+`distattn.local`, for calls that the first does not refuse. Those of others, `cudnn` and `splash`, have no
+gradient of a device's part: instead of `fold_gradients` they name in `GRADIENTS_BY` whose is taken. A
+`reservation`, where there is one, says why None does not take it. None of them has been timed: each says
+how it is checked.
 """
 
 import importlib
@@ -19,7 +21,8 @@ from distattn.tiles import Machine
 __all__ = ["Kernel", "chosen", "interpreted"]
 
 # What None takes, the first that serves; where none does, XLA's operations on blocks.
-_OF_PLATFORM = {"tpu": ("pallas_tpu",)}
+# Not 'splash': `pallas_tpu` does all that it does, and copies nothing.
+_OF_PLATFORM = {"tpu": ("pallas_tpu",), "gpu": ("cudnn",)}
 
 
 class Kernel(Protocol):
@@ -62,6 +65,8 @@ def chosen(
 ) -> Kernel | None:
     """The kernel that computes this: the one that is named, or one of the platform's; None: none does.
 
+    With `backward` it computes the gradient: another one, or none, where the one that folds has none.
+
     Raises:
       NotImplementedError: one is named, and does not do such a call.
     """
@@ -75,13 +80,30 @@ def chosen(
         # Imported where it is needed: a kernel brings Pallas, which is large.
         kernel: Any = importlib.import_module(f"distattn.kernels.{name}")
         reason = kernel.refusal(operands, scoring, machine, backward=backward)
+        if not named and hasattr(kernel, "reservation"):
+            reason = reason or kernel.reservation(operands)
         if not reason:
-            return kernel
+            substitutes = getattr(kernel, "GRADIENTS_BY", None) if backward else None
+            if substitutes is None:
+                return kernel
+            return _serving(substitutes, operands, scoring, machine)
         if named:
             raise NotImplementedError(
                 f"implementation={name!r} is not built for this call: {reason}; pass implementation=None, "
                 "which takes what there is"
             )
+    return None
+
+
+def _serving(
+    names: tuple[str, ...], operands: Operands, scoring: Scoring, machine: Machine
+) -> Kernel | None:
+    """The first of these kernels that computes the gradient."""
+    for name in names:
+        if name in KERNELS:
+            kernel: Any = importlib.import_module(f"distattn.kernels.{name}")
+            if not kernel.refusal(operands, scoring, machine, backward=True):
+                return kernel
     return None
 
 

@@ -3,6 +3,10 @@
 import importlib
 from typing import Any
 
+import jax
+
+from distattn._compat import varying_axes
+from distattn.block import Scoring
 from distattn.kernels.interpreter import interpreter
 from distattn.operands import Operands
 from distattn.tiles import Machine
@@ -50,6 +54,47 @@ def of_dtypes(operands: Operands, dtypes: tuple[Any, ...]) -> str | None:
     for name, x in arrays.items():
         if x.dtype not in dtypes:
             return f"{name} has dtype {x.dtype}; done are {names}"
+    return None
+
+
+def of_mixed_dtypes(operands: Operands) -> str | None:
+    """Arrays of several dtypes."""
+    for name, x in (("key", operands.key), ("value", operands.value)):
+        if x.dtype != operands.query.dtype:
+            return (
+                f"{name} has dtype {x.dtype}, and query {operands.query.dtype}; done is one for all"
+            )
+    return None
+
+
+def of_index_order(operands: Operands) -> str | None:
+    """Keys that lie in another order than 0, 1, 2, …, or positions that are compared and not known here."""
+    mask = operands.mask
+    if operands.key_scale is not None or operands.layer is not None:
+        return "key and value are quantised, or those of several layers"
+    if mask.index_order is None:
+        return "query_positions or key_positions are given, or are a cache's; done is index order alone"
+    if mask.compares_positions and not mask.index_order.aligned:
+        name = "is_causal" if mask.is_causal else "local_window_size"
+        return (
+            f"{name} compares positions, and the queries or keys of each device begin at another one, "
+            "which the kernel would have to know while it is compiled; shard B or heads instead of T and S "
+            "(batch_axis_name, heads_axis_name, combine='ulysses')"
+        )
+    return None
+
+
+def of_precision(scoring: Scoring, precisions: tuple[Any, ...]) -> str | None:
+    """A precision that is not among them."""
+    if scoring.precision not in precisions:
+        return f"precision is {scoring.precision!r}; None and 'default' are done"
+    return None
+
+
+def of_types(operands: Operands) -> str | None:
+    """A `shard_map` that tracks which values vary over its axes, where a kernel has no types for that."""
+    if varying_axes(*jax.tree.leaves(operands)):
+        return "the shard_map around has check_vma=True, and its results have no type there; pass False"
     return None
 
 
