@@ -26,6 +26,12 @@ LOADED = re.compile(
     r"|url\([\"']?(?:https?:)?//[^)]*\)|@import\s[^;]*//[^;]*;",
     re.IGNORECASE,
 )
+# What would be missing, without a word, if extensions.py no longer did what it is for; a name of each kind.
+READ = {
+    "api/cache.html": ("distattn.KVCache.append", "distattn.KVCache.restore"),
+    "api/layouts.html": ("distattn.layouts.align",),
+    "api/states.html": ("distattn.SoftmaxState.weighted_sum", "distattn.merge"),
+}
 
 
 def linked(page: str, target: str) -> Path | None:
@@ -77,8 +83,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Fails where a page would load something from elsewhere."""
+    """Fails where a page would load something from elsewhere, or the reference lacks an entry."""
     site = Path(config.site_dir)
+    for page, names in READ.items():
+        text = (site / page).read_text(encoding="utf-8")
+        missing = [name for name in names if f'id="{name}"' not in text]
+        if missing:
+            raise Abort(f"{page} has no entry for {', '.join(missing)}")
     found = [
         f"{path.relative_to(site)}: {match[0][:120]}"
         for suffix in ("html", "css")
