@@ -82,6 +82,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown if here.startswith("source/") else LINK.sub(rewritten, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Unfolds the sources that stand in the text; those of the reference stay folded."""
+    del config, files
+    if page.file.src_uri.startswith("api/"):
+        return html
+    return html.replace(
+        '<details class="mkdocstrings-source"', '<details open class="mkdocstrings-source"'
+    )
+
+
 def on_post_build(config: MkDocsConfig) -> None:
     """Fails where a page would load something from elsewhere, or the reference lacks an entry."""
     site = Path(config.site_dir)
