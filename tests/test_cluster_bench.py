@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCH))  # where its modules find each other
 
 import cluster_host  # noqa: E402
 import cluster_report  # noqa: E402
+import figures  # noqa: E402
 import hosts  # noqa: E402
 
 import cluster  # noqa: E402
@@ -91,6 +92,16 @@ def test_figure_is_drawn_from_what_was_saved(file, suffix, start, capsys):
     assert cluster.main(["--plot-from", str(file), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(start)
     assert "forward, 5 ms one way" in capsys.readouterr().out
+
+
+def test_the_figures_that_are_kept_are_those_of_the_numbers_that_are_kept(tmp_path):
+    drawn = figures.draw(tmp_path)
+    kept = sorted(path.name for path in figures.RESULTS.glob("*.svg"))
+    assert sorted(path.name for path in drawn) == kept
+    stale = [
+        path.name for path in drawn if path.read_text() != (figures.RESULTS / path.name).read_text()
+    ]
+    assert stale == [], "python scripts/bench/figures.py draws them again"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The examples and the README's code run as they stand, and say what they are there to say."""
+"""The examples, and the code of the README and the site, run as they stand and say what they should."""
 
 import os
 import re
@@ -10,6 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md")))
+}
 
 # Lines that each must print, as patterns; numbers that depend on rounding are left out.
 EXAMPLES = {
@@ -59,10 +63,13 @@ EXAMPLES = {
 # tests/test_language_model.py, tests/test_generation.py and tests/test_training.py
 TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py", "08_train.py"}
 
-# Each block of Python, and the block of text behind it with what it prints.
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", README, re.DOTALL | re.MULTILINE
-)
+# Each block of Python, and the block of text behind it with what it prints, by file and number.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = {
+    f"{name}:{number}": block
+    for name, text in TEXTS.items()
+    for number, block in enumerate(BLOCK.findall(text))
+}
 
 
 def printed(*arguments: str) -> str:
@@ -102,16 +109,16 @@ def test_no_example_is_left_out():
     assert all(f"`examples/{name}`" in README for name in numbered)
 
 
-@pytest.mark.parametrize(("code", "text"), BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_code(code, text):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_of_the_readme_and_the_site(block):
+    code, text = BLOCKS[block]
     assert printed("-c", code) == text
 
 
-def test_every_block_of_python_in_the_readme_is_run():
-    assert len(BLOCKS) == README.count("```python") > 0
+def test_every_block_of_python_is_run():
+    assert len(BLOCKS) == sum(text.count("```python") for text in TEXTS.values())
+    assert {"README.md:0", "docs/pages/why.md:0"} <= set(BLOCKS)
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = set(re.findall(r"\b(?:distattn|examples|scripts|tests)/\w[\w/.]*\w", README))
-    assert {name for name in names if not (ROOT / name).exists()} == set()
-    assert "tests/test_attention.py" in names
+def test_no_block_stands_twice():
+    assert len({code for code, _ in BLOCKS.values()}) == len(BLOCKS)

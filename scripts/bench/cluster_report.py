@@ -4,16 +4,18 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-# Name: (in the figure, colour, marker). Okabe and Ito's colours, which the colour-blind tell apart.
-CONTENDERS = {
-    "auto": ("distattn, auto", "#000000", "o"),
-    "butterfly": ("distattn, butterfly", "#009E73", "s"),
-    "all_gather": ("distattn, all_gather", "#56B4E9", "^"),
-    "psum": ("distattn, psum", "#0072B2", "v"),
-    "pmax_psums": ("by hand: pmax, two psums", "#E69F00", "D"),
-    "xla": ("XLA's own partitioning", "#D55E00", "X"),
-    "ring": ("ring, keys and values", "#CC79A7", "P"),
+import drawing
+
+CONTENDERS = {  # name: (in the figure, colour, marker)
+    "auto": ("distattn, auto", drawing.BLACK, "o"),
+    "butterfly": ("distattn, butterfly", drawing.GREEN, "s"),
+    "all_gather": ("distattn, all_gather", drawing.SKY, "^"),
+    "psum": ("distattn, psum", drawing.BLUE, "v"),
+    "pmax_psums": ("by hand: pmax, two psums", drawing.ORANGE, "D"),
+    "xla": ("XLA's own partitioning", drawing.RED, "X"),
+    "ring": ("ring, keys and values", drawing.PINK, "P"),
 }
 MODELS = {"log2 D": math.log2, "D": float}
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -103,13 +105,7 @@ def load(path: Path) -> dict:
 
 def plot(saved: dict, path: Path) -> None:
     """Time against hosts: a row of panels for each pass, a panel for each delay."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams |= {"font.size": 11, "svg.fonttype": "path", "svg.hashsalt": "cluster"}
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
-
+    plt = drawing.start("cluster")
     results = saved["results"]
     passes = list(dict.fromkeys(row["pass"] for row in results))
     delays = sorted({row["delay_ms"] for row in results})
@@ -124,33 +120,10 @@ def plot(saved: dict, path: Path) -> None:
     )
     for (direction, delay_ms), rows in panels(results):
         ax = axes[passes.index(direction), delays.index(delay_ms)]
-        hosts = [row["hosts"] for row in rows]
-        for name, (label, colour, marker) in CONTENDERS.items():
-            if name not in rows[0]["ms"]:
-                continue
-            bold = name == "auto"
-            ax.plot(
-                hosts,
-                [row["ms"][name] for row in rows],
-                label=label,
-                color=colour,
-                marker=marker,
-                linewidth=3.2 if bold else 1.5,
-                markersize=8 if bold else 5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(sorted({row["hosts"] for row in results}))
-        ax.xaxis.set_minor_locator(NullLocator())
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        what = f"{direction}, " if len(passes) > 1 else ""
-        ax.set_title(f"{what}{delay_ms} ms one way")
+        names = [name for name in CONTENDERS if name in rows[0]["ms"]]
+        draw_lines(ax, rows, names, {row["hosts"] for row in results})
+        what = "with gradient" if direction == "gradient" else direction
+        ax.set_title(f"{what}, {delay_ms} ms one way")
     for ax in axes[-1]:
         ax.set_xlabel("hosts")
     for ax in axes[:, 0]:
@@ -159,11 +132,51 @@ def plot(saved: dict, path: Path) -> None:
     last = [line.get_ydata()[-1] for line in handles]
     order = sorted(range(len(last)), key=lambda i: -last[i])  # as the lines end in that panel
     figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="outside right center",
-        frameon=False,
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside right center"
     )
-    undated = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=160, metadata=undated)
-    plt.close(figure)
+    drawing.save(figure, path)
+
+
+def headline(saved: dict, path: Path, *, delay_ms: int = 5) -> None:
+    """One panel of it: what becomes of the time of a forward pass as hosts are added."""
+    plt = drawing.start("headline")
+    rows = dict(panels(saved["results"]))["forward", delay_ms]
+    figure, ax = plt.subplots(figsize=(8.6, 4.4), layout="constrained")
+    names = ("ring", "xla", "pmax_psums", "auto")
+    hosts = {row["hosts"] for row in rows}
+    draw_lines(ax, rows, names, hosts)
+    ax.set_xlabel(f"hosts, {delay_ms} ms one way between any two")
+    ax.set_ylabel("attention of one query (ms)")
+    floor = 0.0  # of the next label: lines may end closer together than text can
+    for name in reversed(names):
+        ms = rows[-1]["ms"][name]
+        floor = max(ms, floor * 1.45)
+        label, colour, _ = CONTENDERS[name]
+        ax.annotate(
+            f"{label}: {ms:,.0f} ms",
+            (rows[-1]["hosts"] * 1.07, floor),
+            color=colour,
+            fontweight="bold" if name == "auto" else "normal",
+            va="center",
+            annotation_clip=False,
+        )
+    ax.set_xlim(min(hosts) / 1.1, max(hosts) * 1.04)
+    drawing.save(figure, path)
+
+
+def draw_lines(ax: Any, rows: Sequence[dict], names: Sequence[str], hosts: set[int]) -> None:
+    """The lines of a panel, on logarithmic axes."""
+    for name in names:
+        label, colour, marker = CONTENDERS[name]
+        times = [row["ms"][name] for row in rows]
+        ax.plot(
+            [row["hosts"] for row in rows],
+            times,
+            label=label,
+            color=colour,
+            marker=marker,
+            **drawing.weight(ours=name == "auto"),
+        )
+    ax.set_yscale("log")
+    drawing.powers_of_two(ax, hosts)
+    drawing.plain(ax.yaxis)

@@ -1,6 +1,6 @@
 """What the user of a job on several processes sees when it goes wrong, and after how many seconds.
 
-    python scripts/bench/failures.py            # all cases, as the table of the README
+    python scripts/bench/failures.py            # all cases, as the table in docs/pages/hosts.md
     python scripts/bench/failures.py killed ...
 
 Two or three processes under `distattn launch`, in which one does something wrong. Seconds count from that

@@ -2,56 +2,46 @@
 
 from pathlib import Path
 
-# Name: (in the figure, colour, marker). Okabe and Ito's colours, which the colour-blind tell apart.
-CONTENDERS = {
-    "ring": ("ring: keys and values travel", "#CC79A7", "P"),
-    "xla": ("jax.nn, partitioned by XLA", "#D55E00", "X"),
-    "published": ("published recipe: three all-reduces", "#E69F00", "D"),
-    "psum": ("distattn, psum: pmax, one packed psum", "#0072B2", "v"),
-    "butterfly": ("distattn, butterfly", "#009E73", "s"),
+import drawing
+
+CONTENDERS = {  # name: (in the figure, colour, marker, style of the line)
+    "ring": ("ring: keys and values travel", drawing.PINK, "P", "-"),
+    "xla": ("jax.nn, partitioned by XLA", drawing.RED, "X", "-"),
+    "psum": ("distattn, psum: pmax, one packed psum", drawing.BLUE, "v", "-"),
+    "published": ("published recipe: three all-reduces", drawing.ORANGE, "D", ":"),
+    "butterfly": ("distattn, butterfly", drawing.GREEN, "s", "-"),
 }
 PANELS = {  # field: (factor, label)
     "rounds": (1, "collectives, one after another"),
     "bytes": (1 / 2**10, "results of collectives (KiB a device)"),
     "temp_bytes": (1 / 2**20, "temporary memory (MiB a device)"),
-    "predicted_s": (1e6, "predicted time of a layer (us)"),
+    "predicted_s": (1e6, "predicted time of a layer (µs)"),
 }
 
 
 def plot(found: dict, path: Path) -> None:
     """A panel for each figure, against the number of chips."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams |= {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "pods"}
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True, layout="constrained")
+    plt = drawing.start("pods")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
+    chips = {row["devices"] for row in found["rows"]}
     for ax, (field, (factor, label)) in zip(axes.flat, PANELS.items(), strict=True):
-        for name, (text, colour, marker) in CONTENDERS.items():
+        for name, (text, colour, marker, style) in CONTENDERS.items():
             rows = [row for row in found["rows"] if row["contender"] == name and row[field]]
-            ours = name == "butterfly"
             ax.plot(
                 [row["devices"] for row in rows],
                 [row[field] * factor for row in rows],
+                style,
                 label=text,
                 color=colour,
                 marker=marker,
-                linewidth=3 if ours else 1.5,
-                markersize=7 if ours else 5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
+                **drawing.weight(ours=name == "butterfly"),
             )
-        ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_ylabel(label)
-        ax.grid(color="#e5e5e5", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        drawing.plain(ax.yaxis)
+        drawing.powers_of_two(ax, sorted(chips)[::2])
     for ax in axes[-1]:
         ax.set_xlabel("v5p chips, 8192 keys each")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    undated = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=160, metadata=undated)
-    plt.close(figure)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    drawing.save(figure, path)
