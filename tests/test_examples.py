@@ -17,6 +17,11 @@ TEXTS = {
 
 # Lines that each must print, as patterns; numbers that depend on rounding are left out.
 EXAMPLES = {
+    "00_tour.py": (
+        r"3\. butterfly: 3 collective-permute",
+        r"5\. five tokens in a cache, by device: \[1 1 1 1 1 0 0 0\]",
+        r"7\. 4096 chips, 33 million keys: 12 messages, one after another",
+    ),
     "01_order_does_not_matter.py": (
         r"random order +576 bytes of state, .*",
         r"two keys would share one\. 1024 keys: 10 bits\.",
