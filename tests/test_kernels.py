@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import kernels
-from distattn.kernels import tpu_blocks, tpu_layout
+from distattn.kernels import tpu_blocks
+from distattn.kernels.table import tables
 from distattn.mask import Mask
 from distattn.testing import compile_for, lower
 from tests.cases import CASES, Case, as_float32, check, mesh_of
@@ -286,7 +287,7 @@ def test_blocks_that_no_row_can_see_are_not_visited():
         key_positions=jnp.asarray(keys, jnp.int32)[None],
         is_causal=True,
     )
-    by_rows, by_keys = tpu_layout.tables(mask, cut)
+    by_rows, by_keys = tables(mask, cut)
     blocks = [block for block in range(4) if order[block] != 1]
     needed = {row: [x for x in blocks if order[x] <= row] for row in range(4)}
     for table, wanted in (
