@@ -21,7 +21,7 @@ from distattn.block import Scoring
 from distattn.checks import Window
 from distattn.mask import Mask
 
-KERNELS = ("pallas_tpu",)  # in `distattn.kernels`
+KERNELS = ("pallas_tpu", "pallas_gpu")  # in `distattn.kernels`
 IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
 
 

@@ -19,7 +19,7 @@ from distattn.tiles import Machine
 __all__ = ["Kernel", "chosen", "interpreted"]
 
 # What None takes, the first that serves; where none does, XLA's operations on blocks.
-_OF_PLATFORM = {"tpu": ("pallas_tpu",)}
+_OF_PLATFORM = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
 
 
 class Kernel(Protocol):

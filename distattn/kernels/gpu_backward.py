@@ -1,0 +1,167 @@
+"""The gradient of the fold as two GPU kernels: of queries, over keys; of keys and values, over rows.
+
+Both make the weights of a block again from the saved maximum or log-sum-exp, as FlashAttention-2 does
+(arXiv 2307.08691, section 3); see `distattn.block.block_gradients` for the formula. Each sum is one
+program's, or is added in the order of the splits: the same bits each time, and no atomic operation. In the
+second logits lie keys by rows, so that no product is of a transposed left operand.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from distattn.block import Scoring
+from distattn.kernels import gpu_call
+from distattn.kernels.gpu_block import Pieces, Plan, plan_of, unless_finite
+from distattn.kernels.gpu_call import Call, Part, launch
+from distattn.kernels.gpu_forward import layered
+from distattn.kernels.gpu_layout import cut_of
+from distattn.kernels.rows import by_key_heads, by_queries, index_of
+from distattn.kernels.scores import gradients_of
+from distattn.kernels.table import Table, tables
+from distattn.operands import Operands
+from distattn.tiles import Machine
+
+
+def fold_gradients(
+    operands: Operands,
+    scoring: Scoring,
+    machine: Machine,
+    reference: jax.Array,
+    d_sum: jax.Array,
+    d_weighted_sum: jax.Array,
+    *,
+    key_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """As `distattn.local.fold_gradients`; of operands that the kernels take, which have no bias."""
+    cut = cut_of(operands, scoring, machine, backward=True)
+    index = index_of(operands.mask, cut)
+    by_rows, by_keys = tables(operands.mask, cut.coarse)
+    plan = plan_of(operands, scoring, cut, masked=index is not None, backward=True)
+    dtype = plan.numbers.dtype
+    inputs = [
+        *gpu_call.index_parts(index),
+        gpu_call.by_rows(by_key_heads(operands.query.astype(dtype), cut)),
+        gpu_call.by_rows(by_key_heads(d_weighted_sum.astype(dtype), cut)),
+        gpu_call.of_rows(by_key_heads(jnp.stack([reference, d_sum], axis=-1), cut).swapaxes(2, 3)),
+        *(gpu_call.by_keys(layered(x)) for x in (operands.key, operands.value)),
+    ]
+    d_query = _of_queries(plan, by_rows, operands.layer, inputs)
+    results = [
+        jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype)
+        for x in (operands.key, operands.value)
+    ]
+    call = Call(cut, by_keys, "rows")
+    d_key, d_value = launch(
+        functools.partial(_key_kernel, plan, call),
+        call,
+        operands.layer,
+        inputs,
+        [gpu_call.by_keys(x) for x in results],
+        width=2 * (cut.width + cut.value_width),
+    )
+    return by_queries(d_query, cut), d_key, d_value, None
+
+
+def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, inputs: list[Part]) -> jax.Array:
+    """f32[B, K, R, H]."""
+    cut = plan.cut
+    call = Call(cut, table, "keys", cut.splits)
+    shape = (cut.splits, cut.batch, cut.kv_heads, cut.all_rows, cut.width)
+    (parts,) = launch(
+        functools.partial(_query_kernel, plan, call),
+        call,
+        layer,
+        inputs,
+        [gpu_call.by_rows(jax.ShapeDtypeStruct(shape, jnp.float32))],
+        width=2 * cut.width + cut.value_width,
+    )
+    return parts[0] if cut.splits == 1 else parts.sum(axis=0)
+
+
+def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+    cut, parts = plan.cut, iter(refs)
+    index = [next(parts), next(parts)] if plan.masked else []
+    query, d_out, numbers, key, value, d_query = parts
+    program = call.program(counts, order)
+    first_row, of_layer = program.own * cut.rows, layer[0]
+    rows = pl.ds(first_row, cut.rows)
+    queries = plan.query.load(query, first_row, cut.rows)
+    d_outs = plan.out.load(d_out, first_row, cut.rows)
+    reference, d_sum = (numbers[n, rows][:, None] for n in range(2))
+
+    def block(number: jax.Array, sums: Pieces, *, guard: bool) -> Pieces:
+        start = number * cut.key_block
+        keys = pl.ds(start, cut.key_block)
+        own_keys = plan.key.load(key, start, cut.key_block, of_layer)
+        _, d_logits = gradients_of(
+            plan.scores(queries, own_keys),
+            plan.scores(d_outs, plan.value.load(value, start, cut.key_block, of_layer)),
+            plan.allowed(
+                lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
+            ),
+            plan.scoring,
+            reference=reference,
+            d_sum=d_sum,
+        )
+        found = plan.weigh(d_logits, own_keys, guard=guard)
+        return tuple(x + y for x, y in zip(sums, found, strict=True))
+
+    def run(*, guard: bool) -> Pieces:
+        body = functools.partial(block, guard=guard)
+        sums = program.over(body, plan.query.zeros(cut.rows))
+        scaled = tuple(x * plan.scoring.scale for x in sums)
+        plan.query.store(d_query, first_row, scaled, program.split)
+        return sums
+
+    sums = run(guard=False)
+    if plan.may_leak(key):
+        unless_finite(sums, lambda: [run(guard=True), None][1])
+
+
+def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+    cut, parts = plan.cut, iter(refs)
+    index = [next(parts), next(parts)] if plan.masked else []
+    query, d_out, numbers, key, value, d_key, d_value = parts
+    program = call.program(counts, order)
+    start, of_layer = program.own * cut.key_block, layer[0]
+    keys = pl.ds(start, cut.key_block)
+    own_keys = plan.key.load(key, start, cut.key_block, of_layer)
+    own_values = plan.value.load(value, start, cut.key_block, of_layer)
+
+    def block(number: jax.Array, sums: tuple, *, guard: bool) -> tuple:
+        key_sums, value_sums = sums
+        first_row = number * cut.rows
+        rows = pl.ds(first_row, cut.rows)
+        queries = plan.query.load(query, first_row, cut.rows)
+        d_outs = plan.out.load(d_out, first_row, cut.rows)
+        weights, d_logits = gradients_of(
+            plan.scores(own_keys, queries),
+            plan.scores(own_values, d_outs),
+            plan.allowed(
+                lambda n: index[0][n, rows][None, :], lambda n: index[1][n, keys][:, None]
+            ),
+            plan.scoring,
+            reference=numbers[0, rows][None, :],
+            d_sum=numbers[1, rows][None, :],
+        )
+        of_values = plan.weigh(weights, d_outs, guard=False)
+        of_keys = plan.weigh(d_logits, queries, guard=guard)
+        return (
+            tuple(x + y for x, y in zip(key_sums, of_keys, strict=True)),
+            tuple(x + y for x, y in zip(value_sums, of_values, strict=True)),
+        )
+
+    def run(*, guard: bool) -> Pieces:
+        zeros = plan.key.zeros(cut.key_block), plan.value.zeros(cut.key_block)
+        body = functools.partial(block, guard=guard)
+        key_sums, value_sums = program.over(body, zeros)
+        plan.key.store(d_key, start, tuple(x * plan.scoring.scale for x in key_sums))
+        plan.value.store(d_value, start, value_sums)
+        return key_sums
+
+    sums = run(guard=False)
+    if plan.may_leak(query):
+        unless_finite(sums, lambda: [run(guard=True), None][1])
