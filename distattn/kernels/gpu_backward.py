@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from distattn.block import Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Pieces, Plan, plan_of, unless_finite
+from distattn.kernels.gpu_block import Piece, Pieces, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, Part, launch
 from distattn.kernels.gpu_forward import layered
 from distattn.kernels.gpu_layout import cut_of
@@ -92,13 +92,14 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     d_outs = plan.out.load(d_out, first_row, cut.rows)
     reference, d_sum = (numbers[n, rows][:, None] for n in range(2))
 
-    def block(number: jax.Array, sums: Pieces, *, guard: bool) -> Pieces:
+    def gradients(number: jax.Array) -> tuple[jax.Array, Pieces, jax.Array]:
         start = number * cut.key_block
         keys = pl.ds(start, cut.key_block)
-        own_keys = plan.key.load(key, start, cut.key_block, of_layer)
+        own = plan.key.load(key, start, cut.key_block, of_layer)
+        values = plan.value.load(value, start, cut.key_block, of_layer)
         _, d_logits = gradients_of(
-            plan.scores(queries, own_keys),
-            plan.scores(d_outs, plan.value.load(value, start, cut.key_block, of_layer)),
+            plan.scores(queries, own),
+            plan.scores(d_outs, values),
             plan.allowed(
                 lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
             ),
@@ -106,19 +107,27 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             reference=reference,
             d_sum=d_sum,
         )
-        found = plan.weigh(d_logits, own_keys, guard=guard)
-        return tuple(x + y for x, y in zip(sums, found, strict=True))
+        return start, own, d_logits
 
-    def run(*, guard: bool) -> Pieces:
-        body = functools.partial(block, guard=guard)
-        sums = program.over(body, plan.query.zeros(cut.rows))
-        scaled = tuple(x * plan.scoring.scale for x in sums)
-        plan.query.store(d_query, first_row, scaled, program.split)
-        return sums
+    def block(number: jax.Array, sums: Pieces) -> Pieces:
+        _, own, d_logits = gradients(number)
+        return _added(sums, plan.weigh(d_logits, own))
 
-    sums = run(guard=False)
+    sums = program.over(block, plan.query.zeros(cut.rows))
+    plan.query.store(d_query, first_row, _times(sums, plan.scoring.scale), program.split)
+
+    def again(piece: Piece) -> None:
+        def block(number: jax.Array, found: jax.Array) -> jax.Array:
+            start, _, d_logits = gradients(number)
+            own = plan.key.load_piece(key, start, cut.key_block, piece, of_layer)
+            return found + plan.weigh_guarded(d_logits, own)
+
+        found = program.over(block, jnp.zeros((cut.rows, piece[1]), jnp.float32))
+        found = found * plan.scoring.scale
+        plan.query.store_piece(d_query, first_row, found, piece, program.split)
+
     if plan.may_leak(key):
-        unless_finite(sums, lambda: [run(guard=True), None][1])
+        unless_finite(sums, plan.query, again)
 
 
 def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
@@ -131,8 +140,7 @@ def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     own_keys = plan.key.load(key, start, cut.key_block, of_layer)
     own_values = plan.value.load(value, start, cut.key_block, of_layer)
 
-    def block(number: jax.Array, sums: tuple, *, guard: bool) -> tuple:
-        key_sums, value_sums = sums
+    def gradients(number: jax.Array) -> tuple[jax.Array, Pieces, Pieces, jax.Array, jax.Array]:
         first_row = number * cut.rows
         rows = pl.ds(first_row, cut.rows)
         queries = plan.query.load(query, first_row, cut.rows)
@@ -147,21 +155,35 @@ def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             reference=numbers[0, rows][None, :],
             d_sum=numbers[1, rows][None, :],
         )
-        of_values = plan.weigh(weights, d_outs, guard=False)
-        of_keys = plan.weigh(d_logits, queries, guard=guard)
-        return (
-            tuple(x + y for x, y in zip(key_sums, of_keys, strict=True)),
-            tuple(x + y for x, y in zip(value_sums, of_values, strict=True)),
-        )
+        return first_row, queries, d_outs, weights, d_logits
 
-    def run(*, guard: bool) -> Pieces:
-        zeros = plan.key.zeros(cut.key_block), plan.value.zeros(cut.key_block)
-        body = functools.partial(block, guard=guard)
-        key_sums, value_sums = program.over(body, zeros)
-        plan.key.store(d_key, start, tuple(x * plan.scoring.scale for x in key_sums))
-        plan.value.store(d_value, start, value_sums)
-        return key_sums
+    def block(number: jax.Array, sums: tuple) -> tuple:
+        _, queries, d_outs, weights, d_logits = gradients(number)
+        key_sums, value_sums = sums
+        value_sums = _added(value_sums, plan.weigh(weights, d_outs))
+        return _added(key_sums, plan.weigh(d_logits, queries)), value_sums
 
-    sums = run(guard=False)
+    zeros = plan.key.zeros(cut.key_block), plan.value.zeros(cut.key_block)
+    key_sums, value_sums = program.over(block, zeros)
+    plan.key.store(d_key, start, _times(key_sums, plan.scoring.scale))
+    plan.value.store(d_value, start, value_sums)
+
+    def again(piece: Piece) -> None:
+        def block(number: jax.Array, found: jax.Array) -> jax.Array:
+            first_row, *_, d_logits = gradients(number)
+            queries = plan.query.load_piece(query, first_row, cut.rows, piece)
+            return found + plan.weigh_guarded(d_logits, queries)
+
+        found = program.over(block, jnp.zeros((cut.key_block, piece[1]), jnp.float32))
+        plan.key.store_piece(d_key, start, found * plan.scoring.scale, piece)
+
     if plan.may_leak(query):
-        unless_finite(sums, lambda: [run(guard=True), None][1])
+        unless_finite(key_sums, plan.key, again)
+
+
+def _added(sums: Pieces, more: Pieces) -> Pieces:
+    return tuple(x + y for x, y in zip(sums, more, strict=True))
+
+
+def _times(sums: Pieces, scale: float) -> Pieces:
+    return tuple(x * scale for x in sums)

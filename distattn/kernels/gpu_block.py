@@ -15,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from distattn.block import Scoring
-from distattn.kernels.gpu_blocks import padded
+from distattn.kernels.gpu_blocks import SMALLEST, padded
 from distattn.kernels.gpu_layout import Cut, Numbers, numbers_of
 from distattn.operands import Operands
 
+Piece = tuple[Any, int]  # of a width: start and size
 Pieces = tuple[jax.Array, ...]
 
 
@@ -31,8 +32,8 @@ class Side:
     is_ragged: bool = False  # whether blocks go beyond them
 
     @property
-    def pieces(self) -> tuple[tuple[int, int], ...]:
-        """Start and size of each, the largest first."""
+    def pieces(self) -> tuple[Piece, ...]:
+        """The largest first."""
         whole, start, found = padded(self.width), 0, []
         while start < whole:
             size = 1 << ((whole - start).bit_length() - 1)
@@ -42,32 +43,40 @@ class Side:
 
     def load(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> Pieces:
         """[count, .] each, from a start on, 0 for what is not there. `ref` is [*lead, n, width]."""
-        found = []
-        for piece in self.pieces:
-            place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
-            there = self._there(start, count, piece)
-            other = None if there is None else jnp.zeros((), ref.dtype)
-            found.append(plgpu.load(place, mask=there, other=other))
-        return tuple(found)
+        return tuple(self.load_piece(ref, start, count, piece, *lead) for piece in self.pieces)
+
+    def load_piece(
+        self, ref: Any, start: jax.Array, count: int, piece: Piece, *lead: jax.Array
+    ) -> jax.Array:
+        """[count, size of the piece]."""
+        place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
+        there = self._there(start, count, piece)
+        other = None if there is None else jnp.zeros((), ref.dtype)
+        return plgpu.load(place, mask=there, other=other)
 
     def store(self, ref: Any, start: jax.Array, pieces: Pieces, *lead: jax.Array) -> None:
         """The inverse; what is not there is not written."""
         for piece, x in zip(self.pieces, pieces, strict=True):
-            count = x.shape[0]
-            place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
-            there = self._there(start, count, piece)
-            plgpu.store(place, x.astype(ref.dtype), mask=there)
+            self.store_piece(ref, start, x, piece, *lead)
+
+    def store_piece(
+        self, ref: Any, start: jax.Array, x: jax.Array, piece: Piece, *lead: jax.Array
+    ) -> None:
+        """Writes one of them."""
+        count = x.shape[0]
+        place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
+        plgpu.store(place, x.astype(ref.dtype), mask=self._there(start, count, piece))
 
     def zeros(self, count: int) -> Pieces:
         """f32: what sums start with."""
         return tuple(jnp.zeros((count, size), jnp.float32) for _, size in self.pieces)
 
-    def _there(self, start: jax.Array, count: int, piece: tuple[int, int]) -> jax.Array | None:
+    def _there(self, start: jax.Array, count: int, piece: Piece) -> jax.Array | None:
         """bool[count, size of the piece]; None: all."""
         shape, there = (count, piece[1]), None
         if self.is_ragged:
             there = start + lax.broadcasted_iota(jnp.int32, shape, 0) < self.length
-        if sum(piece) > self.width:
+        if self.width % SMALLEST and not (isinstance(piece[0], int) and sum(piece) <= self.width):
             within = piece[0] + lax.broadcasted_iota(jnp.int32, shape, 1) < self.width
             there = within if there is None else there & within
         return there
@@ -103,15 +112,25 @@ class Plan:
         parts = [self.numbers.product(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
         return sum(parts[1:], parts[0])
 
-    def weigh(self, weights: jax.Array, pieces: Pieces, *, guard: bool) -> Pieces:
-        """f32: weights [n, m] . pieces [m, .], to which, if it is guarded, what has no weight adds nothing."""
+    def weigh(self, weights: jax.Array, pieces: Pieces) -> Pieces:
+        """f32: weights [n, m] . pieces [m, .]."""
+        return tuple(self.numbers.product(weights, x, (1, 0)) for x in pieces)
 
-        def product(w: jax.Array, x: jax.Array) -> jax.Array:
-            return self.numbers.product(w, x, (1, 0))
+    def weigh_guarded(self, weights: jax.Array, x: jax.Array) -> jax.Array:
+        """f32: weights [n, m] . x [m, .], to which entries of x add nothing where their weight is 0.
 
-        if guard:
-            return tuple(_guarded(product, weights, x) for x in pieces)
-        return tuple(product(weights, x) for x in pieces)
+        As `distattn.block.attended_sum`. What is not finite is added for who attends to it.
+        """
+        x = x.astype(jnp.float32)
+        code = jnp.where(x == jnp.inf, 1.0, jnp.where(x == -jnp.inf, _NEGATIVE, 0.0))
+        code = jnp.where(x != x, _NAN, code)
+        met = _COUNTING.product(jnp.where(weights != 0, 1.0, 0.0), code, (1, 0))
+        count = jnp.minimum(met, _NAN).astype(jnp.int32)
+        odd = jnp.where(count % int(_NEGATIVE) > 0, jnp.inf, 0.0)
+        odd = odd - jnp.where(count >= int(_NEGATIVE), jnp.inf, 0.0)
+        odd = jnp.where(met >= _NAN, jnp.nan, odd)
+        finite = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
+        return self.numbers.product(weights, finite, (1, 0)) + odd
 
     def may_leak(self, x: jax.Array) -> bool:
         """Whether an array can have what is no number where nobody may attend."""
@@ -137,40 +156,25 @@ def plan_of(
     )
 
 
-def unless_finite(pieces: Pieces, again: Callable[[], None]) -> None:
-    """Runs `again` where one of the sums is not finite: something that is no number was met.
+def unless_finite(pieces: Pieces, side: Side, again: Callable[[Piece], None]) -> None:
+    """Runs `again`, for each narrow piece of a side, where one of the sums is not finite.
 
     So what nobody attends to is looked for after the loop over blocks, once, and not in each of them: a weight
-    of 0 times a NaN or an infinity is NaN, and stays so.
+    of 0 times a NaN or an infinity is NaN, and stays so. Narrow, so that it takes no more registers.
     """
     odd = jnp.zeros((), jnp.float32)
     for x in pieces:
         kinds = jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0)
         odd = jnp.maximum(odd, kinds.max(axis=1).max(axis=0))
+    width = padded(side.width)
+    size = _NARROW if width % _NARROW == 0 else SMALLEST
 
     @pl.when(odd > 0)
     def _() -> None:
-        again()
+        lax.fori_loop(0, width // size, lambda n, _: again((n * size, size)), None)
 
 
+_NARROW = 32
 # Codes whose sums over a block tell which kinds of non-numbers were met: bfloat16 has them exactly.
 _NEGATIVE, _NAN = 2.0**12, 2.0**24
 _COUNTING = Numbers(jnp.dtype(jnp.bfloat16), lax.Precision.DEFAULT)
-
-
-def _guarded(
-    product: Callable[[jax.Array, jax.Array], jax.Array], weights: jax.Array, x: jax.Array
-) -> jax.Array:
-    """product(weights, x), to which entries of x contribute nothing where their weight is 0.
-
-    As `distattn.block.attended_sum`. What is not finite is added for who attends to it.
-    """
-    x = x.astype(jnp.float32)
-    finite = jnp.abs(x) < jnp.inf
-    code = jnp.where(x == jnp.inf, 1.0, jnp.where(x == -jnp.inf, _NEGATIVE, 0.0))
-    code = jnp.where(x != x, _NAN, code)
-    met = _COUNTING.product(jnp.where(weights != 0, 1.0, 0.0), code, (1, 0))
-    count = jnp.minimum(met, _NAN).astype(jnp.int32)
-    odd = jnp.where(count % 4096 > 0, jnp.inf, 0.0) - jnp.where(count >= 4096, jnp.inf, 0.0)
-    odd = jnp.where(met >= _NAN, jnp.nan, odd)
-    return product(weights, jnp.where(finite, x, 0.0)) + odd

@@ -84,16 +84,27 @@ class Program(NamedTuple):
     last: jax.Array
     order: Any  # of spans of blocks
     row: jax.Array  # where the order of its own starts
+    others: int  # that it has
     span: int
 
     def over(self, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
-        """body(block, carry) for each block that it visits."""
+        """body(block, carry) for each block that it visits.
 
-        def step(index: jax.Array, carry: Any) -> Any:
+        Which one is next is read a step ahead: Triton brings what a step reads into shared memory ahead of it,
+        but half as far if that depends on something else that the step reads.
+        """
+
+        def block(index: jax.Array) -> jax.Array:
+            index = jnp.minimum(index, self.others * self.span - 1)
             entry = self.order[self.row + lax.div(index, self.span)]
-            return body(entry * self.span + lax.rem(index, self.span), carry)
+            return entry * self.span + lax.rem(index, self.span)
 
-        return lax.fori_loop(self.first, self.last, step, init)
+        def step(index: jax.Array, carry: tuple) -> tuple:
+            this, state = carry
+            following = block(index + 1)
+            return following, body(this, state)
+
+        return lax.fori_loop(self.first, self.last, step, (block(self.first), init))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +137,8 @@ class Call:
         row = self.table.row(pl.program_id(2), lax.div(own, own_span))
         count = counts[row] * span
         first, last = (lax.div(count * x, self.splits) for x in (split, split + 1))
-        return Program(own, split, first, last, order, row * self.table.others, span)
+        others = self.table.others
+        return Program(own, split, first, last, order, row * others, others, span)
 
 
 def launch(

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from distattn.block import Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Pieces, Plan, plan_of, unless_finite
+from distattn.kernels.gpu_block import Piece, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, launch
 from distattn.kernels.gpu_layout import cut_of
 from distattn.kernels.rows import by_key_heads, by_queries, index_of
@@ -81,43 +81,47 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     rows = pl.ds(first_row, cut.rows)
     queries = plan.query.load(query, first_row, cut.rows)
 
-    def block(number: jax.Array, state: tuple, *, guard: bool) -> tuple:
-        sums, high, total = state
+    def logits_of_block(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = number * cut.key_block
         keys = pl.ds(start, cut.key_block)
-        products = plan.scores(queries, plan.key.load(key, start, cut.key_block, of_layer))
+        own = plan.key.load(key, start, cut.key_block, of_layer)
+        products = plan.scores(queries, own)
         if scales:
             products = products * scales[0][of_layer, keys][None, :]
         allowed = plan.allowed(
             lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
         )
-        logits, _ = logits_of(products, allowed, plan.scoring)
-        before, high = high, jnp.maximum(high, logits.max(axis=1))
+        return start, logits_of(products, allowed, plan.scoring)[0]
+
+    def block(number: jax.Array, state: tuple) -> tuple:
+        sums, before, total = state
+        start, logits = logits_of_block(number)
+        high = jnp.maximum(before, logits.max(axis=1))
         weights, shrink = softmax_weights(logits, high[:, None]), softmax_weights(before, high)
         total = shrink * total + weights.sum(axis=1)
         if scales:
             # A scale may be no number in a slot that nobody attends to.
-            scaled = weights * scales[1][of_layer, keys][None, :]
+            scaled = weights * scales[1][of_layer, pl.ds(start, cut.key_block)][None, :]
             weights = jnp.where(weights != 0, scaled, 0.0)
-        found = plan.weigh(
-            weights, plan.value.load(value, start, cut.key_block, of_layer), guard=guard
-        )
+        found = plan.weigh(weights, plan.value.load(value, start, cut.key_block, of_layer))
         sums = tuple(x * shrink[:, None] + y for x, y in zip(sums, found, strict=True))
         return sums, high, total
 
-    def run(*, guard: bool) -> Pieces:
-        empty = (
-            plan.out.zeros(cut.rows),
-            jnp.full((cut.rows,), -jnp.inf, jnp.float32),
-            jnp.zeros((cut.rows,), jnp.float32),
-        )
-        body = functools.partial(block, guard=guard)
-        sums, high, total = program.over(body, empty)
-        plan.out.store(weighted_sum, first_row, sums, program.split)
-        numbers[program.split, 0, rows] = high
-        numbers[program.split, 1, rows] = total
-        return sums
+    zero = jnp.zeros((cut.rows,), jnp.float32)
+    empty = plan.out.zeros(cut.rows), jnp.full_like(zero, -jnp.inf), zero
+    sums, high, total = program.over(block, empty)
+    plan.out.store(weighted_sum, first_row, sums, program.split)
+    numbers[program.split, 0, rows] = high
+    numbers[program.split, 1, rows] = total
 
-    sums = run(guard=False)
+    def again(piece: Piece) -> None:
+        def block(number: jax.Array, found: jax.Array) -> jax.Array:
+            start, logits = logits_of_block(number)
+            values = plan.value.load_piece(value, start, cut.key_block, piece, of_layer)
+            return found + plan.weigh_guarded(softmax_weights(logits, high[:, None]), values)
+
+        found = program.over(block, jnp.zeros((cut.rows, piece[1]), jnp.float32))
+        plan.out.store_piece(weighted_sum, first_row, found, piece, program.split)
+
     if plan.may_leak(value):
-        unless_finite(sums, lambda: [run(guard=True), None][1])
+        unless_finite(sums, plan.out, again)
