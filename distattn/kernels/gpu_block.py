@@ -159,8 +159,8 @@ def plan_of(
 def unless_finite(pieces: Pieces, side: Side, again: Callable[[Piece], None]) -> None:
     """Runs `again`, for each narrow piece of a side, where one of the sums is not finite.
 
-    So what nobody attends to is looked for after the loop over blocks, once, and not in each of them: a weight
-    of 0 times a NaN or an infinity is NaN, and stays so. Narrow, so that it takes no more registers.
+    So what nobody attends to is looked for after the loop over blocks, once, and not in each of them: a
+    weight of 0 times a NaN or an infinity is NaN, and stays so. Narrow, so that it takes no more registers.
     """
     odd = jnp.zeros((), jnp.float32)
     for x in pieces:

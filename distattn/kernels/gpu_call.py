@@ -90,8 +90,8 @@ class Program(NamedTuple):
     def over(self, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
         """body(block, carry) for each block that it visits.
 
-        Which one is next is read a step ahead: Triton brings what a step reads into shared memory ahead of it,
-        but half as far if that depends on something else that the step reads.
+        Which one is next is read a step ahead: Triton brings what a step reads into shared memory ahead of
+        it, but half as far if that depends on something else that the step reads.
         """
 
         def block(index: jax.Array) -> jax.Array:

@@ -54,10 +54,8 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     )
     # The states are merged as they lie: [splits, B, K, R], and its values.
     states = SoftmaxState(numbers[..., 0, :], numbers[..., 1, :], weighted_sum)
-    if cut.splits == 1:
-        state = jax.tree.map(lambda x: x[0], states)
-    else:
-        state = merge_stacked(states)
+    alone = cut.splits == 1
+    state = jax.tree.map(lambda x: x[0], states) if alone else merge_stacked(states)
     return jax.tree.map(lambda x: by_queries(x, cut), state)
 
 

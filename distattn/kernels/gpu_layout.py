@@ -101,7 +101,7 @@ class Numbers:
 
 
 def precision_of(scoring: Scoring) -> lax.Precision | None:
-    """HIGHEST: products of float32; DEFAULT: of what is fast; None: another is asked for, which is not done.
+    """HIGHEST: of float32; DEFAULT: of what is fast; None: another is asked for, which is not done.
 
     Where the call names none it is that of `jax.default_matmul_precision`.
     """

@@ -1,7 +1,7 @@
 """The local part as kernels for GPUs, written in Triton through Pallas, for masks of positions.
 
-Nothing of the size of T x S exists, nor a copy of keys or values. None of it has been timed: it is checked by
-Pallas' interpreter, and by the compiler for the H100.
+Nothing of the size of T x S exists, nor a copy of keys or values. None of it has been timed: it is checked
+by Pallas' interpreter, and by the compiler for the H100.
 """
 
 import jax
@@ -73,7 +73,8 @@ def _of_sizes(
     if cut.shared_bytes > cut.target.shared_bytes:
         return (
             f"key has a width of {cut.width}: blocks of {cut.rows} rows and {cut.key_block} keys take "
-            f"{cut.shared_bytes} bytes, and a program may take {cut.target.shared_bytes} on {cut.target.name}"
+            f"{cut.shared_bytes} bytes, and a program may take {cut.target.shared_bytes} on "
+            f"{cut.target.name}"
         )
     for name, x in (("key", operands.key), ("value", operands.value)):
         # Pallas computes the place of an item in 32 bits up to 2^32 bytes: half of those for int8 alone.
