@@ -55,6 +55,7 @@ DEFAULT_VERSION_ALONE = {
     "test_kernels.py",
     "test_kernels_chosen.py",
     "test_kernels_compiled.py",
+    "test_kernels_gpu.py",
     "test_kernels_masked.py",
     "test_language_model.py",
     "test_launch.py",

@@ -34,7 +34,7 @@ THINNED += [
 GRADIENTS = [
     ("v5e:2x2", 128, jnp.bfloat16),
     ("tpu7x:2x2x1", 64, jnp.bfloat16),
-    ("h100:1x4", 256, jnp.bfloat16),
+    ("h100:1x4", 128, jnp.bfloat16),
 ]
 
 

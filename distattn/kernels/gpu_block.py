@@ -67,6 +67,14 @@ class Side:
         place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
         plgpu.store(place, x.astype(ref.dtype), mask=self._there(start, count, piece))
 
+    def load_numbers(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> jax.Array:
+        """[count], 0 for what is not there. `ref` is [*lead, n]."""
+        place = ref.at[(*lead, pl.ds(start, count))]
+        if not self.is_ragged:
+            return plgpu.load(place)
+        there = start + lax.broadcasted_iota(jnp.int32, (count,), 0) < self.length
+        return plgpu.load(place, mask=there, other=jnp.zeros((), ref.dtype))
+
     def zeros(self, count: int) -> Pieces:
         """f32: what sums start with."""
         return tuple(jnp.zeros((count, size), jnp.float32) for _, size in self.pieces)

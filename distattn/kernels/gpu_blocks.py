@@ -7,9 +7,11 @@ blocks of keys that it visits, which Triton brings into shared memory ahead of t
 * Rows. A byte of bfloat16 keys and values is loaded once for each block of rows, and serves 1 flop for each
   row of it; most of the loads hit the L2 cache, which gives about three times what the memory does, so 128
   rows hide them on an H100 (989e12 flops/s, 3.35e12 bytes/s: 295 flops a byte from memory, 100 from L2).
-* Keys. 64 of them a step; 128 where heads are narrow, so that a step has as much to do.
+* Keys. 64 of them a step; 128 where heads are narrow and rows few, so that a step has as much to load.
 * Registers. The sums of a block of rows stay in them, and what a step computes (logits, weights, their
-  gradients): at most `MOST_NUMBERS` of the 255 that a thread has, the rest for addresses and operands.
+  gradients): at most `MOST_NUMBERS` of the 255 that a thread has, the rest for addresses and operands, of
+  which those of float32 are as large again and converted on their way. Eight warps hold it, four where it
+  is little. With more, the compiler for the H100 spills some to memory.
 * Shared memory. Keys and values of a step, as often as there are stages, and what stays: queries.
 * Splits. Where there are fewer programs than multiprocessors, several share the keys of a block of rows,
   until each multiprocessor has two, and their states are merged.
@@ -23,7 +25,7 @@ from distattn.chips import chip_of
 
 KIB = 2**10
 SMALLEST = 16
-MOST_NUMBERS = 168
+MOST_NUMBERS = {2: 168, 4: 64}  # by the bytes of an operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,50 +89,55 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
       wanted: queries and keys; they are rounded up. None: as the table says.
     """
     rows = min(power_of_two(shape.rows), 64 if shape.backward else 128)
-    keys = 128 if max(shape.width, shape.value_width) <= 64 and not shape.backward else 64
+    narrow = max(shape.width, shape.value_width) <= 64 and rows <= 32 and not shape.backward
+    keys = 128 if narrow else 64
     if wanted is not None:
         rows = min(power_of_two(wanted[0] * shape.groups), power_of_two(shape.rows))
         keys = power_of_two(wanted[1])
     keys = min(keys, power_of_two(shape.keys))
     stages = 3 if rows * keys <= 64 * 64 and not shape.backward else 2
-    size = Sizes(rows, keys, _warps(rows), stages)
     if wanted is not None:
-        return size
-    while not fits(shape, size, target):
-        if size.stages > 2:
-            size = dataclasses.replace(size, stages=size.stages - 1)
-        elif size.keys > 32 or size.rows == size.keys > SMALLEST:
-            size = dataclasses.replace(size, keys=size.keys // 2)
-        elif size.rows > SMALLEST:
-            size = dataclasses.replace(size, rows=size.rows // 2, warps=_warps(size.rows // 2))
+        return _sizes(shape, rows, keys, stages)
+    while True:
+        size = _sizes(shape, rows, keys, stages)
+        if fits(shape, size, target):
+            return size
+        if stages > 2:
+            stages -= 1
+        elif keys > SMALLEST and (keys >= rows or rows == SMALLEST):
+            keys //= 2
+        elif rows > SMALLEST:
+            rows //= 2
         else:
-            break
-    return size
+            return size
 
 
 def fits(shape: Shape, size: Sizes, target: Target) -> bool:
     """Whether a program has the registers and the shared memory."""
-    return numbers(shape, size) <= MOST_NUMBERS and shared_bytes(shape, size) <= target.shared_bytes
+    of_a_thread = _numbers(shape, size.rows, size.keys) // (32 * size.warps)
+    held = shared_bytes(shape, size)
+    return of_a_thread <= MOST_NUMBERS[shape.itemsize] and held <= target.shared_bytes
 
 
-def numbers(shape: Shape, size: Sizes) -> int:
-    """Of 32 bits that a thread holds, about."""
+def _numbers(shape: Shape, rows: int, keys: int) -> int:
+    """Of 32 bits that the threads of a program hold, about."""
     width, value_width = padded(shape.width), padded(shape.value_width)
     if shape.backward:
-        sums = max(size.rows * width, size.keys * (width + value_width))
-    else:
-        sums = size.rows * value_width
-    return (sums + (3 if shape.backward else 2) * size.rows * size.keys) // (32 * size.warps)
+        return max(rows * width, keys * (width + value_width)) + 3 * rows * keys
+    return rows * value_width + 2 * rows * keys
 
 
 def shared_bytes(shape: Shape, size: Sizes) -> int:
-    """What a program holds in shared memory, about."""
+    """What a program holds in shared memory: more than the compiler for the H100 takes."""
     both = padded(shape.width) + padded(shape.value_width)
+    of_vectors = 16 * (size.rows + size.keys)
     if not shape.backward:
         own = size.rows * padded(shape.width)
-        return (own + size.stages * size.keys * both) * shape.itemsize
+        return (own + size.stages * size.keys * both) * shape.itemsize + of_vectors
     most, least = max(size.rows, size.keys), min(size.rows, size.keys)
-    return (least + size.stages * most) * both * shape.itemsize
+    # Weights, and their gradients, on their way to the tensor cores.
+    on_their_way = 4 * size.rows * size.keys
+    return (least + size.stages * most) * both * shape.itemsize + on_their_way + of_vectors
 
 
 def power_of_two(x: int) -> int:
@@ -143,5 +150,5 @@ def padded(width: int) -> int:
     return -(-width // SMALLEST) * SMALLEST
 
 
-def _warps(rows: int) -> int:
-    return 8 if rows > 32 else 4
+def _sizes(shape: Shape, rows: int, keys: int, stages: int) -> Sizes:
+    return Sizes(rows, keys, 4 if _numbers(shape, rows, keys) <= 4 * 32 * 64 else 8, stages)

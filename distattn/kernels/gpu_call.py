@@ -125,8 +125,8 @@ class Call:
     @property
     def _spans(self) -> tuple[int, int]:
         """Of own blocks, of others."""
-        spans = self.cut.row_span, self.cut.key_span
-        return spans if self.inner == "keys" else spans[::-1]
+        rows, keys = self.cut.row_span, self.cut.key_span
+        return (rows, keys) if self.inner == "keys" else (keys, rows)
 
     def program(self, counts: Any, order: Any) -> "Program":
         """The one that is running; to be called outside of what it does on a condition."""

@@ -85,7 +85,8 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         own = plan.key.load(key, start, cut.key_block, of_layer)
         products = plan.scores(queries, own)
         if scales:
-            products = products * scales[0][of_layer, keys][None, :]
+            scale = plan.key.load_numbers(scales[0], start, cut.key_block, of_layer)
+            products = products * scale[None, :]
         allowed = plan.allowed(
             lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
         )
@@ -99,8 +100,8 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         total = shrink * total + weights.sum(axis=1)
         if scales:
             # A scale may be no number in a slot that nobody attends to.
-            scaled = weights * scales[1][of_layer, pl.ds(start, cut.key_block)][None, :]
-            weights = jnp.where(weights != 0, scaled, 0.0)
+            scale = plan.value.load_numbers(scales[1], start, cut.key_block, of_layer)
+            weights = jnp.where(weights != 0, weights * scale[None, :], 0.0)
         found = plan.weigh(weights, plan.value.load(value, start, cut.key_block, of_layer))
         sums = tuple(x * shrink[:, None] + y for x, y in zip(sums, found, strict=True))
         return sums, high, total

@@ -107,7 +107,7 @@ def precision_of(scoring: Scoring) -> lax.Precision | None:
     """
     precision = scoring.precision
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if precision in EXACT:
         return lax.Precision.HIGHEST
     return lax.Precision.DEFAULT if precision in _FAST else None
@@ -157,7 +157,7 @@ def cut_of(
         target=target,
         shared_bytes=shared_bytes(shape, size),
     )
-    table_rows = max(x.shape[0] for x in (*jax.tree.leaves(operands.mask), operands.query[:1]))
+    table_rows = max([1, *(x.shape[0] for x in jax.tree.leaves(operands.mask))])
     row_span, key_span = _spans(cut, TABLE_ENTRIES // table_rows)
     return dataclasses.replace(
         cut,
