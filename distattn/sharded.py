@@ -65,10 +65,11 @@ def dot_product_attention(
       key_value_seq_lengths: int32[B]; attend iff key position < length.
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
       implementation: 'blocked': XLA's operations on blocks, memory O(T + block), reverse mode.
-        'pallas_tpu': the same as TPU kernels, for masks of positions, lengths and segments; no bias, dense
-        mask or float64; compiled for v4 to tpu7x, not timed yet. 'dense': plain operations of size [T, S],
-        for forward mode, hessians, and as a check. None: on a TPU the kernels, where they serve and no axis
-        is left to the compiler, else 'blocked'.
+        'pallas_tpu' and 'pallas_gpu': the same as kernels for TPUs and for GPUs, for masks of positions,
+        lengths and segments; no bias, dense mask or float64; compiled for v4 to tpu7x and for the H100, not
+        timed yet. 'dense': plain operations of size [T, S], for forward mode, hessians, and as a check.
+        None: on a TPU or a GPU its kernels, where they serve and no axis is left to the compiler, else
+        'blocked'.
       return_residual: also return the log-sum-exp of the logits.
       logits_soft_cap: c in c * tanh(logit / c).
       sinks: float[N], one extra logit a head whose value is 0. Differentiable. A row with a sink and no

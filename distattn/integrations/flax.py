@@ -85,7 +85,7 @@ def attention_fn(
       query_positions: int32[T] or int32[batch..., T] of every call, a layout such as zigzag; those of an
         `AttentionMask` go first.
       key_positions: int32[S] or int32[batch..., S].
-      implementation: None, 'blocked', 'pallas_tpu' or 'dense'.
+      implementation: None, 'blocked', 'pallas_tpu', 'pallas_gpu' or 'dense'.
 
     Returns:
       The function. Beside what `distattn.dot_product_attention` raises, it raises NotImplementedError for
