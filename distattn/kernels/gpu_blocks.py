@@ -13,6 +13,8 @@ blocks of keys that it visits, which Triton brings into shared memory ahead of t
   which those of float32 are as large again and converted on their way. Eight warps hold it, four where it
   is little. With more, the compiler for the H100 spills some to memory.
 * Shared memory. Keys and values of a step, as often as there are stages, and what stays: queries.
+* Exact products are unrolled into one instruction for each number: blocks are small, or it takes minutes
+  to compile them.
 * Splits. Where there are fewer programs than multiprocessors, several share the keys of a block of rows,
   until each multiprocessor has two, and their states are merged.
 
@@ -68,6 +70,7 @@ class Shape:
     value_width: int  # V
     itemsize: int  # of the operands of products
     backward: bool = False
+    exact: bool = False  # products of float32, for which there are no tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,8 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
     rows = min(power_of_two(shape.rows), 64 if shape.backward else 128)
     narrow = max(shape.width, shape.value_width) <= 64 and rows <= 32 and not shape.backward
     keys = 128 if narrow else 64
+    if shape.exact:
+        rows, keys = min(rows, 32), 32
     if wanted is not None:
         rows = min(power_of_two(wanted[0] * shape.groups), power_of_two(shape.rows))
         keys = power_of_two(wanted[1])
@@ -151,4 +156,5 @@ def padded(width: int) -> int:
 
 
 def _sizes(shape: Shape, rows: int, keys: int, stages: int) -> Sizes:
-    return Sizes(rows, keys, 4 if _numbers(shape, rows, keys) <= 4 * 32 * 64 else 8, stages)
+    little = not shape.exact and _numbers(shape, rows, keys) <= 4 * 32 * 64
+    return Sizes(rows, keys, 4 if little else 8, stages)

@@ -137,8 +137,17 @@ def cut_of(
     keys, kv_heads, value_width = operands.value.shape[-3:]
     groups = heads // kv_heads
     target = target_of(device_kind_of())
-    itemsize = numbers_of(operands, scoring, backward=backward).dtype.itemsize
-    shape = Shape(queries * groups, groups, keys, width, value_width, itemsize, backward)
+    numbers = numbers_of(operands, scoring, backward=backward)
+    shape = Shape(
+        queries * groups,
+        groups,
+        keys,
+        width,
+        value_width,
+        numbers.dtype.itemsize,
+        backward,
+        exact=numbers.precision == lax.Precision.HIGHEST,
+    )
     size = sizes(shape, target, machine.block_sizes)
     cut = Cut(
         batch,
