@@ -34,11 +34,12 @@ class Part(NamedTuple):
 def _part(x: Any, batch: int | None, heads: int | None, *, whole: bool = False) -> Part:
     """All of an array but for those two dimensions, of which a program has one entry.
 
-    The last dimension is filled up to what its pieces are together. `whole`: one holds for the batch.
+    A last dimension after that of the heads is a width, and filled up to what its pieces are together.
+    `whole`: one row holds for the batch.
     """
-    kept = [x.shape[axis] for axis in range(x.ndim)]
-    if heads is not None:
-        kept[-1] = padded(kept[-1]) if heads < x.ndim - 1 else kept[-1]
+    kept = list(x.shape)
+    if heads is not None and heads < x.ndim - 1:
+        kept[-1] = padded(kept[-1])
     shape = [None if axis in (batch, heads) else size for axis, size in enumerate(kept)]
 
     def at(_: Any, head: Any, row: Any) -> tuple:
@@ -61,7 +62,7 @@ def of_rows(x: Any) -> Part:
 
 
 def by_keys(x: Any) -> Part:
-    """[L, B, S, K, .], keys or values, or [B, S, K, .], their gradients; or scales [L, B, S, K]."""
+    """[L, B, S, K, .], keys or values, or [B, S, K, .], their gradients."""
     return _part(x, x.ndim - 4, x.ndim - 2)
 
 
