@@ -83,7 +83,9 @@ def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.Shap
 
 def abstract_device(platform: str) -> AbstractDevice:
     """Any device of a platform, for an abstract mesh to stand for."""
-    fields = {"device_kind": platform, "num_cores": None, "platform": platform}
+    # Of a GPU a kernel asks which (JAX from 0.12 on): the typical one, as in `distattn.chips`.
+    kind = "NVIDIA H100 80GB HBM3" if platform == "gpu" else platform
+    fields = {"device_kind": kind, "num_cores": None, "platform": platform}
     names = AbstractDevice.__dataclass_fields__  # platform is among them from JAX 0.10 on
     return AbstractDevice(**{name: x for name, x in fields.items() if name in names})
 

@@ -21,7 +21,7 @@ from distattn.block import Scoring
 from distattn.checks import Window
 from distattn.mask import IndexOrder, Mask
 
-KERNELS = ("pallas_tpu", "cudnn", "splash")  # in `distattn.kernels`
+KERNELS = ("pallas_tpu", "pallas_gpu", "cudnn", "splash")  # in `distattn.kernels`
 IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
 
 

@@ -65,13 +65,14 @@ def dot_product_attention(
       key_value_seq_lengths: int32[B]; attend iff key position < length.
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
       implementation: 'blocked': XLA's operations on blocks, memory O(T + block), reverse mode.
-        'pallas_tpu': the same as TPU kernels, for masks of positions, lengths and segments; no bias, dense
-        mask or float64; compiled for v4 to tpu7x, not timed yet. 'cudnn', 'splash': NVIDIA's and JAX's own
-        kernels for the forward pass, of keys in index order and standard masks, causal ones where T and S
-        are whole on a device; NaN in a value that a causal mask, a window or segments hide from some rows
-        may reach these (see `distattn.kernels.cudnn` and `splash`). 'dense': plain operations of size
-        [T, S], for forward mode, hessians, and as a check. None: on a TPU 'pallas_tpu', on a GPU 'cudnn'
-        for calls without causal mask or window, where they serve and no axis is left to the compiler, else
+        'pallas_tpu' and 'pallas_gpu': the same as kernels for TPUs and for GPUs, for masks of positions,
+        lengths and segments; no bias, dense mask or float64; compiled for v4 to tpu7x and for the H100, not
+        timed yet. 'cudnn', 'splash': NVIDIA's and JAX's own kernels for the forward pass, of keys in index
+        order and standard masks, causal ones where T and S are whole on a device; NaN in a value that a
+        causal mask, a window or segments hide from some rows may reach these (see `distattn.kernels.cudnn`
+        and `splash`). 'dense': plain operations of size [T, S], for forward mode, hessians, and as a check.
+        None: on a TPU 'pallas_tpu', on a GPU 'cudnn' for many queries without causal mask or window and
+        else 'pallas_gpu', where they serve and no axis is left to the compiler, else
         'blocked'.
       return_residual: also return the log-sum-exp of the logits.
       logits_soft_cap: c in c * tanh(logit / c).

@@ -1,5 +1,6 @@
-"""Calls of the TPU kernels that the tests and the bench compile, and what a compiled program may hold."""
+"""Calls of the kernels that the tests and the bench compile, and what a compiled program may hold."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -9,12 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 import distattn
+from distattn import kernels
 from distattn.testing import Report, compile_for
 
-TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+TPU_TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+GPU_TARGETS = ("h100:1x4",)
+TARGETS = (*TPU_TARGETS, *GPU_TARGETS)
 WIDTHS = (64, 80, 96, 128, 192, 256)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 # rows of the batch, queries, keys of a device, heads, heads of keys. No two of their products are equal
@@ -27,9 +33,54 @@ CALLS = {
 }
 
 
+every_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+
+
+def simulated(implementation: str) -> contextlib.AbstractContextManager:
+    """Where kernels run on one device, by the interpreter."""
+    on_a_tpu = implementation == "pallas_tpu"
+    return kernels.interpreted(pltpu.InterpretParams() if on_a_tpu else True)
+
+
+def attention_by(implementation: str) -> Callable:
+    """(out, lse) by a kernel."""
+    return functools.partial(
+        distattn.dot_product_attention, return_residual=True, implementation=implementation
+    )
+
+
+def inside(
+    implementation: str, *, mesh: Any = None, check_vma: bool, is_causal: bool, **arrays: Any
+):
+    """The call in a shard_map of one's own."""
+    along = P(None, "kv")
+    specs = {"query": P(), "query_positions": P(), "key_positions": along}
+    specs |= {"key": along, "value": along}
+    run = functools.partial(
+        distattn.sharded_attention,
+        axis_name="kv",
+        is_causal=is_causal,
+        return_residual=True,
+        implementation=implementation,
+    )
+    body = jax.shard_map(
+        lambda arrays: run(**arrays),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    return body(arrays)
+
+
 def matrix() -> list[tuple[str, str, int, Any]]:
     """All that is to compile: target, call, width and dtype."""
     return list(itertools.product(TARGETS, CALLS, WIDTHS, DTYPES))
+
+
+def kernel_of(target: str) -> str:
+    """The implementation for a target."""
+    return "pallas_gpu" if target in GPU_TARGETS else "pallas_tpu"
 
 
 def compiled(
@@ -39,9 +90,13 @@ def compiled(
     dtype: Any,
     *,
     value_width: int | None = None,
-    implementation: str | None = "pallas_tpu",
+    implementation: str | None = None,
+    precision: str | None = None,
 ) -> Report:
-    """One call of `dot_product_attention` over the devices of a target, keys in any order."""
+    """One call of `dot_product_attention` over the devices of a target, keys in any order.
+
+    `implementation`: None for the kernels of the target.
+    """
     batch, queries, keys, heads, kv_heads = CALLS[call]
     chips = math.prod(map(int, target.partition(":")[2].split("x")))
     devices = chips * (2 if target.startswith(("v4", "tpu7x")) else 1)  # a core is a device there
@@ -49,7 +104,8 @@ def compiled(
         distattn.dot_product_attention,
         is_causal=True,
         logits_soft_cap=30.0 if width == 256 else None,
-        implementation=implementation,
+        implementation=implementation or kernel_of(target),
+        precision=precision,
         combine="butterfly",
     )
 
@@ -77,9 +133,13 @@ def compiled(
     )
 
 
+# What XLA calls a kernel: on a TPU, and on a GPU up to jaxlib 0.10.2 and since.
+_CUSTOM_CALLS = "tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi"
+
+
 def launches(report: Report) -> int:
     """How many kernels the compiled program launches."""
-    return report.hlo.count('custom_call_target="tpu_custom_call"')
+    return sum(report.hlo.count(f'custom_call_target="{name}"') for name in _CUSTOM_CALLS)
 
 
 def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:

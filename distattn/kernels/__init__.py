@@ -22,7 +22,7 @@ __all__ = ["Kernel", "chosen", "interpreted"]
 
 # What None takes, the first that serves; where none does, XLA's operations on blocks.
 # Not 'splash': `pallas_tpu` does all that it does, and copies nothing.
-_OF_PLATFORM = {"tpu": ("pallas_tpu",), "gpu": ("cudnn",)}
+_OF_PLATFORM = {"tpu": ("pallas_tpu",), "gpu": ("cudnn", "pallas_gpu")}
 
 
 class Kernel(Protocol):

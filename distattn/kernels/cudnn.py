@@ -13,7 +13,8 @@ mask alone. What no source states is refused (causal with T other than S, a wind
 left to it (rows without a key).
 
 A number that is no number in a value may reach rows that a causal mask keeps from it. None therefore takes
-it only where no row sees less of the keys than another; by name it also does causal masks and windows.
+it only where no row sees less of the keys than another, and for many queries; by name it also does causal
+masks and windows.
 """
 
 import jax
@@ -36,6 +37,9 @@ from distattn.tiles import Machine
 # No gradient of its own: that of the first that serves, else that of XLA's operations on blocks.
 GRADIENTS_BY = ("pallas_gpu",)
 
+# From so many on there is a block of rows for each head, and more, as FlashAttention-2 cuts them (64 to 128
+# rows; arXiv 2307.08691, section 3.3). Not measured.
+FEW_QUERIES = 64
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _AMPERE, _HOPPER = (8, 0), (9, 0)  # compute capabilities
 
@@ -88,6 +92,8 @@ def refusal(
 
 def reservation(operands: Operands) -> str | None:
     """Why None does not take it, though it does the call."""
+    if operands.query.shape[1] < FEW_QUERIES:
+        return "few queries: `pallas_gpu` cuts the keys, so that all processors of a GPU work"
     if operands.mask.compares_positions:
         return "NaN that a causal mask or a window hides from some of the rows may reach them"
     return None

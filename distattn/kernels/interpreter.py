@@ -12,11 +12,12 @@ _interpret = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def interpreted(params: Any = True) -> Iterator[None]:
-    """While it is entered, the TPU kernels that are traced run on a CPU, by Pallas' interpreter.
+    """While it is entered, the kernels that are traced run on a CPU, by Pallas' interpreter.
 
     Args:
-      params: of `pallas_call`: True, or a `pltpu.InterpretParams`, which simulates a TPU's memories and
-        needs PJRT_NPROC=16 in the environment before JAX starts where several fake devices run kernels.
+      params: of `pallas_call`: True, or, for TPU kernels, a `pltpu.InterpretParams`, which simulates a
+        TPU's memories and needs PJRT_NPROC=16 in the environment before JAX starts where several fake
+        devices run kernels.
     """
     with _interpret(params):
         yield

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from distattn.block import Scoring
 from distattn.kernels import refusals
+from distattn.kernels.scores import EXACT, PLAIN
 from distattn.kernels.tpu_blocks import TABLE_ENTRIES
-from distattn.kernels.tpu_layout import EXACT, PLAIN, cut_of
+from distattn.kernels.tpu_layout import cut_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine

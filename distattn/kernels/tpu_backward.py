@@ -14,27 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_block import (
-    Plan,
-    Side,
-    each,
-    gradients_of,
-    guarded,
-    loaded,
-    plan_of,
-)
+from distattn.kernels.rows import Index, by_key_heads, by_queries, index_of
+from distattn.kernels.scores import gradients_of
+from distattn.kernels.table import tables
+from distattn.kernels.tpu_block import Plan, Side, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, launch
-from distattn.kernels.tpu_layout import (
-    Index,
-    as_given,
-    as_stored,
-    by_key_heads,
-    by_queries,
-    cut_of,
-    index_of,
-    tables,
-)
+from distattn.kernels.tpu_layout import as_given, as_stored, cut_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
 

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_layout import EXACT, Cut, Order, order_of
+from distattn.kernels.scores import EXACT
+from distattn.kernels.tpu_layout import Cut, Order, order_of
 from distattn.operands import Operands
-from distattn.state import softmax_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,46 +142,6 @@ def each(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
         lax.fori_loop(0, count, lambda head, _: body(head), None)
 
     return run
-
-
-def logits_of(
-    products: jax.Array, allowed: jax.Array | None, scoring: Scoring
-) -> tuple[jax.Array, jax.Array | None]:
-    """cap(scale * products), -inf where not allowed; and its slope, None for 1."""
-    logits, slope = products * scoring.scale, None
-    if scoring.soft_cap is not None:
-        ratio = jnp.tanh(logits / scoring.soft_cap)
-        logits, slope = scoring.soft_cap * ratio, (1 - ratio) * (1 + ratio)
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    return logits, slope
-
-
-def gradients_of(
-    products: jax.Array,
-    d_products: jax.Array,
-    allowed: jax.Array | None,
-    scoring: Scoring,
-    *,
-    reference: jax.Array,
-    d_sum: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Weights, and the gradient of logits before the soft cap: as in `distattn.block.block_gradients`.
-
-    Args:
-      products: query . key.
-      d_products: d_weighted_sum . value.
-      allowed: who attends to whom; None: all do.
-      scoring: how logits are made.
-      reference: the maximum or the log-sum-exp of rows, broadcasts.
-      d_sum: of rows, broadcasts.
-    """
-    logits, slope = logits_of(products, allowed, scoring)
-    weights = softmax_weights(logits, reference)
-    d_logits = weights * (d_products + d_sum)
-    if slope is not None:
-        d_logits = d_logits * slope
-    return weights, d_logits if allowed is None else jnp.where(allowed, d_logits, 0.0)
 
 
 def guarded(

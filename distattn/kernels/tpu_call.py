@@ -17,7 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from distattn._compat import shaped, vary, varying_axes
 from distattn.kernels.interpreter import interpreter
-from distattn.kernels.tpu_layout import Cut, Index, Order, Table
+from distattn.kernels.rows import Index
+from distattn.kernels.table import Table
+from distattn.kernels.tpu_layout import Cut, Order
 
 
 class Part(NamedTuple):

@@ -1,15 +1,12 @@
-"""How the operands of a call are laid out for the TPU kernels, and which blocks these visit.
+"""How keys and values are laid out for the TPU kernels, and what blocks a call is cut into.
 
 Keys and values stay as they are, which is not always [B, S, K, .]: XLA lays out an array so that the tiles
 of a TPU, 8 by 128, are full. Heads of 64 or 80 numbers lie with S along the lanes, [B, K, ., S], and 3
 heads of 128 as [B, K, S, .]. The kernels take all three `Order`s: what they ask for is what there is.
-The queries of all heads of a key head lie side by side, [B, K, R, .] with R >= T * G rows, so that few
-queries fill a tile. What masks read is made of vectors: of a row the lowest and the highest position that
-it may attend to and its segment, of a key its position and its segment.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +14,11 @@ from jax import lax
 
 from distattn._compat import device_kind_of
 from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of, vmem_bytes
-from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
 from distattn.tiles import Machine
-from distattn.visits import Visits
 
-_HIGHEST = jnp.iinfo(jnp.int32).max
 HEADS = 8  # of keys in a block, at most: the tile of HBM
 Order = Literal["SKH", "KSH", "KHS"]
-# Precisions of products that Mosaic has.
-EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
-PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,95 +107,6 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
     return next((cut for cut in cuts if cut.vmem_bytes <= target.budget_bytes), cuts[-1])
 
 
-def by_key_heads(x: jax.Array, cut: Cut) -> jax.Array:
-    """[B, T, N, ...] to [B, K, R, ...], the rows of one query after those of another."""
-    x = x.reshape(*x.shape[:2], cut.kv_heads, cut.groups, *x.shape[3:])
-    x = jnp.moveaxis(x, 2, 1)
-    x = x.reshape(*x.shape[:2], cut.queries * cut.groups, *x.shape[4:])
-    return _filled(x, 2, cut.all_rows)
-
-
-def by_queries(x: jax.Array, cut: Cut) -> jax.Array:
-    """The inverse: [B, K, R, ...] to [B, T, N, ...]."""
-    x = x[:, :, : cut.queries * cut.groups]
-    x = x.reshape(*x.shape[:2], cut.queries, cut.groups, *x.shape[3:])
-    x = jnp.moveaxis(x, 1, 2)
-    return x.reshape(*x.shape[:2], cut.kv_heads * cut.groups, *x.shape[4:])
-
-
-class Index(NamedTuple):
-    """What decides who attends to whom; a first dimension of 1 holds for the whole batch."""
-
-    rows: jax.Array  # int32[B|1, 3, R]: lowest position, highest position, segment
-    keys: jax.Array  # int32[B|1, 2, key blocks * block]: position, segment
-
-
-def index_of(mask: Mask, cut: Cut) -> Index | None:
-    """The vectors of a mask without a dense part; None where every row attends to every key."""
-    known = mask.key_positions, mask.query_valid, mask.key_segment_ids
-    if not cut.is_ragged and all(x is None for x in known):
-        return None
-    left, right = mask.reach
-    queries = jnp.zeros((1, cut.queries), jnp.int32)
-    low, high = queries, queries + _HIGHEST
-    if left is not None:
-        low = jnp.maximum(saturating_add(mask.query_positions, -left), 0)
-    if right is not None:
-        high = saturating_add(mask.query_positions, right)
-    if mask.query_valid is not None:
-        high = jnp.where(mask.query_valid, high, -1)
-    slots = mask.key_positions
-    if slots is None:
-        slots = jnp.arange(cut.keys, dtype=jnp.int32)[None]
-    slots = _filled(slots, 1, cut.key_blocks * cut.key_block, -1)
-    own, segments = queries, jnp.zeros((1, cut.keys), jnp.int32)
-    if mask.key_segment_ids is not None:
-        own, segments = mask.query_segment_ids, mask.key_segment_ids
-    segments = _filled(segments, 1, slots.shape[1])
-    # The rows that fill the last block attend to nothing.
-    rows = [
-        _filled(jnp.repeat(x, cut.groups, axis=1), 1, cut.all_rows, fill)
-        for x, fill in ((low, 0), (high, -1), (own, 0))
-    ]
-    return Index(_stacked(rows), _stacked([slots, segments]))
-
-
-class Table(NamedTuple):
-    """Which blocks each block visits, in which order; flat, as the scalar memory wants it."""
-
-    counts: jax.Array  # int32[B|1 * own]
-    order: jax.Array  # int32[B|1 * own * others], those that are visited first
-    own: int
-    others: int
-    batch: int  # 1 or B
-
-    def row(self, batch: jax.Array, block: jax.Array) -> jax.Array:
-        """Where the block's count stands."""
-        return (batch if self.batch > 1 else 0) * self.own + block
-
-
-def tables(mask: Mask, cut: Cut) -> tuple[Table, Table]:
-    """Of blocks of rows, the blocks of keys; and of blocks of keys, the blocks of rows."""
-    counts = cut.row_blocks, cut.key_blocks
-    query_block = min(cut.rows // cut.groups, cut.queries) if counts[0] > 1 else cut.queries
-    visits = Visits.of(mask, query_block, min(cut.key_block, cut.keys), counts)
-    batch = 1
-    needed = jnp.ones((1, *counts), bool)
-    if visits is not None:
-        known = jax.tree.leaves((visits.queries, visits.keys))
-        batch = max(x.shape[0] for x in known)
-        rows = jnp.arange(batch, dtype=jnp.int32)
-        needed = jax.vmap(lambda b: visits.table(Span(b, 1)))(rows)
-    return _table(needed), _table(needed.swapaxes(1, 2))
-
-
-def _table(needed: jax.Array) -> Table:
-    batch, own, others = needed.shape
-    order = jnp.argsort(~needed, axis=2, stable=True).astype(jnp.int32)
-    counts = needed.sum(axis=2, dtype=jnp.int32)
-    return Table(counts.reshape(-1), order.reshape(-1), own, others, batch)
-
-
 def order_of(kv_heads: int, width: int) -> Order:
     """How keys, or values, of so many heads and such a width lie in the memory of a TPU."""
     if width % LANES:
@@ -231,14 +133,3 @@ def as_given(x: jax.Array, order: Order) -> jax.Array:
         case "KSH":
             return x[0].swapaxes(1, 2)
     return x[0]
-
-
-def _stacked(parts: list[jax.Array]) -> jax.Array:
-    """[B|1, parts, n]."""
-    shape = jnp.broadcast_shapes(*(x.shape for x in parts))
-    return jnp.stack([jnp.broadcast_to(x, shape) for x in parts], axis=1)
-
-
-def _filled(x: jax.Array, axis: int, size: int, value: int = 0) -> jax.Array:
-    widths = [(0, size - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if size > x.shape[axis] else x

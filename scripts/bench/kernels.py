@@ -1,12 +1,12 @@
-"""The TPU kernels, compiled for every target, width and dtype by the real compiler, with no TPU.
+"""The kernels, compiled for every target, width and dtype by the real compilers, with no TPU or GPU.
 
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
     python scripts/bench/kernels.py time                       # on a TPU or GPU, beside others' kernels
 
-The first three need the extra `tpu`. What is compiled are whole calls, keys sharded over the target's
-devices.
+The first three need the extras `tpu` and `cuda-aot`. What is compiled are whole calls, keys sharded over
+the devices of the target.
 What is timed runs on the first device here: ours against theirs, ratios, and percent of the roofline.
 """
 
@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from tests.kernel_calls import (  # noqa: E402
     CALLS,
+    GPU_TARGETS,
     TARGETS,
     arrays_like_keys,
     compiled,
@@ -61,7 +62,7 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
             }
         )
         # Mosaic takes no float16: its bits are passed on, which XLA copies.
-        copied = copies and dtype != jax.numpy.float16
+        copied = copies and (target in GPU_TARGETS or dtype != jax.numpy.float16)
         if launches(report) != (3 if call == "gradient" else 1) or copied:
             failed += 1
             print("WRONG", *what.values(), launches(report), copies, flush=True)
@@ -79,12 +80,12 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
 
 def memory(targets: list[str]) -> None:
     """Temp bytes of the kernels' programs and of the plain XLA form's."""
-    print(f"{'target':12}{'call':16}{'pallas_tpu':>14}{'blocked':>14}{'arguments':>14}")
+    print(f"{'target':12}{'call':16}{'kernels':>14}{'blocked':>14}{'arguments':>14}")
     for target in targets:
         for call in CALLS:
             ours, theirs = (
                 compiled(target, call, 128, jax.numpy.bfloat16, implementation=name)
-                for name in ("pallas_tpu", "blocked")
+                for name in (None, "blocked")
             )
             print(
                 f"{target:12}{call:16}{ours.temp_bytes:14,}{theirs.temp_bytes:14,}"

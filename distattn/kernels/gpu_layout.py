@@ -1,0 +1,200 @@
+"""How a call is cut for the GPU kernels, and what they compute it with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distattn._compat import device_kind_of
+from distattn.block import Scoring
+from distattn.kernels.gpu_blocks import (
+    TABLE_ENTRIES,
+    Shape,
+    Sizes,
+    Target,
+    shared_bytes,
+    sizes,
+    target_of,
+)
+from distattn.kernels.scores import EXACT, PLAIN
+from distattn.operands import Operands
+from distattn.tiles import Machine
+
+# TensorFloat-32 is what XLA:GPU takes for these too.
+_FAST = (*PLAIN, "high", "tensorfloat32", lax.Precision.HIGH, (lax.Precision.HIGH,) * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Sizes of a call and of its blocks."""
+
+    batch: int
+    queries: int  # T
+    keys: int  # S
+    kv_heads: int  # K
+    groups: int  # G
+    width: int  # H
+    value_width: int  # V
+    rows: int  # of a block
+    key_block: int
+    row_span: int  # blocks that the table of visits has one entry for
+    key_span: int
+    splits: int  # programs that share the keys of a block of rows
+    sizes: Sizes
+    target: Target
+    shared_bytes: int  # that a program holds, about
+
+    @property
+    def used_row_blocks(self) -> int:
+        """How many blocks of rows have one of a query."""
+        return -(-self.queries * self.groups // self.rows)
+
+    @property
+    def used_key_blocks(self) -> int:
+        """How many blocks of keys have one."""
+        return -(-self.keys // self.key_block)
+
+    @property
+    def row_blocks(self) -> int:
+        """Those that fill the last span included."""
+        return -(-self.used_row_blocks // self.row_span) * self.row_span
+
+    @property
+    def key_blocks(self) -> int:
+        """Those that fill the last span included."""
+        return -(-self.used_key_blocks // self.key_span) * self.key_span
+
+    @property
+    def all_rows(self) -> int:
+        """R, those that fill the last block included."""
+        return self.row_blocks * self.rows
+
+    @property
+    def all_keys(self) -> int:
+        """S, slots that fill the last block included."""
+        return self.key_blocks * self.key_block
+
+    @property
+    def coarse(self) -> "Cut":
+        """The same with spans for blocks, as the table of visits has them."""
+        rows, keys = self.rows * self.row_span, self.key_block * self.key_span
+        return dataclasses.replace(self, rows=rows, key_block=keys, row_span=1, key_span=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """How products are made."""
+
+    dtype: jnp.dtype  # of their operands; they are summed in float32
+    precision: lax.Precision
+
+    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+        """f32: a . b over a dimension of each."""
+        return lax.dot_general(
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            (((over[0],), (over[1],)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def precision_of(scoring: Scoring) -> lax.Precision | None:
+    """HIGHEST: of float32; DEFAULT: of what is fast; None: another is asked for, which is not done.
+
+    Where the call names none it is that of `jax.default_matmul_precision`.
+    """
+    precision = scoring.precision
+    if precision is None:
+        precision = getattr(jax.config, "jax_default_matmul_precision", None)
+    if precision in EXACT:
+        return lax.Precision.HIGHEST
+    return lax.Precision.DEFAULT if precision in _FAST else None
+
+
+def numbers_of(operands: Operands, scoring: Scoring, *, backward: bool = False) -> Numbers:
+    """bfloat16 or float16 where all is, and no other precision is asked for; else float32.
+
+    float32 at the default precision is TensorFloat-32, which holds float16 and int8 exactly. float16 has
+    too few exponents for gradients, and for weights times the scales of what is quantised.
+    """
+    arrays = operands.query, operands.key, operands.value
+    dtypes = {x.dtype for x in arrays if x.dtype != jnp.int8}
+    precision = precision_of(scoring) or lax.Precision.DEFAULT
+    narrow = len(dtypes) == 1 and precision == lax.Precision.DEFAULT
+    dtype = dtypes.pop() if narrow else jnp.dtype(jnp.float32)
+    if dtype == jnp.float16 and (backward or operands.key_scale is not None):
+        dtype = jnp.dtype(jnp.float32)
+    return Numbers(dtype, precision)
+
+
+def cut_of(
+    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+) -> Cut:
+    """The sizes for a call."""
+    batch, queries, heads, width = operands.query.shape
+    keys, kv_heads, value_width = operands.value.shape[-3:]
+    groups = heads // kv_heads
+    target = target_of(device_kind_of())
+    numbers = numbers_of(operands, scoring, backward=backward)
+    shape = Shape(
+        queries * groups,
+        groups,
+        keys,
+        width,
+        value_width,
+        numbers.dtype.itemsize,
+        backward,
+        exact=numbers.precision == lax.Precision.HIGHEST,
+    )
+    size = sizes(shape, target, machine.block_sizes)
+    cut = Cut(
+        batch,
+        queries,
+        keys,
+        kv_heads,
+        groups,
+        width,
+        value_width,
+        size.rows,
+        size.keys,
+        row_span=1,
+        key_span=1,
+        splits=1,
+        sizes=size,
+        target=target,
+        shared_bytes=shared_bytes(shape, size),
+    )
+    table_rows = max([1, *(x.shape[0] for x in jax.tree.leaves(operands.mask))])
+    row_span, key_span = _spans(cut, TABLE_ENTRIES // table_rows)
+    return dataclasses.replace(
+        cut,
+        row_span=row_span,
+        key_span=key_span,
+        splits=_splits(cut, operands.key.dtype.itemsize),
+    )
+
+
+def _spans(cut: Cut, most: int) -> tuple[int, int]:
+    """So many blocks for an entry of the table that it has no more entries than that."""
+    row_span, key_span = 1, 1
+    while True:
+        own, others = -(-cut.used_row_blocks // row_span), -(-cut.used_key_blocks // key_span)
+        if own * others <= most or own == others == 1:
+            return row_span, key_span
+        if own * cut.rows > others * cut.key_block:
+            row_span *= 2
+        else:
+            key_span *= 2
+
+
+def _splits(cut: Cut, itemsize: int) -> int:
+    """Two programs for each multiprocessor; but states do not cost a quarter of what the keys do."""
+    programs = cut.used_row_blocks * cut.kv_heads * cut.batch
+    if programs >= cut.target.cores:
+        return 1
+    of_a_state = cut.used_row_blocks * cut.rows * (cut.value_width + 2) * 4
+    of_keys = cut.keys * (cut.width + cut.value_width) * itemsize
+    wanted = -(-2 * cut.target.cores // programs)
+    return max(1, min(wanted, cut.used_key_blocks, of_keys // (4 * of_a_state)))

@@ -1,0 +1,83 @@
+"""The local part as kernels for GPUs, written in Triton through Pallas, for masks of positions.
+
+Nothing of the size of T x S exists, nor a copy of keys or values. None of it has been timed: it is checked
+by Pallas' interpreter, and by the compiler for the H100.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from distattn.block import Scoring
+from distattn.kernels import refusals
+from distattn.kernels.gpu_layout import cut_of, precision_of
+from distattn.operands import Operands
+from distattn.state import SoftmaxState
+from distattn.tiles import Machine
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+    """As `distattn.local.fold`."""
+    # Not all versions of JAX bring all that Pallas needs.
+    from distattn.kernels import gpu_forward
+
+    return gpu_forward.fold(operands, scoring, machine)
+
+
+def fold_gradients(
+    operands: Operands,
+    scoring: Scoring,
+    machine: Machine,
+    reference: jax.Array,
+    d_sum: jax.Array,
+    d_weighted_sum: jax.Array,
+    *,
+    key_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """As `distattn.local.fold_gradients`."""
+    from distattn.kernels import gpu_backward
+
+    rows = reference, d_sum, d_weighted_sum
+    return gpu_backward.fold_gradients(operands, scoring, machine, *rows, key_dtype=key_dtype)
+
+
+def refusal(
+    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+) -> str | None:
+    """Which argument the kernels do not do, and why; None: they do the call."""
+    return (
+        refusals.of_platform(machine, "gpu")
+        or refusals.of_sharding(machine)
+        or refusals.of_dense_arguments(operands)
+        or _of_numbers(operands, scoring, backward=backward)
+        or refusals.of_package("jax.experimental.pallas.triton")
+        or _of_sizes(operands, scoring, machine, backward=backward)
+    )
+
+
+def _of_numbers(operands: Operands, scoring: Scoring, *, backward: bool) -> str | None:
+    if operands.key_scale is not None and backward:
+        return "key and value are quantised, and gradients are asked for"
+    quantised = () if operands.key_scale is None else (jnp.int8,)
+    if precision_of(scoring) is None:
+        done = "None, 'default', 'high', 'tensorfloat32' and 'highest' are done"
+        return f"precision is {scoring.precision!r}; {done}"
+    return refusals.of_dtypes(operands, (*_DTYPES, *quantised))
+
+
+def _of_sizes(
+    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool
+) -> str | None:
+    cut = cut_of(operands, scoring, machine, backward=backward)
+    if cut.shared_bytes > cut.target.shared_bytes:
+        return (
+            f"key has a width of {cut.width}: blocks of {cut.rows} rows and {cut.key_block} keys take "
+            f"{cut.shared_bytes} bytes, and a program may take {cut.target.shared_bytes} on "
+            f"{cut.target.name}"
+        )
+    for name, x in (("key", operands.key), ("value", operands.value)):
+        # Pallas computes the place of an item in 32 bits up to 2^32 bytes: half of those for int8 alone.
+        if x.dtype.itemsize == 1 and 2**31 < x.size <= 2**32:
+            return f"{name} has {x.size} items of one byte; up to {2**31}, or more than {2**32}, are done"
+    return None

@@ -1,0 +1,148 @@
+"""The kernels compiled by the real compilers, for TPUs and GPUs that are not here."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from distattn.kernels import gpu_blocks, tpu_blocks
+from distattn.testing import compile_for
+from tests.kernel_calls import (
+    DTYPES,
+    GPU_TARGETS,
+    TPU_TARGETS,
+    WIDTHS,
+    arrays_like_keys,
+    compiled,
+    inside,
+    key_bytes,
+    launches,
+)
+
+# Every target, width and dtype; all of them together are in scripts/bench/kernels.py.
+THINNED = [
+    (TPU_TARGETS[1:][n % 4], ("decode", "prefill", "decode_3_heads")[n % 3], width, dtype)
+    for n, (width, dtype) in enumerate(list(itertools.product(WIDTHS, DTYPES))[::2])
+]
+THINNED += [
+    ("h100:1x4", "decode", 128, jnp.bfloat16),
+    ("h100:1x4", "decode_3_heads", 80, jnp.float16),
+    ("h100:1x4", "prefill", 192, jnp.float32),
+]
+GRADIENTS = [
+    ("v5e:2x2", 128, jnp.bfloat16),
+    ("tpu7x:2x2x1", 64, jnp.bfloat16),
+    ("h100:1x4", 128, jnp.bfloat16),
+]
+
+
+def check_compiled(target, report, call, width, dtype, count):
+    assert launches(report) == count
+    # Mosaic takes no float16: its bits are passed on, which XLA copies.
+    if dtype != jnp.float16 or target in GPU_TARGETS:
+        assert arrays_like_keys(report, call, width) == []
+        assert report.temp_bytes < key_bytes(call, width, dtype) / 2
+
+
+@pytest.mark.parametrize(("target", "call", "width", "dtype"), THINNED)
+def test_compiled_for(target, call, width, dtype):
+    check_compiled(target, compiled(target, call, width, dtype), call, width, dtype, 1)
+
+
+@pytest.mark.parametrize(("target", "width", "dtype"), GRADIENTS)
+def test_gradients_compiled_for(target, width, dtype):
+    report = compiled(target, "gradient", width, dtype)
+    check_compiled(target, report, "gradient", width, dtype, 3)
+
+
+# Pallas' interpreter does not know the types of check_vma=True; the compiler does.
+@pytest.mark.parametrize(
+    ("topology", "implementation", "check_vma"),
+    [
+        ("v5e:2x2", "pallas_tpu", True),
+        ("v5e:2x2", "pallas_tpu", False),
+        ("h100:1x4", "pallas_gpu", True),
+    ],
+)
+def test_inside_a_shard_map_compiled(topology, implementation, check_vma):
+    struct, along = jax.ShapeDtypeStruct, P(None, "kv")
+    names = ("query", "key", "value", "query_positions", "key_positions")
+    shapes = ((1, 8, 8, 64), (1, 4096, 2, 64), (1, 4096, 2, 64), (1, 8), (1, 4096))
+    arrays = [
+        struct(shape, jnp.int32 if "positions" in name else jnp.bfloat16)
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+
+    def loss(*arrays):
+        named = dict(zip(names, arrays, strict=True))
+        out, lse = inside(implementation, **named, check_vma=check_vma, is_causal=True)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    report = compile_for(
+        jax.grad(loss, argnums=(0, 1, 2)),
+        *arrays,
+        topology=topology,
+        mesh={"kv": 4},
+        specs=(P(), along, along, P(), along),
+    )
+    assert launches(report) == 3
+
+
+def test_keys_wider_than_values_compiled():
+    report = compiled("v6e:2x2", "prefill", 192, jnp.bfloat16, value_width=128)
+    check_compiled("v6e:2x2", report, "prefill", 128, jnp.bfloat16, 1)
+
+
+# What JAX calls the devices.
+KINDS_OF = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}
+
+
+@pytest.mark.parametrize("target", tpu_blocks.TARGETS, ids=lambda x: x.name)
+def test_blocks_fit_a_tpu(target):
+    assert tpu_blocks.target_of(KINDS_OF[target.name]) == target
+    for rows, groups, heads, width, itemsize, backward in itertools.product(
+        (1, 96, 100_000),
+        (1, 3, 8),
+        (1, 3) if target.name == "v4" else (1, 3, 8),
+        WIDTHS,
+        (2, 4),
+        (False, True),
+    ):
+        shape = tpu_blocks.Shape(
+            rows * groups, groups, 100_000, heads, width, width, itemsize, backward
+        )
+        size = tpu_blocks.sizes(shape, target)
+        assert tpu_blocks.vmem_bytes(shape, *size) <= target.budget_bytes, shape
+        assert size[1] % 128 == 0
+        assert size[0] % 128 == 0 or size[0] >= rows * groups
+
+
+GPU_KINDS = {
+    "other": "NVIDIA L4",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+@pytest.mark.parametrize("target", gpu_blocks.TARGETS, ids=lambda x: x.name)
+def test_blocks_fit_a_gpu(target):
+    assert gpu_blocks.target_of(GPU_KINDS[target.name]) == target
+    for rows, groups, width, itemsize, backward in itertools.product(
+        (1, 96, 100_000), (1, 3, 8), WIDTHS, (2, 4), (False, True)
+    ):
+        shape = gpu_blocks.Shape(rows * groups, groups, 100_000, width, width, itemsize, backward)
+        size = gpu_blocks.sizes(shape, target)
+        assert gpu_blocks.fits(shape, size, target), shape
+        for x in (size.rows, size.keys):
+            assert x >= 16
+            assert x & (x - 1) == 0
