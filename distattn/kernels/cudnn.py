@@ -29,7 +29,7 @@ from distattn.kernels.finished import (
     rows_with_keys,
     without_empty_slots,
 )
-from distattn.kernels.tpu_layout import PLAIN
+from distattn.kernels.scores import PLAIN
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine

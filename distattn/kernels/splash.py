@@ -19,7 +19,7 @@ from distattn.block import Scoring
 from distattn.kernels import refusals
 from distattn.kernels.finished import finished_state, scaled_query, without_empty_slots
 from distattn.kernels.interpreter import interpreter
-from distattn.kernels.tpu_layout import PLAIN
+from distattn.kernels.scores import PLAIN
 from distattn.mask import Mask
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
