@@ -1,5 +1,6 @@
 """Calls of the TPU kernels that the tests and the bench compile, and what a compiled program may hold."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 import distattn
+from distattn.kernels.tpu_layout import QUANTISED
+from distattn.pods import pod
 from distattn.testing import Report, compile_for
 
 TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -32,6 +35,15 @@ def matrix() -> list[tuple[str, str, int, Any]]:
     return list(itertools.product(TARGETS, CALLS, WIDTHS, DTYPES))
 
 
+def caches() -> list[tuple[str, Any, int, int, int | None]]:
+    """All caches whose attention is to compile: target, dtype, width, heads of keys and layers."""
+    few = ((8, None), (2, None), (3, None), (8, 3))
+    return [
+        (target, dtype, width, *more)
+        for target, dtype, width, more in itertools.product(TARGETS, QUANTISED, WIDTHS, few)
+    ]
+
+
 def compiled(
     target: str,
     call: str,
@@ -43,8 +55,7 @@ def compiled(
 ) -> Report:
     """One call of `dot_product_attention` over the devices of a target, keys in any order."""
     batch, queries, keys, heads, kv_heads = CALLS[call]
-    chips = math.prod(map(int, target.partition(":")[2].split("x")))
-    devices = chips * (2 if target.startswith(("v4", "tpu7x")) else 1)  # a core is a device there
+    devices = pod(target).devices
     f = functools.partial(
         distattn.dot_product_attention,
         is_causal=True,
@@ -77,18 +88,78 @@ def compiled(
     )
 
 
+CACHE_SLOTS = 50_000  # of a device, for each of 2 rows of the batch
+
+
+def decode_of_a_cache(
+    target: str, dtype: Any, width: int, kv_heads: int, layers: int | None
+) -> Report:
+    """`KVCache.attend` of one bfloat16 query, the slots over the devices of a target."""
+    devices = pod(target).devices
+    batch, slots = 2, devices * CACHE_SLOTS
+    lead = () if layers is None else (layers,)
+
+    def attention(query, key, value, key_scale, value_scale, positions, layer):
+        cache = distattn.KVCache.create(
+            batch=batch,
+            capacity=slots,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            layers=layers,
+            dtype=dtype,
+            mesh=jax.sharding.get_abstract_mesh(),
+            axis_name="kv",
+        )
+        cache = dataclasses.replace(
+            cache,
+            key=key,
+            value=value,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            positions=positions,
+        )
+        return cache.attend(
+            query,
+            layer=None if layers is None else layer,
+            implementation="pallas_tpu",
+            combine="butterfly",
+        )
+
+    struct = jax.ShapeDtypeStruct
+    items = struct((*lead, batch, slots, kv_heads, width), dtype)
+    scales = struct((*lead, batch, slots, kv_heads), jnp.float32)
+    along, stacked = P(None, "kv"), P(*lead and (None,), None, "kv")
+    return compile_for(
+        attention,
+        struct((batch, 1, 4 * kv_heads, width), jnp.bfloat16),
+        items,
+        items,
+        scales,
+        scales,
+        struct((batch, slots), jnp.int32),
+        struct((), jnp.int32),
+        topology=target,
+        mesh={"kv": devices},
+        specs=(P(), *(stacked,) * 4, along, P()),
+    )
+
+
 def launches(report: Report) -> int:
     """How many kernels the compiled program launches."""
     return report.hlo.count('custom_call_target="tpu_custom_call"')
 
 
 def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
-    """What the program computes, outside of kernels, that is as large as the keys of a device.
+    """What the program computes, outside of kernels, that is as large as the keys of a device."""
+    batch, _, keys, _, kv_heads = CALLS[call]
+    return arrays_of_size(report, batch * keys * kv_heads * width)
+
+
+def arrays_of_size(report: Report, size: int) -> list[str]:
+    """What the program computes, outside of kernels, that has so many elements or more.
 
     What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy.
     """
-    batch, _, keys, _, kv_heads = CALLS[call]
-    size = batch * keys * kv_heads * width
     free = {
         "parameter",
         "get-tuple-element",

@@ -2,6 +2,8 @@
 
 `fold` and `fold_gradients` are those of `distattn.local`, for masks of positions, lengths and segments.
 Nothing of the size of T x S exists, nor a copy of keys or values, but for float16, of which XLA makes one.
+Keys and values of 8 bits with scales are folded as they are; their gradient, the query's alone, is that of
+the numbers they stand for, which are then written out.
 What they do not do `refusal` names. None of it has been timed: it is checked by Pallas' interpreter, and by
 the compilers of v4 to tpu7x.
 """
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from distattn.block import Scoring
 from distattn.kernels.interpreter import interpreted, interpreter
 from distattn.kernels.tpu_blocks import TABLE_ENTRIES
-from distattn.kernels.tpu_layout import EXACT, PLAIN, cut_of
+from distattn.kernels.tpu_layout import EXACT, PLAIN, QUANTISED, cut_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
@@ -97,10 +99,11 @@ def refusal(
             f"mask is given, of shape {mask.dense.shape}; positions, lengths and segments are done"
         )
     for name, x in arrays.items():
-        if x.dtype not in _DTYPES:
+        if name != "query" and operands.key_scale is not None:
+            if x.dtype not in QUANTISED:
+                return f"{name} has dtype {x.dtype}; int8, float8_e4m3fn and float8_e5m2 are done"
+        elif x.dtype not in _DTYPES:
             return f"{name} has dtype {x.dtype}; bfloat16, float16 and float32 are done"
-    if operands.key_scale is not None:
-        return "key and value are quantised"
     if scoring.precision not in (*EXACT, *PLAIN):
         return f"precision is {scoring.precision!r}; None, 'default' and 'highest' are done"
     try:

@@ -14,9 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_layout import EXACT, Cut, Order, order_of
+from distattn.kernels.tpu_layout import EXACT, QUANTISED, Cut, Order, order_of
 from distattn.operands import Operands
 from distattn.state import softmax_weights
+
+# All of their numbers are numbers of bfloat16.
+NARROW = (jnp.bfloat16, *QUANTISED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Numbers:
 
 
 def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
-    """bfloat16 where all is, and no other precision is asked for; else float32."""
+    """bfloat16 where it holds all numbers, and no other precision is asked for; else float32."""
     exact = scoring.precision in EXACT
-    narrow = not exact and all(x.dtype == jnp.bfloat16 for x in arrays)
+    narrow = not exact and all(x.dtype in NARROW for x in arrays)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
 
@@ -82,10 +85,10 @@ class Side:
 
 def sides_of(operands: Operands) -> tuple[Side, Side]:
     """Keys and values."""
-    kv_heads, width, value_width = *operands.key.shape[-2:], operands.value.shape[-1]
-    return Side(order_of(kv_heads, width), width), Side(
-        order_of(kv_heads, value_width), value_width
+    key, value = (
+        Side(order_of(x.shape, x.dtype), x.shape[-1]) for x in (operands.key, operands.value)
     )
+    return key, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,14 @@ class Plan:
     value: Side
     masked: bool
     segments: bool
+    quantised: bool
+
+    def scales(self, refs: Iterator[Any]) -> Callable[[int, jax.Array], jax.Array] | None:
+        """f32[1, keys] of keys (0) or values (1) and a head, whose blocks are next of the refs, if any."""
+        if not self.quantised:
+            return None
+        blocks = [next(refs), next(refs)]
+        return lambda side, head: blocks[side][0, 0, 0, pl.ds(head, 1), :]
 
     def index(self, refs: Iterator[Any]) -> list[Any]:
         """The blocks of `Index`, which are the first of the refs, if there are any."""
@@ -119,7 +130,8 @@ def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> 
     """The plan of a call."""
     numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
     segments = operands.mask.key_segment_ids is not None
-    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments)
+    quantised = operands.key_scale is not None
+    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments, quantised)
 
 
 def loaded(x: jax.Array) -> jax.Array:

@@ -69,6 +69,12 @@ class Shape:
     value_width: int  # V
     itemsize: int  # of the widest of query, key and value
     backward: bool = False
+    key_itemsize: int | None = None  # of the wider of key and value; None: the same
+
+    @property
+    def of_keys(self) -> int:
+        """Bytes of an item of key or value."""
+        return self.itemsize if self.key_itemsize is None else self.key_itemsize
 
 
 def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -83,7 +89,7 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
     """
     if wanted is not None:
         return _rows(shape, wanted[0] * shape.groups), _keys(shape, wanted[1])
-    of_a_key = shape.heads * shape.itemsize * (_padded(shape.width) + _padded(shape.value_width))
+    of_a_key = shape.heads * shape.of_keys * (_padded(shape.width) + _padded(shape.value_width))
     rows = _rows(shape, target.rows)
     keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), MOST_KEYS))
     while vmem_bytes(shape, rows, keys) > target.budget_bytes // 2:
@@ -101,7 +107,7 @@ def vmem_bytes(shape: Shape, rows: int, keys: int) -> int:
     """What a kernel with such blocks holds, about."""
     width, value_width = _padded(shape.width), _padded(shape.value_width)
     both = width + value_width
-    key_block = shape.heads * keys * both * shape.itemsize
+    key_block = shape.heads * keys * both * shape.of_keys
     query_block = shape.heads * rows * width * shape.itemsize
     state = shape.heads * rows * 4 * (value_width + LANES)
     # Keys and values are there once more, head by head.

@@ -89,6 +89,15 @@ class Call:
         sizes = {"S": self.cut.key_block, "K": self.cut.heads, "H": x.shape[2 + order.index("H")]}
         return Part(x, pl.BlockSpec((1, 1, *(sizes[letter] for letter in order)), at))
 
+    def by_scales(self, x: Any) -> Part:
+        """[L, B, K / heads, heads, S], scales of keys or values."""
+
+        def at(*place: Any) -> tuple:
+            batch, heads, _, key = self._blocks(*place)
+            return place[-1][0] if x.shape[0] > 1 else 0, batch, heads, 0, key
+
+        return Part(x, pl.BlockSpec((1, 1, 1, self.cut.heads, self.cut.key_block), at))
+
     def step(self, counts: Any) -> Step:
         """Of the kernel that is running."""
         batch, own, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)

@@ -31,6 +31,7 @@ from distattn.kernels.tpu_layout import (
     by_queries,
     cut_of,
     index_of,
+    scales_of,
     tables,
 )
 from distattn.operands import Operands
@@ -52,6 +53,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         call.by_rows(query),
         call.by_keys(key, plan.key.order),
         call.by_keys(value, plan.value.order),
+        *(call.by_scales(x) for x in scales_of(operands, cut)),
     ]
     rows = (cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
@@ -82,7 +84,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs)
     index = plan.index(parts)
-    query, key, value, weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 8)
+    query, key, value = itertools.islice(parts, 3)
+    scales = plan.scales(parts)
+    weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 5)
     keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
     product = plan.numbers.product
 
@@ -105,6 +109,7 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         @each(cut.heads)
         def _(head: jax.Array) -> None:
             products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
+            products = products if scales is None else products * scales(0, head)
             logits, _ = logits_of(products, allowed, plan.scoring)
             before = highest[head, :, :1]
             high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
@@ -113,6 +118,8 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             highest[head] = jnp.broadcast_to(high, highest.shape[1:])
             sums[head] = jnp.broadcast_to(total, sums.shape[1:])
             weighted_sum[0, head] *= shrink
+            if scales is not None:  # in an empty slot the scale may be NaN
+                weights = jnp.where(weights != 0, weights * scales(1, head), 0.0)
 
             def add(x: jax.Array) -> None:
                 weighted_sum[0, head] += x

@@ -29,6 +29,9 @@ Order = Literal["SKH", "KSH", "KHS"]
 EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
 PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
 
+# What keys and values may be beside a scale.
+QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -79,9 +82,9 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
     keys, kv_heads, value_width = operands.value.shape[-3:]
     target = target_of(device_kind_of())
     counts = [n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
-    if "SKH" in (order_of(kv_heads, width), order_of(kv_heads, value_width)):
-        counts = counts[:1]
     arrays = operands.query, operands.key, operands.value
+    if "SKH" in (order_of(x.shape, x.dtype) for x in arrays[1:]):
+        counts = counts[:1]
     shapes = [
         Shape(
             rows=queries * heads // kv_heads,
@@ -92,6 +95,7 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
             value_width=value_width,
             itemsize=max(x.dtype.itemsize for x in arrays),
             backward=backward,
+            key_itemsize=max(x.dtype.itemsize for x in arrays[1:]),
         )
         for count in counts
     ]
@@ -205,22 +209,47 @@ def _table(needed: jax.Array) -> Table:
     return Table(counts.reshape(-1), order.reshape(-1), own, others, batch)
 
 
-def order_of(kv_heads: int, width: int) -> Order:
-    """How keys, or values, of so many heads and such a width lie in the memory of a TPU."""
+def order_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Order:
+    """How keys, or values, [..., S, K, .], lie in the memory of a TPU."""
+    *_, kv_heads, width = shape
     if width % LANES:
         return "KHS"
-    return "SKH" if kv_heads in (2, 4) or kv_heads % HEADS == 0 else "KSH"
+    # Bytes are packed in fours, which 2 heads do not fill.
+    few = (4,) if dtype.itemsize == 1 else (2, 4)
+    return "SKH" if kv_heads in few or kv_heads % HEADS == 0 else "KSH"
 
 
 def as_stored(x: jax.Array) -> jax.Array:
     """[L, B, S, K, .] with the last three in their `Order`; of float16, which Mosaic has not, the bits."""
     x = x if x.ndim == 5 else x[None]
-    match order_of(*x.shape[-2:]):
+    match order_of(x.shape, x.dtype):
         case "KHS":
             x = jnp.moveaxis(x, 2, 4)
         case "KSH":
             x = x.swapaxes(2, 3)
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
+
+
+def scales_of(operands: Operands, cut: Cut) -> list[jax.Array]:
+    """Of keys and of values, f32[L, B, K / heads, heads, S]; none where they are no bytes.
+
+    So they lie in HBM where K is 1, 2, 4 or a multiple of 8, and nothing is copied. Elsewhere the scales
+    of one layer are, 4 bytes for each H.
+    """
+    if operands.key_scale is None:
+        return []
+    scales = [operands.key_scale, operands.value_scale]
+    if operands.layer is None:
+        scales = [x[None] for x in scales]
+    elif not _scales_lie_by_heads(cut):
+        scales = [lax.dynamic_slice_in_dim(x, operands.layer, 1) for x in scales]
+    return [
+        x.swapaxes(2, 3).reshape(*x.shape[:2], cut.head_blocks, cut.heads, cut.keys) for x in scales
+    ]
+
+
+def _scales_lie_by_heads(cut: Cut) -> bool:
+    return cut.kv_heads in (1, 2, 4) or cut.kv_heads % HEADS == 0
 
 
 def as_given(x: jax.Array, order: Order) -> jax.Array:

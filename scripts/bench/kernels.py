@@ -2,6 +2,7 @@
 
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
+    python scripts/bench/kernels.py caches                     # over keys and values of 8 bits
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
 
 Needs the extra `tpu`. What is compiled are whole calls, keys sharded over the target's devices.
@@ -21,10 +22,14 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 sys.path.append(str(Path(sys.prefix, "compilers")))
 
 from tests.kernel_calls import (  # noqa: E402
+    CACHE_SLOTS,
     CALLS,
     TARGETS,
     arrays_like_keys,
+    arrays_of_size,
+    caches,
     compiled,
+    decode_of_a_cache,
     launches,
     matrix,
 )
@@ -75,6 +80,21 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
     return failed
 
 
+def compile_caches(targets: list[str], every: int) -> int:
+    """The same for decode over quantised caches; prints what fails and how many did, which it returns."""
+    chosen = [x for x in caches()[::every] if x[0] in targets]
+    failed = 0
+    for target, dtype, width, kv_heads, layers in chosen:
+        report = decode_of_a_cache(target, dtype, width, kv_heads, layers)
+        copies = arrays_of_size(report, 2 * CACHE_SLOTS * kv_heads * width)
+        if launches(report) != 1 or copies:
+            failed += 1
+            what = target, dtype.__name__, width, kv_heads, layers
+            print("WRONG", *what, launches(report), copies, flush=True)
+    print(f"{len(chosen)} programs over caches, {failed} failed")
+    return failed
+
+
 def memory(targets: list[str]) -> None:
     """Temp bytes of the kernels' programs and of the plain XLA form's."""
     print(f"{'target':12}{'call':16}{'pallas_tpu':>14}{'blocked':>14}{'arguments':>14}")
@@ -95,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("compile", "memory"))
+    parser.add_argument("what", choices=("compile", "caches", "memory"))
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--thin", type=int, default=1, help="every N-th program")
     parser.add_argument("--out", help="JSON, a row for each program")
@@ -105,6 +125,8 @@ def main() -> int:
     if arguments.what == "memory":
         memory(targets)
         return 0
+    if arguments.what == "caches":
+        return int(compile_caches(targets, arguments.thin) > 0)
     return int(compile_all(targets, arguments.out, arguments.thin) > 0)
 
 
