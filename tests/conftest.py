@@ -53,6 +53,7 @@ DEFAULT_VERSION_ALONE = {
     "test_examples.py",
     "test_generation.py",
     "test_kernels.py",
+    "test_kernels_cores.py",
     "test_kernels_quantised.py",
     "test_language_model.py",
     "test_launch.py",

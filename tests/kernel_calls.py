@@ -24,6 +24,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 # that would let an array of one kind pass for another.
 CALLS = {
     "decode": (2, 1, 50_000, 32, 8),
+    "decode_alone": (1, 1, 60_000, 32, 8),
     "decode_3_heads": (2, 2, 50_000, 9, 3),
     "prefill": (1, 600, 200_000, 8, 2),
     "gradient": (1, 600, 200_000, 8, 2),

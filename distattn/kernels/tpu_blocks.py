@@ -36,17 +36,23 @@ class Target:
     budget_bytes: int  # what a kernel may take
     rows: int
     step_bytes: int  # of keys and values
+    # Of a device: two on v4 and v5p, which share its HBM and between which a kernel's parallel steps are
+    # split (docs.jax.dev, "TPUs in Megacore configuration"). The chips of v5e and v6e have one, and each
+    # of the two of tpu7x is a device.
+    cores: int = 1
 
 
-V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB)
+V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB, cores=2)
 TARGETS = (
     V4,
     Target("v5e", 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB),
-    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB),
+    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB, cores=2),
     Target("v6e", 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB),
     Target("tpu7x", 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
 )
 MOST_KEYS = 1024
+# The share of cores' time that may pass idle before each core gets keys of its own.
+IDLE = 0.1
 # Of the 1 MiB of scalar memory, half is for the table of which block visits which.
 TABLE_ENTRIES = 2**17
 
@@ -101,6 +107,20 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
         else:
             break
     return rows, keys
+
+
+def parts(target: Target, steps: int, key_blocks: int) -> int:
+    """Into how many parts keys are split, each with a state of its own, so that all cores work.
+
+    Two more states are written and read then, which is why a core may be idle now and then.
+
+    Args:
+      target: what it runs on.
+      steps: that are parallel anyway: rows of the batch, blocks of heads, blocks of rows.
+      key_blocks: how many there are.
+    """
+    idle = 1 - steps / (-(-steps // target.cores) * target.cores)
+    return target.cores if idle > IDLE and key_blocks >= target.cores else 1
 
 
 def vmem_bytes(shape: Shape, rows: int, keys: int) -> int:

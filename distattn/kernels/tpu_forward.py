@@ -2,7 +2,9 @@
 
 It differs from published TPU kernels in: 1. keys and values are read as they lie, [B, S, K, .], 8 heads at
 a time, and never transposed; 2. masks are functions of positions that are given, in any order, and a block
-is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided.
+is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided; 4.
+where a device has two cores and one would idle, each folds every other block of keys, and the two states
+are merged.
 """
 
 import functools
@@ -35,7 +37,7 @@ from distattn.kernels.tpu_layout import (
     tables,
 )
 from distattn.operands import Operands
-from distattn.state import SoftmaxState, softmax_weights
+from distattn.state import SoftmaxState, merge, softmax_weights
 from distattn.tiles import Machine
 
 
@@ -55,7 +57,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         call.by_keys(value, plan.value.order),
         *(call.by_scales(x) for x in scales_of(operands, cut)),
     ]
-    rows = (cut.batch, cut.kv_heads)
+    rows = (cut.parts * cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
         call,
@@ -73,8 +75,15 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         ],
         width=cut.width + cut.value_width,
     )
-    high, total = (by_queries(numbers[:, :, n], cut) for n in range(2))
-    return SoftmaxState(high, total, by_queries(weighted_sum, cut))
+    parts = [
+        SoftmaxState(
+            by_queries(own[:, :, 0], cut), by_queries(own[:, :, 1], cut), by_queries(total, cut)
+        )
+        for own, total in zip(
+            jnp.split(numbers, cut.parts), jnp.split(weighted_sum, cut.parts), strict=True
+        )
+    ]
+    return functools.reduce(merge, parts)
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

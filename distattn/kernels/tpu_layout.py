@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
-from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of, vmem_bytes
+from distattn.kernels.tpu_blocks import LANES, Shape, Target, parts, sizes, target_of, vmem_bytes
 from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
 from distattn.tiles import Machine
@@ -49,6 +49,13 @@ class Cut:
     key_block: int
     target: Target
     vmem_bytes: int  # that a kernel holds, about
+    splits: bool = False  # whether keys may be split into parts
+
+    @property
+    def parts(self) -> int:
+        """How many parts of the keys have a state of their own."""
+        steps = self.batch * self.head_blocks * self.row_blocks
+        return parts(self.target, steps, self.key_blocks) if self.splits else 1
 
     @property
     def row_blocks(self) -> int:
@@ -114,6 +121,7 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
             key_block,
             target,
             vmem_bytes(shape, rows, key_block),
+            splits=not backward,
         )
         for shape, rows, key_block in sized
     ]
