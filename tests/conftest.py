@@ -62,6 +62,7 @@ DEFAULT_VERSION_ALONE = {
     "test_reproducible_training.py",
     "test_streaming.py",
     "test_training.py",
+    "test_tune.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
 # are the same there, and kernels right.

@@ -22,7 +22,7 @@ from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
-__all__ = ["fold", "fold_gradients", "interpreted", "refusal", "serves"]
+__all__ = ["fold", "fold_gradients", "interpreted", "refusal", "serves", "sizes_of"]
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -123,6 +123,12 @@ def refusal(
             f"{TABLE_ENTRIES} fit the scalar memory"
         )
     return None
+
+
+def sizes_of(operands: Operands, machine: Machine, *, backward: bool = False) -> tuple[int, int]:
+    """Rows and keys of a block, as a call has them that is not refused."""
+    cut = cut_of(operands, machine, backward=backward)
+    return cut.rows, cut.key_block
 
 
 def mask_is_shared(operands: Operands) -> bool:

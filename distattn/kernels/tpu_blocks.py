@@ -15,7 +15,8 @@ a block of rows, the rows of all query heads of a key head.
   gradients) is at most six arrays of rows x keys. Rows and keys are halved, the larger first, until that
   is half of the budget; the other half is for what the compiler spills and copies.
 
-Nothing of this has been timed: there was no TPU. It compiles for every target, and fits.
+Nothing of this has been timed: there was no TPU. It compiles for every target, and fits. What a user has
+measured goes before it: `distattn.kernels.tuned`.
 """
 
 import dataclasses
@@ -83,7 +84,12 @@ class Shape:
         return self.itemsize if self.key_itemsize is None else self.key_itemsize
 
 
-def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
+def sizes(
+    shape: Shape,
+    target: Target,
+    wanted: tuple[int, int] | None = None,
+    measured: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """Rows and keys of a block.
 
     Keys are a multiple of 128. Rows are all of them, in sixteens; or whole queries, and a multiple of 128.
@@ -91,14 +97,24 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
     Args:
       shape: of the call.
       target: what it runs on.
-      wanted: queries and keys; they are rounded up. None: as the table says.
+      wanted: queries and keys; they are rounded up. None: as measured, or as the table says.
+      measured: rows and keys, see `distattn.kernels.tuned`; less where more heads leave no room for them.
     """
     if wanted is not None:
         return _rows(shape, wanted[0] * shape.groups), _keys(shape, wanted[1])
+    if measured is not None:
+        return _fitting(
+            shape, _rows(shape, measured[0]), _keys(shape, measured[1]), target.budget_bytes
+        )
     of_a_key = shape.heads * shape.of_keys * (_padded(shape.width) + _padded(shape.value_width))
     rows = _rows(shape, target.rows)
     keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), MOST_KEYS))
-    while vmem_bytes(shape, rows, keys) > target.budget_bytes // 2:
+    return _fitting(shape, rows, keys, target.budget_bytes // 2)
+
+
+def _fitting(shape: Shape, rows: int, keys: int, budget_bytes: int) -> tuple[int, int]:
+    """Rows and keys halved, the larger first, until a kernel takes no more than that."""
+    while vmem_bytes(shape, rows, keys) > budget_bytes:
         fewer_rows, fewer_keys = _rows(shape, rows // 2), _keys(shape, keys // 2)
         if fewer_rows < rows and (rows >= keys or fewer_keys == keys):
             rows = fewer_rows

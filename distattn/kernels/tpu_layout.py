@@ -17,6 +17,7 @@ from jax import lax
 
 from distattn._compat import device_kind_of
 from distattn.kernels.tpu_blocks import LANES, Shape, Target, parts, sizes, target_of, vmem_bytes
+from distattn.kernels.tuned import chip_name, kind_of, tuned
 from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
 from distattn.tiles import Machine
@@ -87,7 +88,10 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
     """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
     batch, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
-    target = target_of(device_kind_of())
+    device_kind = device_kind_of()
+    target = target_of(device_kind)
+    kind = kind_of(queries * heads // kv_heads, backward=backward)
+    measured = tuned(chip_name(device_kind), kind, width, operands.key.dtype)
     counts = [n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
     arrays = operands.query, operands.key, operands.value
     if "SKH" in (order_of(x.shape, x.dtype) for x in arrays[1:]):
@@ -106,7 +110,7 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
         )
         for count in counts
     ]
-    sized = ((shape, *sizes(shape, target, machine.block_sizes)) for shape in shapes)
+    sized = ((shape, *sizes(shape, target, machine.block_sizes, measured)) for shape in shapes)
     cuts = [
         Cut(
             batch,
