@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn.kernels.tpu_layout import QUANTISED
+from distattn.kernels.tpu_scales import QUANTISED
 from distattn.pods import pod
 from distattn.testing import Report, compile_for
 
@@ -159,7 +159,8 @@ def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
 def arrays_of_size(report: Report, size: int) -> list[str]:
     """What the program computes, outside of kernels, that has so many elements or more.
 
-    What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy.
+    What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor is what it
+    computes block by block within one (a fusion of the kind kCustom).
     """
     free = {
         "parameter",
@@ -170,10 +171,12 @@ def arrays_of_size(report: Report, size: int) -> list[str]:
         "copy-done",
         "slice-done",
     }
-    found = []
+    found, fused = [], False
     for line in report.hlo.splitlines():
+        if line.endswith("{"):  # of a computation, the first line
+            fused = line.lstrip().startswith("%fused_computation")
         match = re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
-        if match and match[3] not in free:
+        if match and not fused and match[3] not in free and "kind=kCustom" not in line:
             elements = math.prod(map(int, match[2].split(",")))
             if elements >= size:
                 found.append(f"{match[3]} {match[2]}")

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import distattn
 from distattn import kernels
-from distattn.kernels.tpu_layout import QUANTISED
+from distattn.kernels.tpu_scales import QUANTISED
 from tests.cases import mesh_of
 from tests.kernel_calls import (
     CACHE_SLOTS,

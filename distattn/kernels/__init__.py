@@ -1,9 +1,10 @@
 """The local part as Pallas kernels: for TPUs, `implementation='pallas_tpu'`.
 
 `fold` and `fold_gradients` are those of `distattn.local`, for masks of positions, lengths and segments.
-Nothing of the size of T x S exists, nor a copy of keys or values, but for float16, of which XLA makes one.
-Keys and values of 8 bits with scales are folded as they are; their gradient, the query's alone, is that of
-the numbers they stand for, which are then written out.
+Nothing of the size of T x S exists, nor a copy of keys or values: of float16, which Mosaic has not, XLA
+takes the bits block by block within the kernel; its gradients alone exist in float32 before they are
+rounded. Keys and values of 8 bits with scales are folded as they are; their gradient, the query's alone, is
+that of the numbers they stand for, which are then written out.
 What they do not do `refusal` names. None of it has been timed: it is checked by Pallas' interpreter, and by
 the compilers of v4 to tpu7x.
 """
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from distattn.block import Scoring
 from distattn.kernels.interpreter import interpreted, interpreter
 from distattn.kernels.tpu_blocks import TABLE_ENTRIES
-from distattn.kernels.tpu_layout import EXACT, PLAIN, QUANTISED, cut_of
+from distattn.kernels.tpu_layout import EXACT, PLAIN, cut_of
+from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine

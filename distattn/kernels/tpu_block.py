@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.tpu_layout import EXACT, QUANTISED, Cut, Order, order_of
+from distattn.kernels.tpu_layout import EXACT, Cut, Order, order_of
+from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
 from distattn.state import softmax_weights
 
@@ -54,6 +55,8 @@ class Side:
 
     order: Order
     width: int
+    # Of float16 the bits are taken inside the kernel, and then a block is read as a whole.
+    moved: bool
 
     @property
     def axis(self) -> int:
@@ -67,16 +70,18 @@ class Side:
 
     def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
         """Where a block is put head by head, if it does not lie so."""
-        return [pltpu.VMEM(self.shape(cut), dtype)] if self.order == "SKH" else []
+        return [pltpu.VMEM(self.shape(cut), dtype)] if self.moved else []
 
     def by_heads(self, block: Any, refs: Iterator[Any]) -> Any:
         """The block head by head, a reference; `fill` puts it there. Takes its scratch from the refs."""
-        return next(refs) if self.order == "SKH" else block.at[0, 0]
+        return next(refs) if self.moved else block.at[0, 0]
 
     def fill(self, block: Any, heads: Any) -> None:
         """Puts the block there."""
         if self.order == "SKH":
             heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
+        elif self.moved:
+            heads[...] = block[0, 0]
 
     def write(self, block: Any, x: jax.Array) -> None:
         """The inverse: writes what lies head by head."""
@@ -85,10 +90,12 @@ class Side:
 
 def sides_of(operands: Operands) -> tuple[Side, Side]:
     """Keys and values."""
-    key, value = (
-        Side(order_of(x.shape, x.dtype), x.shape[-1]) for x in (operands.key, operands.value)
-    )
-    return key, value
+
+    def side(x: jax.Array) -> Side:
+        order = order_of(x.shape, x.dtype)
+        return Side(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
+
+    return side(operands.key), side(operands.value)
 
 
 @dataclasses.dataclass(frozen=True)

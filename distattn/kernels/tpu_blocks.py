@@ -52,6 +52,10 @@ TARGETS = (
     Target("tpu7x", 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
 )
 MOST_KEYS = 1024
+# Items of float16 in a block of keys or of values, at most: of as many XLA takes the bits within the
+# kernel. It does for 256 tiles of 8 by 128, of keys and of values; of 384 it copied one of both where a
+# tile had 2 heads, and of 512 it copied all.
+HALF_ITEMS = 256 * 8 * LANES
 # The share of cores' time that may pass idle before each core gets keys of its own.
 IDLE = 0.1
 # Of the 1 MiB of scalar memory, half is for the table of which block visits which.
@@ -77,6 +81,7 @@ class Shape:
     itemsize: int  # of the widest of query, key and value
     backward: bool = False
     key_itemsize: int | None = None  # of the wider of key and value; None: the same
+    most_keys: int = MOST_KEYS
 
     @property
     def of_keys(self) -> int:
@@ -108,7 +113,7 @@ def sizes(
         )
     of_a_key = shape.heads * shape.of_keys * (_padded(shape.width) + _padded(shape.value_width))
     rows = _rows(shape, target.rows)
-    keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), MOST_KEYS))
+    keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), shape.most_keys))
     return _fitting(shape, rows, keys, target.budget_bytes // 2)
 
 

@@ -156,7 +156,10 @@ def launch(
         ),
         out_shape=[shaped(x.array.shape, x.array.dtype, axes) for x in outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=cut.target.budget_bytes
+            dimension_semantics=semantics,
+            vmem_limit_bytes=cut.target.budget_bytes,
+            # The bits of float16, which XLA takes block by block then; else it makes a copy of them.
+            allow_input_fusion=[x.dtype == jnp.uint16 for x in arrays],
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * width * pairs,

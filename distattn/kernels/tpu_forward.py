@@ -33,9 +33,9 @@ from distattn.kernels.tpu_layout import (
     by_queries,
     cut_of,
     index_of,
-    scales_of,
     tables,
 )
+from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, merge, softmax_weights
 from distattn.tiles import Machine

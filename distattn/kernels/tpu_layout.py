@@ -16,7 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
-from distattn.kernels.tpu_blocks import LANES, Shape, Target, parts, sizes, target_of, vmem_bytes
+from distattn.kernels.tpu_blocks import (
+    HALF_ITEMS,
+    LANES,
+    MOST_KEYS,
+    Shape,
+    Target,
+    parts,
+    sizes,
+    target_of,
+    vmem_bytes,
+)
 from distattn.kernels.tuned import chip_name, kind_of, tuned
 from distattn.mask import Mask, Span, saturating_add
 from distattn.operands import Operands
@@ -29,9 +39,6 @@ Order = Literal["SKH", "KSH", "KHS"]
 # Precisions of products that Mosaic has.
 EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
 PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
-
-# What keys and values may be beside a scale.
-QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +114,7 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
             itemsize=max(x.dtype.itemsize for x in arrays),
             backward=backward,
             key_itemsize=max(x.dtype.itemsize for x in arrays[1:]),
+            most_keys=min(_most_keys(x, count) for x in arrays[1:]),
         )
         for count in counts
     ]
@@ -239,29 +247,20 @@ def as_stored(x: jax.Array) -> jax.Array:
             x = jnp.moveaxis(x, 2, 4)
         case "KSH":
             x = x.swapaxes(2, 3)
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
+    if x.dtype != jnp.float16:
+        return x
+    # Last of all, where it becomes a part of the kernel: see `distattn.kernels.tpu_call.launch`.
+    return lax.bitcast_convert_type(lax.optimization_barrier(x), jnp.uint16)
 
 
-def scales_of(operands: Operands, cut: Cut) -> list[jax.Array]:
-    """Of keys and of values, f32[L, B, K / heads, heads, S]; none where they are no bytes.
-
-    So they lie in HBM where K is 1, 2, 4 or a multiple of 8, and nothing is copied. Elsewhere the scales
-    of one layer are, 4 bytes for each H.
-    """
-    if operands.key_scale is None:
-        return []
-    scales = [operands.key_scale, operands.value_scale]
-    if operands.layer is None:
-        scales = [x[None] for x in scales]
-    elif not _scales_lie_by_heads(cut):
-        scales = [lax.dynamic_slice_in_dim(x, operands.layer, 1) for x in scales]
-    return [
-        x.swapaxes(2, 3).reshape(*x.shape[:2], cut.head_blocks, cut.heads, cut.keys) for x in scales
-    ]
-
-
-def _scales_lie_by_heads(cut: Cut) -> bool:
-    return cut.kv_heads in (1, 2, 4) or cut.kv_heads % HEADS == 0
+def _most_keys(x: jax.Array, heads: int) -> int:
+    """Of a block with so many heads."""
+    if x.dtype != jnp.float16:
+        return MOST_KEYS
+    rows = (
+        HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
+    )  # a tile is one of 8, full or not
+    return min(max(HALF_ITEMS // (rows * x.shape[-1]) // LANES * LANES, LANES), MOST_KEYS)
 
 
 def as_given(x: jax.Array, order: Order) -> jax.Array:
