@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -120,7 +121,8 @@ class Call:
     def _blocks(self, part, batch, heads, own, step, counts, order, _) -> tuple:
         """Part, row of the batch, block of heads, block of rows, block of keys."""
         row = self.table.row(batch, own)
-        last = jnp.maximum(counts[row] - 1 - part, 0) // self.cut.parts
+        # Neither is negative: `//` would ask for signs, and for those Pallas wants a chip that it knows.
+        last = lax.div(jnp.maximum(counts[row] - 1 - part, 0), jnp.int32(self.cut.parts))
         other = order[row * self.table.others + self._visit(part, jnp.minimum(step, last))]
         return part, batch, heads, *((own, other) if self.inner == "keys" else (other, own))
 
