@@ -57,8 +57,10 @@ DEFAULT_VERSION_ALONE = {
     "test_kernels.py",
     "test_kernels_chosen.py",
     "test_kernels_compiled.py",
+    "test_kernels_cores.py",
     "test_kernels_gpu.py",
     "test_kernels_masked.py",
+    "test_kernels_quantised.py",
     "test_language_model.py",
     "test_launch.py",
     "test_reproducible.py",
@@ -67,6 +69,7 @@ DEFAULT_VERSION_ALONE = {
     "test_streaming.py",
     "test_theirs.py",
     "test_training.py",
+    "test_tune.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
 # are the same there, and kernels right.

@@ -1,6 +1,7 @@
 """Calls of the kernels that the tests and the bench compile, and what a compiled program may hold."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import kernels
+from distattn.kernels.tpu_scales import QUANTISED
+from distattn.pods import pod
 from distattn.testing import Report, compile_for
 
 TPU_TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -27,6 +30,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 # that would let an array of one kind pass for another.
 CALLS = {
     "decode": (2, 1, 50_000, 32, 8),
+    "decode_alone": (1, 1, 60_000, 32, 8),
     "decode_3_heads": (2, 2, 50_000, 9, 3),
     "prefill": (1, 600, 200_000, 8, 2),
     "gradient": (1, 600, 200_000, 8, 2),
@@ -83,6 +87,15 @@ def kernel_of(target: str) -> str:
     return "pallas_gpu" if target in GPU_TARGETS else "pallas_tpu"
 
 
+def caches() -> list[tuple[str, Any, int, int, int | None]]:
+    """All caches whose attention is to compile: target, dtype, width, heads of keys and layers."""
+    few = ((8, None), (2, None), (3, None), (8, 3))
+    return [
+        (target, dtype, width, *more)
+        for target, dtype, width, more in itertools.product(TARGETS, QUANTISED, WIDTHS, few)
+    ]
+
+
 def compiled(
     target: str,
     call: str,
@@ -98,8 +111,7 @@ def compiled(
     `implementation`: None for the kernels of the target.
     """
     batch, queries, keys, heads, kv_heads = CALLS[call]
-    chips = math.prod(map(int, target.partition(":")[2].split("x")))
-    devices = chips * (2 if target.startswith(("v4", "tpu7x")) else 1)  # a core is a device there
+    devices = pod(target).devices
     f = functools.partial(
         distattn.dot_product_attention,
         is_causal=True,
@@ -135,6 +147,60 @@ def compiled(
 
 # What XLA calls a kernel: on a TPU, and on a GPU up to jaxlib 0.10.2 and since.
 _CUSTOM_CALLS = "tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi"
+CACHE_SLOTS = 50_000  # of a device, for each of 2 rows of the batch
+
+
+def decode_of_a_cache(
+    target: str, dtype: Any, width: int, kv_heads: int, layers: int | None
+) -> Report:
+    """`KVCache.attend` of one bfloat16 query, the slots over the devices of a target."""
+    devices = pod(target).devices
+    batch, slots = 2, devices * CACHE_SLOTS
+    lead = () if layers is None else (layers,)
+
+    def attention(query, key, value, key_scale, value_scale, positions, layer):
+        cache = distattn.KVCache.create(
+            batch=batch,
+            capacity=slots,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            layers=layers,
+            dtype=dtype,
+            mesh=jax.sharding.get_abstract_mesh(),
+            axis_name="kv",
+        )
+        cache = dataclasses.replace(
+            cache,
+            key=key,
+            value=value,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            positions=positions,
+        )
+        return cache.attend(
+            query,
+            layer=None if layers is None else layer,
+            implementation="pallas_tpu",
+            combine="butterfly",
+        )
+
+    struct = jax.ShapeDtypeStruct
+    items = struct((*lead, batch, slots, kv_heads, width), dtype)
+    scales = struct((*lead, batch, slots, kv_heads), jnp.float32)
+    along, stacked = P(None, "kv"), P(*lead and (None,), None, "kv")
+    return compile_for(
+        attention,
+        struct((batch, 1, 4 * kv_heads, width), jnp.bfloat16),
+        items,
+        items,
+        scales,
+        scales,
+        struct((batch, slots), jnp.int32),
+        struct((), jnp.int32),
+        topology=target,
+        mesh={"kv": devices},
+        specs=(P(), *(stacked,) * 4, along, P()),
+    )
 
 
 def launches(report: Report) -> int:
@@ -143,12 +209,17 @@ def launches(report: Report) -> int:
 
 
 def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
-    """What the program computes, outside of kernels, that is as large as the keys of a device.
-
-    What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy.
-    """
+    """What the program computes, outside of kernels, that is as large as the keys of a device."""
     batch, _, keys, _, kv_heads = CALLS[call]
-    size = batch * keys * kv_heads * width
+    return arrays_of_size(report, batch * keys * kv_heads * width)
+
+
+def arrays_of_size(report: Report, size: int) -> list[str]:
+    """What the program computes, outside of kernels, that has so many elements or more.
+
+    What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor is what it
+    computes block by block within one (a fusion of the kind kCustom).
+    """
     free = {
         "parameter",
         "get-tuple-element",
@@ -158,10 +229,12 @@ def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
         "copy-done",
         "slice-done",
     }
-    found = []
+    found, fused = [], False
     for line in report.hlo.splitlines():
+        if line.endswith("{"):  # of a computation, the first line
+            fused = line.lstrip().startswith("%fused_computation")
         match = re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
-        if match and match[3] not in free:
+        if match and not fused and match[3] not in free and "kind=kCustom" not in line:
             elements = math.prod(map(int, match[2].split(",")))
             if elements >= size:
                 found.append(f"{match[3]} {match[2]}")

@@ -74,6 +74,7 @@ LAYERS = (
     "compilers",
     "testing",
     "checkup",
+    "tuning",
     "cli",
     "__init__",
     "__main__",

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distattn.cli import check, generate, launch, plan
+from distattn.cli import bench, check, generate, launch, plan
 from distattn.cli.arguments import CommandError
 
-COMMANDS = (check, plan, launch, generate)
+COMMANDS = (check, plan, bench, launch, generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from distattn.operands import KERNELS, Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
-__all__ = ["Kernel", "chosen", "interpreted"]
+__all__ = ["Kernel", "chosen", "interpreted", "own"]
 
 # What None takes, the first that serves; where none does, XLA's operations on blocks.
 # Not 'splash': `pallas_tpu` does all that it does, and copies nothing.
@@ -93,6 +93,17 @@ def chosen(
                 "which takes what there is"
             )
     return None
+
+
+def own(platform: str) -> Any:
+    """The kernel of the library's own for a platform; on a CPU that of TPUs, which `interpreted` runs.
+
+    Beside what a `Kernel` has it has `CANDIDATES`, rows and keys of a block that are worth timing, and
+    `sizes_of`, those that a call has.
+    """
+    return importlib.import_module(
+        f"distattn.kernels.pallas_{'gpu' if platform == 'gpu' else 'tpu'}"
+    )
 
 
 def _serving(

@@ -16,7 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from distattn.block import Scoring
 from distattn.kernels.gpu_blocks import SMALLEST, padded
-from distattn.kernels.gpu_layout import Cut, Numbers, numbers_of
+from distattn.kernels.gpu_layout import Cut, numbers_of
+from distattn.kernels.scores import Numbers
 from distattn.operands import Operands
 
 Piece = tuple[Any, int]  # of a width: start and size

@@ -83,19 +83,30 @@ class Sizes:
     stages: int  # that a step's loads are ahead, and one
 
 
-def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> Sizes:
+def sizes(
+    shape: Shape,
+    target: Target,
+    wanted: tuple[int, int] | None = None,
+    measured: tuple[int, int] | None = None,
+) -> Sizes:
     """Rows and keys of a block, powers of two.
 
     Args:
       shape: of the call.
       target: what it runs on.
-      wanted: queries and keys; they are rounded up. None: as the table says.
+      wanted: queries and keys; they are rounded up. None: as measured, or as the table says.
+      measured: rows and keys that were fastest for such calls; they are halved where there is no room.
     """
     rows = min(power_of_two(shape.rows), 64 if shape.backward else 128)
     narrow = max(shape.width, shape.value_width) <= 64 and rows <= 32 and not shape.backward
     keys = 128 if narrow else 64
     if shape.exact:
         rows, keys = min(rows, 32), 32
+    if measured is not None:
+        rows, keys = (
+            min(power_of_two(measured[0]), power_of_two(shape.rows)),
+            power_of_two(measured[1]),
+        )
     if wanted is not None:
         rows = min(power_of_two(wanted[0] * shape.groups), power_of_two(shape.rows))
         keys = power_of_two(wanted[1])

@@ -17,7 +17,8 @@ from distattn.kernels.gpu_blocks import (
     sizes,
     target_of,
 )
-from distattn.kernels.scores import EXACT, PLAIN
+from distattn.kernels.scores import EXACT, PLAIN, Numbers
+from distattn.kernels.tuned import chip_name, kind_of, tuned
 from distattn.operands import Operands
 from distattn.tiles import Machine
 
@@ -82,24 +83,6 @@ class Cut:
         return dataclasses.replace(self, rows=rows, key_block=keys, row_span=1, key_span=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """How products are made."""
-
-    dtype: jnp.dtype  # of their operands; they are summed in float32
-    precision: lax.Precision
-
-    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
-        """f32: a . b over a dimension of each."""
-        return lax.dot_general(
-            a.astype(self.dtype),
-            b.astype(self.dtype),
-            (((over[0],), (over[1],)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=jnp.float32,
-        )
-
-
 def precision_of(scoring: Scoring) -> lax.Precision | None:
     """HIGHEST: of float32; DEFAULT: of what is fast; None: another is asked for, which is not done.
 
@@ -136,7 +119,10 @@ def cut_of(
     batch, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
     groups = heads // kv_heads
-    target = target_of(device_kind_of())
+    device_kind = device_kind_of()
+    target = target_of(device_kind)
+    kind = kind_of(queries * groups, backward=backward)
+    measured = tuned(chip_name(device_kind), kind, width, operands.key.dtype)
     numbers = numbers_of(operands, scoring, backward=backward)
     shape = Shape(
         queries * groups,
@@ -148,7 +134,7 @@ def cut_of(
         backward,
         exact=numbers.precision == lax.Precision.HIGHEST,
     )
-    size = sizes(shape, target, machine.block_sizes)
+    size = sizes(shape, target, machine.block_sizes, measured)
     cut = Cut(
         batch,
         queries,

@@ -14,6 +14,8 @@ from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
+# Of a block, worth timing: rows, keys.
+CANDIDATES = (16, 32, 64, 128), (16, 32, 64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -56,14 +58,21 @@ def refusal(
     )
 
 
+def sizes_of(
+    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+) -> tuple[int, int]:
+    """Rows and keys of a block, as a call has them that is not refused."""
+    cut = cut_of(operands, scoring, machine, backward=backward)
+    return cut.rows, cut.key_block
+
+
 def _of_numbers(operands: Operands, scoring: Scoring, *, backward: bool) -> str | None:
     if operands.key_scale is not None and backward:
         return "key and value are quantised, and gradients are asked for"
-    quantised = () if operands.key_scale is None else (jnp.int8,)
     if precision_of(scoring) is None:
         done = "None, 'default', 'high', 'tensorfloat32' and 'highest' are done"
         return f"precision is {scoring.precision!r}; {done}"
-    return refusals.of_dtypes(operands, (*_DTYPES, *quantised))
+    return refusals.of_dtypes(operands, _DTYPES, quantised=(jnp.int8,))
 
 
 def _of_sizes(

@@ -1,6 +1,9 @@
 """The local part as kernels for TPUs, for masks of positions, lengths and segments.
 
-Nothing of the size of T x S exists, nor a copy of keys or values, but for float16, of which XLA makes one.
+Nothing of the size of T x S exists, nor a copy of keys or values: of float16, which Mosaic has not, XLA
+takes the bits block by block within the kernel; its gradients alone exist in float32 before they are
+rounded. Keys and values of 8 bits with scales are folded as they are; their gradient, the query's alone, is
+that of the numbers they stand for, which are then written out.
 None of it has been timed: it is checked by Pallas' interpreter, and by the compilers of v4 to tpu7x.
 """
 
@@ -12,10 +15,13 @@ from distattn.kernels import refusals
 from distattn.kernels.scores import EXACT, PLAIN
 from distattn.kernels.tpu_blocks import TABLE_ENTRIES
 from distattn.kernels.tpu_layout import cut_of
+from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
 from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
+# Of a block, worth timing: rows, keys.
+CANDIDATES = (128, 256, 512, 1024), (128, 256, 512, 1024, 2048)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -52,16 +58,23 @@ def refusal(
         refusals.of_platform(machine, "tpu")
         or refusals.of_sharding(machine)
         or refusals.of_dense_arguments(operands)
-        or refusals.of_dtypes(operands, _DTYPES)
-        or _of_numbers(operands, scoring)
+        or refusals.of_dtypes(operands, _DTYPES, quantised=QUANTISED)
+        or _of_precision(scoring)
         or refusals.of_package("jax.experimental.pallas.tpu")
         or _of_sizes(operands, machine, backward=backward)
     )
 
 
-def _of_numbers(operands: Operands, scoring: Scoring) -> str | None:
-    if operands.key_scale is not None:
-        return "key and value are quantised"
+def sizes_of(
+    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+) -> tuple[int, int]:
+    """Rows and keys of a block, as a call has them that is not refused."""
+    del scoring
+    cut = cut_of(operands, machine, backward=backward)
+    return cut.rows, cut.key_block
+
+
+def _of_precision(scoring: Scoring) -> str | None:
     if scoring.precision not in (*EXACT, *PLAIN):
         return f"precision is {scoring.precision!r}; None, 'default' and 'highest' are done"
     return None
@@ -74,10 +87,8 @@ def _of_sizes(operands: Operands, machine: Machine, *, backward: bool) -> str | 
             f"key has {cut.kv_heads} heads of {cut.width}: a block of them takes {cut.vmem_bytes} bytes, "
             f"and a kernel may take {cut.target.budget_bytes} on {cut.target.name}"
         )
-    shared = all(
-        x.shape[0] == 1 for x in jax.tree.leaves(operands.mask)
-    )  # by the rows of the batch
-    entries = cut.row_blocks * cut.key_blocks * (1 if shared else cut.batch)
+    rows_share_it = all(x.shape[0] == 1 for x in jax.tree.leaves(operands.mask))
+    entries = cut.row_blocks * cut.key_blocks * (1 if rows_share_it else cut.batch)
     if entries > TABLE_ENTRIES:
         return (
             f"query and key are so long that the table of visits has {entries} entries, and "

@@ -47,13 +47,16 @@ def of_dense_arguments(operands: Operands) -> str | None:
     return None
 
 
-def of_dtypes(operands: Operands, dtypes: tuple[Any, ...]) -> str | None:
-    """An array of a dtype that is not among them."""
+def of_dtypes(
+    operands: Operands, dtypes: tuple[Any, ...], *, quantised: tuple[Any, ...] = ()
+) -> str | None:
+    """An array of a dtype that is not among them, key and value those of bytes where they have scales."""
     arrays = {"query": operands.query, "key": operands.key, "value": operands.value}
-    names = ", ".join(dtype.__name__ for dtype in dtypes)
     for name, x in arrays.items():
-        if x.dtype not in dtypes:
-            return f"{name} has dtype {x.dtype}; done are {names}"
+        done = quantised if name != "query" and operands.key_scale is not None else dtypes
+        if x.dtype not in done:
+            names = ", ".join(dtype.__name__ for dtype in done)
+            return f"{name} has dtype {x.dtype}; done are {names or 'none with a scale'}"
     return None
 
 

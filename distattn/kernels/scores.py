@@ -3,6 +3,8 @@
 The orientation is free: rows by keys in one kernel, keys by rows in another.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,24 @@ from distattn.state import softmax_weights
 # The precisions of products that all kernels have.
 EXACT = ("highest", "float32", lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
 PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """How products are made."""
+
+    dtype: jnp.dtype  # of their operands; they are summed in float32
+    precision: lax.Precision
+
+    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+        """f32: a . b over a dimension of each."""
+        return lax.dot_general(
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            (((over[0],), (over[1],)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
 
 
 def logits_of(

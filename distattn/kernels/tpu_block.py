@@ -14,33 +14,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
-from distattn.kernels.scores import EXACT
+from distattn.kernels.scores import EXACT, Numbers
 from distattn.kernels.tpu_layout import Cut, Order, order_of
+from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
 
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """How products are made."""
-
-    dtype: jnp.dtype  # of their operands; they are summed in float32
-    precision: lax.Precision
-
-    def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
-        """f32: a . b over a dimension of each."""
-        return lax.dot_general(
-            a.astype(self.dtype),
-            b.astype(self.dtype),
-            (((over[0],), (over[1],)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=jnp.float32,
-        )
+# All of their numbers are numbers of bfloat16.
+NARROW = (jnp.bfloat16, *QUANTISED)
 
 
 def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
-    """bfloat16 where all is, and no other precision is asked for; else float32."""
+    """bfloat16 where it holds all numbers, and no other precision is asked for; else float32."""
     exact = scoring.precision in EXACT
-    narrow = not exact and all(x.dtype == jnp.bfloat16 for x in arrays)
+    narrow = not exact and all(x.dtype in NARROW for x in arrays)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
 
@@ -51,6 +37,8 @@ class Side:
 
     order: Order
     width: int
+    # Of float16 the bits are taken inside the kernel, and then a block is read as a whole.
+    moved: bool
 
     @property
     def axis(self) -> int:
@@ -64,16 +52,18 @@ class Side:
 
     def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
         """Where a block is put head by head, if it does not lie so."""
-        return [pltpu.VMEM(self.shape(cut), dtype)] if self.order == "SKH" else []
+        return [pltpu.VMEM(self.shape(cut), dtype)] if self.moved else []
 
     def by_heads(self, block: Any, refs: Iterator[Any]) -> Any:
         """The block head by head, a reference; `fill` puts it there. Takes its scratch from the refs."""
-        return next(refs) if self.order == "SKH" else block.at[0, 0]
+        return next(refs) if self.moved else block.at[0, 0]
 
     def fill(self, block: Any, heads: Any) -> None:
         """Puts the block there."""
         if self.order == "SKH":
             heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
+        elif self.moved:
+            heads[...] = block[0, 0]
 
     def write(self, block: Any, x: jax.Array) -> None:
         """The inverse: writes what lies head by head."""
@@ -82,10 +72,12 @@ class Side:
 
 def sides_of(operands: Operands) -> tuple[Side, Side]:
     """Keys and values."""
-    kv_heads, width, value_width = *operands.key.shape[-2:], operands.value.shape[-1]
-    return Side(order_of(kv_heads, width), width), Side(
-        order_of(kv_heads, value_width), value_width
-    )
+
+    def side(x: jax.Array) -> Side:
+        order = order_of(x.shape, x.dtype)
+        return Side(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
+
+    return side(operands.key), side(operands.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +91,14 @@ class Plan:
     value: Side
     masked: bool
     segments: bool
+    quantised: bool
+
+    def scales(self, refs: Iterator[Any]) -> Callable[[int, jax.Array], jax.Array] | None:
+        """f32[1, keys] of keys (0) or values (1) and a head, whose blocks are next of the refs, if any."""
+        if not self.quantised:
+            return None
+        blocks = [next(refs), next(refs)]
+        return lambda side, head: blocks[side][0, 0, 0, pl.ds(head, 1), :]
 
     def index(self, refs: Iterator[Any]) -> list[Any]:
         """The blocks of `Index`, which are the first of the refs, if there are any."""
@@ -119,7 +119,8 @@ def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> 
     """The plan of a call."""
     numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
     segments = operands.mask.key_segment_ids is not None
-    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments)
+    quantised = operands.key_scale is not None
+    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments, quantised)
 
 
 def loaded(x: jax.Array) -> jax.Array:

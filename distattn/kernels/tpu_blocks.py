@@ -15,7 +15,8 @@ a block of rows, the rows of all query heads of a key head.
   gradients) is at most six arrays of rows x keys. Rows and keys are halved, the larger first, until that
   is half of the budget; the other half is for what the compiler spills and copies.
 
-Nothing of this has been timed: there was no TPU. It compiles for every target, and fits.
+Nothing of this has been timed: there was no TPU. It compiles for every target, and fits. What a user has
+measured goes before it: `distattn.kernels.tuned`.
 """
 
 import dataclasses
@@ -36,17 +37,27 @@ class Target:
     budget_bytes: int  # what a kernel may take
     rows: int
     step_bytes: int  # of keys and values
+    # Of a device: two on v4 and v5p, which share its HBM and between which a kernel's parallel steps are
+    # split (docs.jax.dev, "TPUs in Megacore configuration"). The chips of v5e and v6e have one, and each
+    # of the two of tpu7x is a device.
+    cores: int = 1
 
 
-V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB)
+V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB, cores=2)
 TARGETS = (
     V4,
     Target("v5e", 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB),
-    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB),
+    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB, cores=2),
     Target("v6e", 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB),
     Target("tpu7x", 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
 )
 MOST_KEYS = 1024
+# Items of float16 in a block of keys or of values, at most: of as many XLA takes the bits within the
+# kernel. It does for 256 tiles of 8 by 128, of keys and of values; of 384 it copied one of both where a
+# tile had 2 heads, and of 512 it copied all. Of the gradient on v4, H 128, 2 heads, it copies one even so.
+HALF_ITEMS = 256 * 8 * LANES
+# The share of cores' time that may pass idle before each core gets keys of its own.
+IDLE = 0.1
 # Of the 1 MiB of scalar memory, half is for the table of which block visits which.
 TABLE_ENTRIES = 2**17
 
@@ -69,9 +80,21 @@ class Shape:
     value_width: int  # V
     itemsize: int  # of the widest of query, key and value
     backward: bool = False
+    key_itemsize: int | None = None  # of the wider of key and value; None: the same
+    most_keys: int = MOST_KEYS
+
+    @property
+    def of_keys(self) -> int:
+        """Bytes of an item of key or value."""
+        return self.itemsize if self.key_itemsize is None else self.key_itemsize
 
 
-def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
+def sizes(
+    shape: Shape,
+    target: Target,
+    wanted: tuple[int, int] | None = None,
+    measured: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """Rows and keys of a block.
 
     Keys are a multiple of 128. Rows are all of them, in sixteens; or whole queries, and a multiple of 128.
@@ -79,14 +102,24 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
     Args:
       shape: of the call.
       target: what it runs on.
-      wanted: queries and keys; they are rounded up. None: as the table says.
+      wanted: queries and keys; they are rounded up. None: as measured, or as the table says.
+      measured: rows and keys, see `distattn.kernels.tuned`; less where more heads leave no room for them.
     """
     if wanted is not None:
         return _rows(shape, wanted[0] * shape.groups), _keys(shape, wanted[1])
-    of_a_key = shape.heads * shape.itemsize * (_padded(shape.width) + _padded(shape.value_width))
+    if measured is not None:
+        return _fitting(
+            shape, _rows(shape, measured[0]), _keys(shape, measured[1]), target.budget_bytes
+        )
+    of_a_key = shape.heads * shape.of_keys * (_padded(shape.width) + _padded(shape.value_width))
     rows = _rows(shape, target.rows)
-    keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), MOST_KEYS))
-    while vmem_bytes(shape, rows, keys) > target.budget_bytes // 2:
+    keys = _keys(shape, min(max(target.step_bytes // of_a_key, LANES), shape.most_keys))
+    return _fitting(shape, rows, keys, target.budget_bytes // 2)
+
+
+def _fitting(shape: Shape, rows: int, keys: int, budget_bytes: int) -> tuple[int, int]:
+    """Rows and keys halved, the larger first, until a kernel takes no more than that."""
+    while vmem_bytes(shape, rows, keys) > budget_bytes:
         fewer_rows, fewer_keys = _rows(shape, rows // 2), _keys(shape, keys // 2)
         if fewer_rows < rows and (rows >= keys or fewer_keys == keys):
             rows = fewer_rows
@@ -97,11 +130,25 @@ def sizes(shape: Shape, target: Target, wanted: tuple[int, int] | None = None) -
     return rows, keys
 
 
+def parts(target: Target, steps: int, key_blocks: int) -> int:
+    """Into how many parts keys are split, each with a state of its own, so that all cores work.
+
+    Two more states are written and read then, which is why a core may be idle now and then.
+
+    Args:
+      target: what it runs on.
+      steps: that are parallel anyway: rows of the batch, blocks of heads, blocks of rows.
+      key_blocks: how many there are.
+    """
+    idle = 1 - steps / (-(-steps // target.cores) * target.cores)
+    return target.cores if idle > IDLE and key_blocks >= target.cores else 1
+
+
 def vmem_bytes(shape: Shape, rows: int, keys: int) -> int:
     """What a kernel with such blocks holds, about."""
     width, value_width = _padded(shape.width), _padded(shape.value_width)
     both = width + value_width
-    key_block = shape.heads * keys * both * shape.itemsize
+    key_block = shape.heads * keys * both * shape.of_keys
     query_block = shape.heads * rows * width * shape.itemsize
     state = shape.heads * rows * 4 * (value_width + LANES)
     # Keys and values are there once more, head by head.

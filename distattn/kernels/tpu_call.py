@@ -1,8 +1,9 @@
 """One launch of a TPU kernel: the grid, and which block of each array a step of it has.
 
-The grid is (rows of the batch, blocks of heads, own blocks, steps): a block of rows steps over the blocks
-of keys that it visits, or the other way round. Beyond the last one a step has the same blocks as the step
-before, so nothing is loaded for it, and computes nothing.
+The grid is (parts, rows of the batch, blocks of heads, own blocks, steps): a block of rows steps over the
+blocks of keys that it visits, or the other way round. Where there are two parts, one has every other of
+them. Beyond the last one a step has the same blocks as the step before, so nothing is loaded for it, and
+computes nothing.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -55,27 +57,27 @@ class Call:
             whole = x.shape[0] == 1
 
             def at(*place: Any, whole: bool = whole, which: int = which) -> tuple:
-                batch, _, *blocks = self._blocks(*place)
+                _, batch, _, *blocks = self._blocks(*place)
                 return 0 if whole else batch, 0, blocks[which]
 
             parts.append(Part(x, pl.BlockSpec((1, x.shape[1], size), at)))
         return parts
 
     def by_rows(self, x: Any) -> Part:
-        """[B, K, R, .], rows of all heads."""
+        """[B, K, R, .], rows of all heads; or [parts * B, K, R, .], those of each part."""
 
         def at(*place: Any) -> tuple:
-            batch, heads, row, _ = self._blocks(*place)
-            return batch, heads, row, 0
+            part, batch, heads, row, _ = self._blocks(*place)
+            return self._row(x, part, batch), heads, row, 0
 
         return Part(x, pl.BlockSpec((1, self.cut.heads, self.cut.rows, x.shape[3]), at))
 
     def of_rows(self, x: Any) -> Part:
-        """[B, K, ., R], numbers of rows."""
+        """[B, K, ., R], numbers of rows; or [parts * B, K, ., R]."""
 
         def at(*place: Any) -> tuple:
-            batch, heads, row, _ = self._blocks(*place)
-            return batch, heads, 0, row
+            part, batch, heads, row, _ = self._blocks(*place)
+            return self._row(x, part, batch), heads, 0, row
 
         return Part(x, pl.BlockSpec((1, self.cut.heads, x.shape[2], self.cut.rows), at))
 
@@ -83,7 +85,7 @@ class Call:
         """[L, B, S, K, .] in its order, keys or values."""
 
         def at(*place: Any) -> tuple:
-            batch, heads, _, key = self._blocks(*place)
+            _, batch, heads, _, key = self._blocks(*place)
             layer = place[-1][0] if x.shape[0] > 1 else 0
             index = {"S": key, "K": heads, "H": 0}
             return layer, batch, *(index[letter] for letter in order)
@@ -91,18 +93,40 @@ class Call:
         sizes = {"S": self.cut.key_block, "K": self.cut.heads, "H": x.shape[2 + order.index("H")]}
         return Part(x, pl.BlockSpec((1, 1, *(sizes[letter] for letter in order)), at))
 
+    def by_scales(self, x: Any) -> Part:
+        """[L, B, K / heads, heads, S], scales of keys or values."""
+
+        def at(*place: Any) -> tuple:
+            _, batch, heads, _, key = self._blocks(*place)
+            return place[-1][0] if x.shape[0] > 1 else 0, batch, heads, 0, key
+
+        return Part(x, pl.BlockSpec((1, 1, 1, self.cut.heads, self.cut.key_block), at))
+
     def step(self, counts: Any) -> Step:
         """Of the kernel that is running."""
-        batch, own, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+        part, batch, _, own, step = (pl.program_id(n) for n in range(5))
         count = counts[self.table.row(batch, own)]
-        return Step(step == 0, step < count, step == self.table.others - 1)
+        return Step(step == 0, self._visit(part, step) < count, step == self.steps - 1)
 
-    def _blocks(self, batch, heads, own, step, counts, order, _) -> tuple:
-        """Row of the batch, block of heads, block of rows, block of keys."""
+    @property
+    def steps(self) -> int:
+        """Of a block, at most."""
+        return -(-self.table.others // self.cut.parts)
+
+    def _visit(self, part: Any, step: Any) -> Any:
+        """Which of its visits a block makes then."""
+        return step * self.cut.parts + part if self.cut.parts > 1 else step
+
+    def _row(self, x: Any, part: Any, batch: Any) -> Any:
+        return batch if x.shape[0] == self.cut.batch else part * self.cut.batch + batch
+
+    def _blocks(self, part, batch, heads, own, step, counts, order, _) -> tuple:
+        """Part, row of the batch, block of heads, block of rows, block of keys."""
         row = self.table.row(batch, own)
-        step = jnp.minimum(step, jnp.maximum(counts[row] - 1, 0))
-        other = order[row * self.table.others + step]
-        return batch, heads, *((own, other) if self.inner == "keys" else (other, own))
+        # Neither is negative: `//` would ask for signs, and for those Pallas wants a chip that it knows.
+        last = lax.div(jnp.maximum(counts[row] - 1 - part, 0), jnp.int32(self.cut.parts))
+        other = order[row * self.table.others + self._visit(part, jnp.minimum(step, last))]
+        return part, batch, heads, *((own, other) if self.inner == "keys" else (other, own))
 
 
 def launch(
@@ -124,19 +148,22 @@ def launch(
     axes = varying_axes(*arrays)
     arguments = [vary(x, axes) for x in arrays]
     pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
-    steps = "parallel", "parallel", "parallel", "arbitrary"
+    semantics = *("parallel",) * 4, "arbitrary"
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(cut.batch, cut.head_blocks, table.own, table.others),
+            grid=(cut.parts, cut.batch, cut.head_blocks, table.own, call.steps),
             in_specs=[x.spec for x in inputs],
             out_specs=[x.spec for x in outputs],
             scratch_shapes=scratch,
         ),
         out_shape=[shaped(x.array.shape, x.array.dtype, axes) for x in outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=steps, vmem_limit_bytes=cut.target.budget_bytes
+            dimension_semantics=semantics,
+            vmem_limit_bytes=cut.target.budget_bytes,
+            # The bits of float16, which XLA takes block by block then; else it makes a copy of them.
+            allow_input_fusion=[x.dtype == jnp.uint16 for x in arrays],
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * width * pairs,

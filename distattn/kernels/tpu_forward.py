@@ -2,7 +2,9 @@
 
 It differs from published TPU kernels in: 1. keys and values are read as they lie, [B, S, K, .], 8 heads at
 a time, and never transposed; 2. masks are functions of positions that are given, in any order, and a block
-is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided.
+is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided; 4.
+where a device has two cores and one would idle, each folds every other block of keys, and the two states
+are merged.
 """
 
 import functools
@@ -22,8 +24,9 @@ from distattn.kernels.tpu_block import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, launch
 from distattn.kernels.tpu_layout import as_stored, cut_of
+from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
-from distattn.state import SoftmaxState, softmax_weights
+from distattn.state import SoftmaxState, merge, softmax_weights
 from distattn.tiles import Machine
 
 
@@ -41,8 +44,9 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         call.by_rows(query),
         call.by_keys(key, plan.key.order),
         call.by_keys(value, plan.value.order),
+        *(call.by_scales(x) for x in scales_of(operands, cut)),
     ]
-    rows = (cut.batch, cut.kv_heads)
+    rows = (cut.parts * cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
         call,
@@ -60,8 +64,15 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         ],
         width=cut.width + cut.value_width,
     )
-    high, total = (by_queries(numbers[:, :, n], cut) for n in range(2))
-    return SoftmaxState(high, total, by_queries(weighted_sum, cut))
+    parts = [
+        SoftmaxState(
+            by_queries(own[:, :, 0], cut), by_queries(own[:, :, 1], cut), by_queries(total, cut)
+        )
+        for own, total in zip(
+            jnp.split(numbers, cut.parts), jnp.split(weighted_sum, cut.parts), strict=True
+        )
+    ]
+    return functools.reduce(merge, parts)
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -71,7 +82,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs)
     index = plan.index(parts)
-    query, key, value, weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 8)
+    query, key, value = itertools.islice(parts, 3)
+    scales = plan.scales(parts)
+    weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 5)
     keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
     product = plan.numbers.product
 
@@ -94,6 +107,7 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         @each(cut.heads)
         def _(head: jax.Array) -> None:
             products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
+            products = products if scales is None else products * scales(0, head)
             logits, _ = logits_of(products, allowed, plan.scoring)
             before = highest[head, :, :1]
             high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
@@ -102,6 +116,8 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             highest[head] = jnp.broadcast_to(high, highest.shape[1:])
             sums[head] = jnp.broadcast_to(total, sums.shape[1:])
             weighted_sum[0, head] *= shrink
+            if scales is not None:  # in an empty slot the scale may be NaN
+                weights = jnp.where(weights != 0, weights * scales(1, head), 0.0)
 
             def add(x: jax.Array) -> None:
                 weighted_sum[0, head] += x

@@ -13,7 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
-from distattn.kernels.tpu_blocks import LANES, Shape, Target, sizes, target_of, vmem_bytes
+from distattn.kernels.tpu_blocks import (
+    HALF_ITEMS,
+    LANES,
+    MOST_KEYS,
+    Shape,
+    Target,
+    parts,
+    sizes,
+    target_of,
+    vmem_bytes,
+)
+from distattn.kernels.tuned import chip_name, kind_of, tuned
 from distattn.operands import Operands
 from distattn.tiles import Machine
 
@@ -37,6 +48,13 @@ class Cut:
     key_block: int
     target: Target
     vmem_bytes: int  # that a kernel holds, about
+    splits: bool = False  # whether keys may be split into parts
+
+    @property
+    def parts(self) -> int:
+        """How many parts of the keys have a state of their own."""
+        steps = self.batch * self.head_blocks * self.row_blocks
+        return parts(self.target, steps, self.key_blocks) if self.splits else 1
 
     @property
     def row_blocks(self) -> int:
@@ -68,11 +86,14 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
     """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
     batch, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
-    target = target_of(device_kind_of())
+    device_kind = device_kind_of()
+    target = target_of(device_kind)
+    kind = kind_of(queries * heads // kv_heads, backward=backward)
+    measured = tuned(chip_name(device_kind), kind, width, operands.key.dtype)
     counts = [n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
-    if "SKH" in (order_of(kv_heads, width), order_of(kv_heads, value_width)):
-        counts = counts[:1]
     arrays = operands.query, operands.key, operands.value
+    if "SKH" in (order_of(x.shape, x.dtype) for x in arrays[1:]):
+        counts = counts[:1]
     shapes = [
         Shape(
             rows=queries * heads // kv_heads,
@@ -83,10 +104,12 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
             value_width=value_width,
             itemsize=max(x.dtype.itemsize for x in arrays),
             backward=backward,
+            key_itemsize=max(x.dtype.itemsize for x in arrays[1:]),
+            most_keys=min(_most_keys(x, count) for x in arrays[1:]),
         )
         for count in counts
     ]
-    sized = ((shape, *sizes(shape, target, machine.block_sizes)) for shape in shapes)
+    sized = ((shape, *sizes(shape, target, machine.block_sizes, measured)) for shape in shapes)
     cuts = [
         Cut(
             batch,
@@ -101,28 +124,45 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
             key_block,
             target,
             vmem_bytes(shape, rows, key_block),
+            splits=not backward,
         )
         for shape, rows, key_block in sized
     ]
     return next((cut for cut in cuts if cut.vmem_bytes <= target.budget_bytes), cuts[-1])
 
 
-def order_of(kv_heads: int, width: int) -> Order:
-    """How keys, or values, of so many heads and such a width lie in the memory of a TPU."""
+def order_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Order:
+    """How keys, or values, [..., S, K, .], lie in the memory of a TPU."""
+    *_, kv_heads, width = shape
     if width % LANES:
         return "KHS"
-    return "SKH" if kv_heads in (2, 4) or kv_heads % HEADS == 0 else "KSH"
+    # Bytes are packed in fours, which 2 heads do not fill.
+    few = (4,) if dtype.itemsize == 1 else (2, 4)
+    return "SKH" if kv_heads in few or kv_heads % HEADS == 0 else "KSH"
 
 
 def as_stored(x: jax.Array) -> jax.Array:
     """[L, B, S, K, .] with the last three in their `Order`; of float16, which Mosaic has not, the bits."""
     x = x if x.ndim == 5 else x[None]
-    match order_of(*x.shape[-2:]):
+    match order_of(x.shape, x.dtype):
         case "KHS":
             x = jnp.moveaxis(x, 2, 4)
         case "KSH":
             x = x.swapaxes(2, 3)
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
+    if x.dtype != jnp.float16:
+        return x
+    # Last of all, where it becomes a part of the kernel: see `distattn.kernels.tpu_call.launch`.
+    return lax.bitcast_convert_type(lax.optimization_barrier(x), jnp.uint16)
+
+
+def _most_keys(x: jax.Array, heads: int) -> int:
+    """Of a block with so many heads."""
+    if x.dtype != jnp.float16:
+        return MOST_KEYS
+    rows = (
+        HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
+    )  # a tile is one of 8, full or not
+    return min(max(HALF_ITEMS // (rows * x.shape[-1]) // LANES * LANES, LANES), MOST_KEYS)
 
 
 def as_given(x: jax.Array, order: Order) -> jax.Array:

@@ -2,6 +2,7 @@
 
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
+    python scripts/bench/kernels.py caches                     # over keys and values of 8 bits
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
     python scripts/bench/kernels.py time                       # on a TPU or GPU, beside others' kernels
 
@@ -23,11 +24,15 @@ import jax
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from tests.kernel_calls import (  # noqa: E402
+    CACHE_SLOTS,
     CALLS,
     GPU_TARGETS,
     TARGETS,
     arrays_like_keys,
+    arrays_of_size,
+    caches,
     compiled,
+    decode_of_a_cache,
     launches,
     matrix,
 )
@@ -61,8 +66,9 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
                 "copies": copies,
             }
         )
-        # Mosaic takes no float16: its bits are passed on, which XLA copies.
-        copied = copies and (target in GPU_TARGETS or dtype != jax.numpy.float16)
+        # Gradients of float16 are rounded from float32 on a TPU.
+        rounded = target not in GPU_TARGETS and (call, dtype) == ("gradient", jax.numpy.float16)
+        copied = copies and not rounded
         if launches(report) != (3 if call == "gradient" else 1) or copied:
             failed += 1
             print("WRONG", *what.values(), launches(report), copies, flush=True)
@@ -75,6 +81,21 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
     if out:
         Path(out).write_text(json.dumps(lines, indent=1), encoding="utf-8")
     print(f"{len(lines)} programs, {failed} failed")
+    return failed
+
+
+def compile_caches(targets: list[str], every: int) -> int:
+    """The same for decode over quantised caches; prints what fails and how many did, which it returns."""
+    chosen = [x for x in caches()[::every] if x[0] in targets]
+    failed = 0
+    for target, dtype, width, kv_heads, layers in chosen:
+        report = decode_of_a_cache(target, dtype, width, kv_heads, layers)
+        copies = arrays_of_size(report, 2 * CACHE_SLOTS * kv_heads * width)
+        if launches(report) != 1 or copies:
+            failed += 1
+            what = target, dtype.__name__, width, kv_heads, layers
+            print("WRONG", *what, launches(report), copies, flush=True)
+    print(f"{len(chosen)} programs over caches, {failed} failed")
     return failed
 
 
@@ -98,7 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("compile", "memory", "time"))
+    parser.add_argument("what", choices=("compile", "caches", "memory", "time"))
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--thin", type=int, default=1, help="every N-th program")
     parser.add_argument("--out", help="JSON, a row for each program")
@@ -116,6 +137,8 @@ def main() -> int:
     if arguments.what == "memory":
         memory(targets)
         return 0
+    if arguments.what == "caches":
+        return int(compile_caches(targets, arguments.thin) > 0)
     return int(compile_all(targets, arguments.out, arguments.thin) > 0)
 
 
