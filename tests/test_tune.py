@@ -97,7 +97,7 @@ def test_without_an_accelerator_there_is_nothing_to_time(capsys):
         ),
         (
             ("--interpret", "--kinds", "decode", "--dtypes", "float64"),
-            "has dtype float64; bfloat16",
+            "has dtype float64; done are bfloat16",
         ),
     ],
 )

@@ -76,11 +76,6 @@ class Cut:
         """How many blocks of heads."""
         return self.kv_heads // self.heads
 
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the last block of keys has slots beyond the keys."""
-        return self.keys % self.key_block != 0
-
 
 def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> Cut:
     """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
