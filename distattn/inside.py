@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from distattn._compat import platform_of, varying_axes
+from distattn._compat import platform_of, vary, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.block import Scoring
-from distattn.collectives import ALL_REDUCES, typed_as_replicated
-from distattn.completion import completed
+from distattn.collectives import BY_NAME, typed_as_replicated
+from distattn.completion import completed, goes_in_one_launch, one_launch
 from distattn.cost import Shape
 from distattn.local import local_state
 from distattn.movement import (
@@ -68,7 +68,7 @@ def sharded_attention(
 
     Key and value are this device's shards along S. Differentiable in reverse mode, with check_vma True
     and False. Under check_vma=True the result for a replicated query is typed as replicated; a schedule
-    of messages ('butterfly', a `Schedule`) needs one more all-gather for that type.
+    of messages ('butterfly', 'fused', a `Schedule`) needs one more all-gather for that type.
 
     Args:
       query: [B, T, N, H], the same on all devices of the axis; with `query_sharded` this device's rows.
@@ -80,8 +80,9 @@ def sharded_attention(
       axis_name: the axis of the shard_map, or a tuple of axes, over which S is sharded; shards count in
         the order of the tuple.
       query_sharded: whether query holds this device's rows, sharded over the same axes.
-      combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`; with `query_sharded` 'auto',
-        'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
+      combine: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; with `query_sharded`
+        'auto', 'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
+        The gradient of 'fused' computes the states again, and merges them by the messages of 'butterfly'.
       scale: as in `dot_product_attention`, like all that is not listed here.
       is_causal: the same.
       query_seq_lengths: int32[B], in global rows.
@@ -169,7 +170,7 @@ def _choose(
     combine: Combine, query_sharded: bool, names: Axes, query, key, value, dense: tuple
 ) -> Movement:
     """What moves; ValueError where the combine that is named does not fit the query."""
-    fitting = QUERY_SHARDED if query_sharded else ALL_REDUCES
+    fitting = QUERY_SHARDED if query_sharded else BY_NAME
     if not (
         combine == "auto"
         or combine in fitting
@@ -215,13 +216,31 @@ def _attend(
     """out and lse of this device's operands, differentiated through the collectives."""
     own_rows = operands.mask.query_valid
     operands = at_work(operands, movement)
-    if movement.ring:
-        ring = Ring(movement.ring, movement.ring)
-        state = ring_state(operands, scoring, machine, implementation, ring)
-    else:
-        state = local_state(operands, scoring, machine, implementation)
     valid = own_rows if movement.scatter else operands.mask.query_valid
-    return completed(state, movement, operands.sinks, valid, operands.query.dtype)
+
+    def attend(operands: Operands, movement: Movement) -> tuple[jax.Array, jax.Array]:
+        if movement.ring:
+            ring = Ring(movement.ring, movement.ring)
+            state = ring_state(operands, scoring, machine, implementation, ring)
+        else:
+            state = local_state(operands, scoring, machine, implementation)
+        return completed(state, movement, operands.sinks, valid, operands.query.dtype)
+
+    if not goes_in_one_launch(operands, movement, scoring, machine, implementation):
+        return attend(operands, movement)
+
+    @jax.custom_vjp
+    def launched(operands: Operands) -> tuple[jax.Array, jax.Array]:
+        return one_launch(operands, movement, scoring, machine, valid)
+
+    # As in `collectives`: the transpose of the same computation in another form.
+    def backward(operands: Operands, cotangents: tuple) -> tuple[Operands]:
+        apart = dataclasses.replace(movement, schedule="butterfly")
+        return jax.vjp(lambda x: attend(x, apart), operands)[1](cotangents)
+
+    launched.defvjp(lambda operands: (launched(operands), operands), backward)
+    axes = varying_axes(lax.axis_index(movement.all_reduce), *jax.tree.leaves(operands))
+    return launched(jax.tree.map(lambda x: vary(x, axes), operands))
 
 
 def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -111,18 +112,23 @@ def launch(
     *,
     scratch: list[Any],
     width: int,
+    collective_id: int | None = None,
 ) -> list[jax.Array]:
     """kernel(counts, order, layer, *blocks of inputs and outputs, *scratch), over the grid of the call.
 
     `width` is the sum of the widths of its products, for the compiler's estimate of its time.
+    `collective_id` is the barrier of a kernel that exchanges with other devices; such a kernel keeps to one
+    core, where a device has two, since all its steps share what they exchange.
     """
     cut, table = call.cut, call.table
     layer = jnp.zeros((), jnp.int32) if call.layer is None else call.layer
     arrays = [table.counts, table.order, layer.reshape(1), *(x.array for x in inputs)]
     axes = varying_axes(*arrays)
+    if collective_id is not None:
+        axes |= varying_axes(lax.axis_index(jax.sharding.get_abstract_mesh().manual_axes))
     arguments = [vary(x, axes) for x in arrays]
     pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
-    steps = "parallel", "parallel", "parallel", "arbitrary"
+    steps = ("parallel" if collective_id is None else "arbitrary",) * 3 + ("arbitrary",)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -134,7 +140,9 @@ def launch(
         ),
         out_shape=[shaped(x.array.shape, x.array.dtype, axes) for x in outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=steps, vmem_limit_bytes=cut.target.budget_bytes
+            dimension_semantics=steps,
+            vmem_limit_bytes=cut.target.budget_bytes,
+            collective_id=collective_id,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * width * pairs,
