@@ -25,9 +25,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import distattn
-from distattn import kernels
+from distattn import kernels, reference
+from distattn.fixed_point import FixedPoint, FixedPointState, quantise
 from distattn.fused import exchange
-from tests.cases import CASES, Case, check
+from distattn.words import lattice
+from tests.cases import CASES, DIFFERENTIABLE, Case, as_float32, check
+from tests.tolerance import assert_close
 
 P = PartitionSpec
 THREADS = {"PJRT_NPROC": "16"}
@@ -70,55 +73,74 @@ def merged(mesh: Mesh, axes: Any, schedule: str, state: Any) -> Any:
     return jax.tree.map(np.asarray, jax.jit(run)(state))
 
 
-def compared(mesh: Mesh, axes: Any, rows: tuple[int, ...] = (1, 2, 6), width: int = 12) -> None:
+def same(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def compared(mesh: Mesh, axes: Any, state: Any) -> None:
     """That the kernel gives the bits of the butterfly, and so the same to all devices."""
-    sizes = tuple(mesh.shape.values())
-    state = states(sizes, rows, width)
     messages = merged(mesh, axes, "butterfly", state)
     names = (axes,) if isinstance(axes, str) else axes
     along = tuple(mesh.axis_names.index(name) for name in names)
     for late in (False, True):
         with on_tpus(late=late):
             fused = merged(mesh, axes, "fused", state)
-        for x, y in zip(jax.tree.leaves(fused), jax.tree.leaves(messages), strict=True):
-            np.testing.assert_array_equal(x, y)
+        same(fused, messages)
+        for x in jax.tree.leaves(fused):
             np.testing.assert_array_equal(x, np.broadcast_to(x.max(along, keepdims=True), x.shape))
             assert not np.isnan(x).any()
 
 
+def exchanged(*sizes: int, axes: Any = "kv", rows: tuple[int, ...] = (1, 2, 6), width: int = 12):
+    compared(mesh_of(*sizes), axes, states(sizes, rows, width))
+
+
 def attention(devices: int, **options: Any) -> Callable:
+    named = {"combine": "fused", "return_residual": True} | options
     return functools.partial(
-        distattn.dot_product_attention,
-        mesh=mesh_of(devices),
-        axis_name="kv",
-        combine="fused",
-        return_residual=True,
-        **options,
+        distattn.dot_product_attention, mesh=mesh_of(devices), axis_name="kv", **named
     )
 
 
-def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float = 1.0, **options):
-    """Against the oracle, forward and gradient."""
-    run = attention(devices, **options)
-    check(case, run, dtype=dtype, factor=factor, what=f"fused on {devices}")
-
-
-def fixed_point(devices: int) -> None:
-    """That integers are the same by the kernel as by messages."""
-    case = dataclasses.replace(CASES["window_causal_sinks"], keys=64 * devices, queries=3)
-    arguments = {
-        name: jnp.asarray(x, jnp.float32) if getattr(x, "dtype", None) == np.float64 else x
-        for name, x in case.arguments().items()
+def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float = 1.0) -> None:
+    """One launch against the oracle, forward: that of the gradient is its own (`test_kernels.py`)."""
+    arguments = case.arguments()
+    cast = {
+        name: jnp.asarray(arguments[name], dtype) for name in DIFFERENTIABLE if name in arguments
     }
-    run = attention(devices, reproducible=True)
-    options = dict(case.options)
+    rest = {name: x for name, x in arguments.items() if name not in cast}
+    got = jax.jit(functools.partial(attention(devices, **KERNEL), **rest))(**cast)
+    exact = {name: np.asarray(x, np.float64) for name, x in cast.items()}
+    want = reference.dot_product_attention(**exact, **rest)
+    assert got[0].dtype == dtype
+    for x, y, kind in zip(got, want, (dtype, jnp.float32), strict=True):
+        assert_close(x, y, kind, case.keys, factor)
+
+
+def fixed_point(*sizes: int, gradient: bool) -> None:
+    """That integers are the same by the kernel as by messages: of a state, or of some sums."""
+    terms = [states(sizes, (2, 3, 2), 9).weighted_sum * 10.0**power for power in (-8, 0, 9)]
+    scale = lattice(1000)
+
+    def quantised(x: jax.Array) -> FixedPoint:  # [..., X, rows]
+        x = jnp.moveaxis(x, (0, -1), (-1, 0))
+        found = quantise(x, scale)
+        words = tuple(jnp.moveaxis(word, -1, 0) for word in found.words)
+        return FixedPoint(jnp.moveaxis(found.top, -1, 0), words, scale)
+
+    total, weighted, more = map(quantised, (terms[0][..., :1], terms[1], terms[2][..., :4]))
+    state = {"key": more, "sum": total} if gradient else FixedPointState(total, weighted)
+    compared(mesh_of(*sizes), "kv", state)
+
+
+def reproducible() -> None:
+    case = dataclasses.replace(CASES["window_causal_sinks"], keys=128, queries=1)
+    arguments = as_float32(case.arguments())
+    options = dict(case.options) | {"reproducible": True}
     arrays = {name: x for name, x in arguments.items() if name not in options}
-    results = [
-        jax.jit(functools.partial(run, combine=x, **options))(**arrays)
-        for x in ("fused", "butterfly")
-    ]
-    for x, y in zip(*results, strict=True):
-        np.testing.assert_array_equal(x, y)
+    runs = (attention(2, combine=x, **options) for x in ("fused", "butterfly"))
+    same(*(jax.jit(run)(**arrays) for run in runs))
 
 
 def inside(check_vma: bool) -> Callable:
@@ -148,58 +170,89 @@ def inside(check_vma: bool) -> Callable:
 
 
 def cache() -> None:
-    """A token at a time, in a cache of two layers over eight devices."""
+    """A token at a time, in a cache of two layers."""
     rng = np.random.default_rng(0)
-    options = {"batch": 2, "capacity": 32, "num_kv_heads": 2, "head_dim": 8, "layers": 2}
+    options = {"batch": 1, "capacity": 32, "num_kv_heads": 2, "head_dim": 8, "layers": 2}
     held = distattn.KVCache.create(
-        **options, dtype=jnp.float32, mesh=mesh_of(8), axis_name="kv"
-    ).append(*jnp.asarray(rng.normal(size=(2, 2, 2, 20, 2, 8)), jnp.float32))
-    query = jnp.asarray(rng.normal(size=(2, 1, 4, 8)), jnp.float32)
-    for how in ("pallas_tpu", None):
-        got, want = (
-            held.attend(query, layer=1, combine=x, implementation=y)
-            for x, y in (("fused", how), ("butterfly", None))
-        )
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        **options, dtype=jnp.float32, mesh=mesh_of(4), axis_name="kv"
+    ).append(*jnp.asarray(rng.normal(size=(2, 2, 1, 20, 2, 8)), jnp.float32))
+    query = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
+    got = held.attend(query, layer=1, combine="fused", **KERNEL)
+    want = held.attend(query, layer=1, combine="butterfly")
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-def without_waiting() -> None:
-    """A kernel that reads what may not have arrived yet: it must be seen."""
+class Impatient(exchange.Exchange):
+    """Reads what may not have arrived yet."""
 
-    class Impatient(exchange.Exchange):
-        def _receive(self, number, each, own, action):
-            with mock.patch.object(pltpu, "make_async_remote_copy", mock.MagicMock()):
-                super()._receive(number, each, own, action)
+    def _receive(self, number, each, own, action):
+        with mock.patch.object(pltpu, "make_async_remote_copy", mock.MagicMock()):
+            super()._receive(number, each, own, action)
 
-    with mock.patch.object(exchange, "Exchange", Impatient):
+
+class Crowded(exchange.Exchange):
+    """Receives all messages in one place."""
+
+    def _message(self, number, each, own, target):
+        with mock.patch.object(pltpu, "make_async_remote_copy") as make:
+            super()._message(number, each, own, target)
+        (source, _, *rest), named = make.call_args
+        return pltpu.make_async_remote_copy(source, self.buffers.at[1], *rest, **named)
+
+
+def broken(kernel: type[exchange.Exchange]) -> None:
+    with mock.patch.object(exchange, "Exchange", kernel):
         merged(mesh_of(4), "kv", "fused", states((4,), (1, 2, 6), 12))
 
 
-SMALL = dataclasses.replace(CASES["causal_permuted"], queries=2)
+def vmapped() -> None:
+    """Over a batch of states."""
+    state = states((3, 2), (2, 1), 8)
+
+    def body(schedule, state):
+        run = functools.partial(distattn.all_reduce, axis_name="kv", schedule=schedule)
+        return jax.vmap(jax.vmap(run))(state)
+
+    def of(schedule):
+        run = functools.partial(body, schedule)
+        return jax.shard_map(
+            run, mesh=mesh_of(3), in_specs=P("kv"), out_specs=P("kv"), check_vma=False
+        )
+
+    same(*(jax.jit(of(schedule))(state) for schedule in ("fused", "butterfly")))
+
+
+CAUSAL = dataclasses.replace(CASES["causal_permuted"], queries=2)
 SINKS = dataclasses.replace(CASES["window_causal_sinks"], queries=3)
 LENGTHS = dataclasses.replace(CASES["lengths_permuted"], query_lengths=True, queries=3)
 ONE = dataclasses.replace(CASES["mqa_one_query"], keys=30, permuted=True, empty_slots=3)
-WIDE = dataclasses.replace(SMALL, heads=6, kv_heads=3, width=128, value_width=128)
+WIDE = dataclasses.replace(CAUSAL, heads=6, kv_heads=3, width=128, value_width=128)
 KERNEL = {"implementation": "pallas_tpu"}
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f"{n} devices": functools.partial(lambda n: compared(mesh_of(n), "kv"), n) for n in range(2, 9)},
-    "first axis of two": lambda: compared(mesh_of(4, 2), "a"),
-    "last axis of two": lambda: compared(mesh_of(2, 4), "kv"),
-    "both axes": lambda: compared(mesh_of(2, 3), ("a", "kv")),
-    "several blocks of rows": lambda: compared(mesh_of(3), "kv", (3, 5, 20), 130),
-    "fixed point on 3": lambda: fixed_point(3),
-    "fixed point on 8": lambda: fixed_point(8),
-    "one launch, 2": lambda: judged(SMALL, 2, **KERNEL),
-    "one launch, sinks, 3": lambda: judged(SINKS, 3, **KERNEL),
-    "one launch, lengths, 5": lambda: judged(LENGTHS, 5, **KERNEL),
-    "one launch, one query, 8": lambda: judged(ONE, 8, **KERNEL),
-    "one launch, wide, bfloat16": lambda: judged(WIDE, 4, dtype=jnp.bfloat16, factor=2.0, **KERNEL),
-    "two launches": lambda: judged(CASES["everything"], 4),
-    "inside": lambda: check(SMALL, inside(check_vma=False), what="inside"),
+    **{f"{n} devices": functools.partial(exchanged, n) for n in range(2, 9)},
+    "first axis of two": lambda: exchanged(4, 2, axes="a"),
+    "last axis of two": lambda: exchanged(2, 4),
+    "both axes": lambda: exchanged(2, 3, axes=("a", "kv")),
+    "several blocks of rows": lambda: exchanged(3, rows=(3, 5, 20), width=130),
+    "fixed point on 3": lambda: fixed_point(3, gradient=False),
+    "fixed point on 4": lambda: fixed_point(4, gradient=True),
+    "reproducible": reproducible,
+    "one launch, 2": lambda: judged(CAUSAL, 2),
+    "one launch, sinks, 3": lambda: judged(SINKS, 3),
+    "one launch, lengths, 5": lambda: judged(LENGTHS, 5),
+    "one launch, one query, 8": lambda: judged(ONE, 8),
+    "one launch, wide, bfloat16": lambda: judged(WIDE, 4, dtype=jnp.bfloat16, factor=2.0),
+    "gradient": lambda: check(SINKS, attention(2, **KERNEL), what="fused"),
+    "gradient, two launches": lambda: check(CASES["everything"], attention(3), what="fused"),
+    "gradient, inside": lambda: check(CAUSAL, inside(check_vma=False), what="inside"),
     "cache": cache,
-    "without waiting": without_waiting,
-}  # fmt: skip
+    "vmapped": vmapped,
+}
+BROKEN = {  # what must be seen to be
+    "without waiting": functools.partial(broken, Impatient),
+    "in one buffer": functools.partial(broken, Crowded),
+}
 
 
 def report(names: list[str]) -> Iterator[dict[str, Any]]:
@@ -208,7 +261,7 @@ def report(names: list[str]) -> Iterator[dict[str, Any]]:
         seen, failure = io.StringIO(), ""
         with contextlib.redirect_stdout(seen), on_tpus():
             try:
-                CHECKS[name]()
+                (CHECKS | BROKEN)[name]()
             except Exception:  # noqa: BLE001  it is told
                 failure = traceback.format_exc()
         printed = seen.getvalue()
@@ -222,5 +275,6 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     assert os.environ["PJRT_NPROC"] == THREADS["PJRT_NPROC"]
-    for found in report(sys.argv[1:] or list(CHECKS)):
-        print(json.dumps(found), flush=True)
+    for found in report(sys.argv[1:] or [*CHECKS, *BROKEN]):
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()

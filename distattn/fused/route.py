@@ -73,17 +73,18 @@ class Route:
         return jnp.stack(rows)
 
 
+def rounds_over(axes: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[Round, ...]:
+    """Those of `hierarchical(sizes)`."""
+    by_axis = list(zip(axes, sizes, strict=True))[::-1]
+    return tuple(Round(axis, step) for axis, size in by_axis for step in butterfly(size).steps)
+
+
 def route_over(axes: tuple[str, ...]) -> Route:
     """The rounds over the axes, which are in the order of the mesh."""
-    rounds = [
-        Round(axis, step)
-        for axis, size in zip(reversed(axes), reversed(sizes_of(axes)), strict=True)
-        for step in butterfly(size).steps
-    ]
     # A signal of the next kernel counts at the barrier of this one if both have one barrier. With equal
     # rounds it cannot come too early: it goes to those from whom this kernel has received, and they had
     # passed their barrier. With others it can; so the barrier is that of a mesh and of axes. XLA numbers
     # the barriers of a program itself, and asks only which are the same; 31 bits.
     mesh = jax.sharding.get_abstract_mesh()
     pattern = repr((mesh.axis_names, mesh.axis_sizes, axes)).encode()
-    return Route(tuple(rounds), zlib.crc32(pattern) >> 1)
+    return Route(rounds_over(axes, sizes_of(axes)), zlib.crc32(pattern) >> 1)
