@@ -51,7 +51,8 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
 
     'fused' is for TPUs, and 'auto' never takes it: it is compiled for v5e to tpu7x, and was not timed. All
     axes of the mesh must be axes of the shard_map. Axes that cross slices of a TPU are merged over last,
-    as by 'butterfly'. The gradient is that of 'butterfly'.
+    as by 'butterfly'. The gradient is that of 'butterfly'. Under check_vma=True, on a mesh of several
+    axes, the result is typed as varying over all of them.
 
     Raises:
       ValueError: an unknown name, an unbound axis, or a Schedule for another number of devices.

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from distattn._compat import platform_of, vary, varying_axes
+from distattn import fused
+from distattn._compat import platform_of, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.block import Scoring
 from distattn.collectives import BY_NAME, typed_as_replicated
@@ -144,6 +145,15 @@ def sharded_attention(
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     machine = Machine(platform_of(), any(mesh.shape[axis] > 1 for axis in others))
+    given = varying_axes(*jax.tree.leaves(operands))
+    if reproducible and combine == "fused" and typed_as_varying(axes):
+        more = varying_axes(*jax.tree.leaves(fused.varied(operands, axes))) - given - {*axes}
+        if more:
+            raise NotImplementedError(
+                "reproducible=True with combine='fused' under check_vma=True is not built where nothing "
+                f"varies over other axes of the mesh, here {sorted(more)}; use 'butterfly', or "
+                "check_vma=False"
+            )
     if reproducible and machine.compiler_sharded:
         raise NotImplementedError(
             f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
@@ -157,10 +167,11 @@ def sharded_attention(
     else:
         out, lse = _attend(operands, scoring, machine, movement, implementation)
     if not query_sharded and typed_as_varying(axes):
+        over = mesh_order((*axes, *(varying_axes(out) - given - {*axes})))
         if varying_axes(out) & set(axes):
-            out = typed_as_replicated(out, axes)
+            out = typed_as_replicated(out, over)
         if return_residual and varying_axes(lse) & set(axes):
-            lse = typed_as_replicated(lse, axes)
+            lse = typed_as_replicated(lse, over)
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
@@ -239,8 +250,7 @@ def _attend(
         return jax.vjp(lambda x: attend(x, apart), operands)[1](cotangents)
 
     launched.defvjp(lambda operands: (launched(operands), operands), backward)
-    axes = varying_axes(lax.axis_index(movement.all_reduce), *jax.tree.leaves(operands))
-    return launched(jax.tree.map(lambda x: vary(x, axes), operands))
+    return launched(fused.varied(operands, mesh_order(movement.all_reduce)))
 
 
 def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:

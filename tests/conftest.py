@@ -51,6 +51,7 @@ DEFAULT_VERSION_ALONE = {
     "test_compile.py",
     "test_distributed.py",
     "test_examples.py",
+    "test_fused.py",
     "test_generation.py",
     "test_kernels.py",
     "test_language_model.py",

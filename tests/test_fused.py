@@ -204,6 +204,17 @@ def test_between_slices_xla_exchanges():
         compiled("v5e:2x2*2")
 
 
+def test_untyped_results_are_refused_where_they_would_be_summed():
+    def run(*arrays):
+        body = functools.partial(
+            distattn.sharded_attention, axis_name="kv", combine="fused", reproducible=True
+        )
+        return jax.shard_map(body, in_specs=(P(), ALONG, ALONG), out_specs=P())(*arrays)
+
+    with pytest.raises(NotImplementedError, match=r"reproducible.*'fused'.*\['x'\].*'butterfly'"):
+        compiled("v5e:2x2", mesh={"x": 2, "kv": 2}, run=run)
+
+
 # The interpreter does not know the types of check_vma=True.
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradient_inside_a_shard_map(check_vma):
@@ -216,7 +227,9 @@ def test_gradient_inside_a_shard_map(check_vma):
         )(*arrays)
         return out.astype(jnp.float32).sum() + lse.sum()
 
-    report = compiled("v5e:2x2", width=64, run=jax.value_and_grad(run, argnums=(0, 1, 2)))
+    mesh = {"x": 2, "kv": 2}  # over x nothing varies
+    run = jax.value_and_grad(run, argnums=(0, 1, 2))
+    report = compiled("v5e:2x2", width=64, mesh=mesh, run=run)
     assert launches(report) == 4  # the forward pass; the states again, and two for their gradients
 
 

@@ -8,6 +8,7 @@ looks for races, and by the compilers of v5e to tpu7x.
 import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from distattn.monoid import State, rows_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
 
-__all__ = ["all_reduce", "attend", "in_one_launch"]
+__all__ = ["all_reduce", "attend", "in_one_launch", "varied"]
 
 
 def all_reduce(
@@ -65,8 +66,13 @@ def all_reduce(
         return jax.vjp(lambda x: by_messages(x, axes), state)[1](cotangent)
 
     merged.defvjp(lambda state: (merged(state), state), backward)
-    varying = varying_axes(lax.axis_index(axes), *jax.tree.leaves(state))
-    return merged(jax.tree.map(lambda x: vary(x, varying), state))
+    return merged(varied(state, axes))
+
+
+def varied(x: Any, axes: tuple[str, ...]) -> Any:
+    """A pytree, typed as varying where what a kernel exchanges over the axes is; see `Route.told`."""
+    over = varying_axes(lax.axis_index(axes), *jax.tree.leaves(x)) | route_over(axes).varying
+    return jax.tree.map(lambda leaf: vary(leaf, over), x)
 
 
 def in_one_launch(

@@ -42,7 +42,6 @@ def attend(
     call = Call(cut, table, operands.layer, "keys")
     key, value = as_stored(operands.key), as_stored(operands.value)
     query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    own_rows = route.own_rows()
     inputs = [
         *call.index(index),
         call.by_rows(query),
@@ -51,8 +50,8 @@ def attend(
     ]
     if operands.sinks is not None:
         inputs.append(_whole(_by_blocks(operands.sinks, cut, wire)))
-    if own_rows is not None:
-        inputs.append(Part(own_rows, rows_spec()))
+    if route.has_rows:
+        inputs.append(Part(route.own_rows(), rows_spec()))
     # Mosaic has no float16.
     dtype = jnp.float32 if operands.query.dtype == jnp.float16 else operands.query.dtype
     rows = (wire.blocks, wire.heads, wire.rows)
@@ -75,6 +74,7 @@ def attend(
         ],
         width=cut.width + cut.value_width,
         collective_id=barrier_of(route),
+        exchanged=route.varying,
     )
     out, lse = (
         by_queries(x.reshape(cut.batch, cut.kv_heads, *x.shape[2:]), cut) for x in (out, lse)
@@ -89,7 +89,7 @@ def _kernel(
     index = plan.index(parts)
     operands = [*itertools.islice(parts, 3)]
     sinks = next(parts) if has_sinks else None
-    rows = None if route.is_regular else next(parts)
+    rows = next(parts) if route.has_rows else None
     out, lse, *state, row_index = itertools.islice(parts, 6)
     exchange = Exchange(route, wire, rows, *itertools.islice(parts, 3))
     block = pl.program_id(0) * cut.head_blocks + pl.program_id(1)

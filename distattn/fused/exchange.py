@@ -9,6 +9,7 @@ receive, and waits for those to whom it will send.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,8 +23,6 @@ from distattn.fused.route import KEEP, NOBODY, OWN_FIRST, REPLACE, SOURCE_FIRST,
 from distattn.fused.wire import Parts, Wire, form_of, parts_of, state_of, wire_of
 from distattn.kernels.interpreter import interpreter
 from distattn.monoid import State
-
-MESH = pl.DeviceIdType.MESH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Exchange:
 
             def signal(each: Round = each, source: jax.Array = source) -> None:
                 barrier = pltpu.get_barrier_semaphore()
-                pl.semaphore_signal(barrier, 1, device_id={each.axis: source}, device_id_type=MESH)
+                pl.semaphore_signal(barrier, 1, device_id=self._device(each, source))
 
             _when(source != NOBODY, signal, always=each.flip is not None)
 
@@ -66,6 +65,7 @@ class Exchange:
                 number,
                 each,
                 own,
+                source,
                 action,
                 always=always,
             )
@@ -76,9 +76,11 @@ class Exchange:
             _when(target != NOBODY, message.wait_send, always=each.flip is not None)
         return own
 
-    def _receive(self, number: int, each: Round, own: jax.Array, action: jax.Array) -> None:
+    def _receive(
+        self, number: int, each: Round, own: jax.Array, source: jax.Array, action: jax.Array
+    ) -> None:
         inbox = number + 1
-        self._message(number, each, own, lax.axis_index(each.axis)).wait_recv()
+        self._message(number, each, own, source).wait_recv()
         first = jnp.where(action == SOURCE_FIRST, inbox, own)
         second = jnp.where(action == SOURCE_FIRST, own, inbox)
 
@@ -96,9 +98,14 @@ class Exchange:
             self.buffers.at[number + 1],
             self.sent.at[number],
             self.received.at[number],
-            device_id={each.axis: target},
-            device_id_type=MESH,
+            device_id=self._device(each, target),
         )
+
+    def _device(self, each: Round, coordinate: jax.Array) -> dict[str, jax.Array]:
+        """The one with another coordinate on an axis; those that are not named are this device's own."""
+        told, last = self.route.told, len(self.route.rounds)
+        own = {axis: self.rows[last, n] for n, axis in enumerate(told)}
+        return own | {each.axis: coordinate}
 
     def _roles(self, number: int, each: Round) -> tuple[jax.Array, jax.Array, jax.Array]:
         """To whom, from whom, and what to do: `Round.table`, of this device."""
@@ -144,13 +151,13 @@ def all_reduce(state: State, route: Route, vmem_bytes: int) -> State:
     filled = [_filled(x, wire) for x in (*parts.vectors, *parts.matrices)]
     vectors = jnp.stack(filled[: form.vectors], axis=1)  # [blocks, vectors, 1, rows]
     arrays = [vectors, *filled[form.vectors :]]
-    own_rows = route.own_rows()
-    inputs = [*([] if own_rows is None else [own_rows]), *arrays]
-    axes = varying_axes(*inputs, *(lax.axis_index(x.axis) for x in route.rounds))
+    own_rows = [route.own_rows()] if route.has_rows else []
+    inputs = [*own_rows, *arrays]
+    axes = varying_axes(*inputs) | route.varying
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     results = pl.pallas_call(
-        lambda *refs: _kernel(route, wire, own_rows is not None, *refs),
-        in_specs=[*([] if own_rows is None else [rows_spec()]), *(whole for _ in arrays)],
+        functools.partial(_kernel, route, wire),
+        in_specs=[*(rows_spec() for _ in own_rows), *(whole for _ in arrays)],
         out_specs=[whole for _ in arrays],
         out_shape=[shaped(x.shape, x.dtype, axes) for x in arrays],
         scratch_shapes=scratch_of(route, wire),
@@ -167,9 +174,9 @@ def all_reduce(state: State, route: Route, vmem_bytes: int) -> State:
     return state_of(merged, state)
 
 
-def _kernel(route: Route, wire: Wire, has_rows: bool, *refs: Any) -> None:
+def _kernel(route: Route, wire: Wire, *refs: Any) -> None:
     parts = list(refs)
-    rows = parts.pop(0) if has_rows else None
+    rows = parts.pop(0) if route.has_rows else None
     count = 1 + len(wire.form.widths)
     arrays, results, scratch = parts[:count], parts[count : 2 * count], parts[2 * count :]
     exchange = Exchange(route, wire, rows, *scratch)

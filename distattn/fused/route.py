@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from distattn.axes import sizes_of
+from distattn._compat import varying_axes
+from distattn.axes import sizes_of, typed_as_varying
 from distattn.schedule import Step, butterfly
 
 KEEP, OWN_FIRST, SOURCE_FIRST, REPLACE = range(
@@ -59,18 +60,29 @@ class Route:
 
     rounds: tuple[Round, ...]
     collective_id: int  # of the barrier: that of another kernel only if its rounds are the same
+    # All axes of the mesh, where a kernel must be told where in it the device is: under check_vma=True, as
+    # it cannot bring numbers that vary over several axes to one type. What it computes then counts as
+    # varying over them all.
+    told: tuple[str, ...] = ()
 
     @property
-    def is_regular(self) -> bool:
-        """Whether partners follow from coordinates, without a table."""
-        return all(x.flip is not None for x in self.rounds)
+    def has_rows(self) -> bool:
+        """Whether partners do not follow from coordinates, so that a kernel needs `own_rows`."""
+        return bool(self.told) or any(x.flip is None for x in self.rounds)
 
-    def own_rows(self) -> jax.Array | None:
-        """int32[rounds, 3]: what the tables say of this device; None where none is needed."""
-        if self.is_regular:
-            return None
+    def own_rows(self) -> jax.Array:
+        """int32[rounds, .]: what the tables say of this device; at the end its coordinates, if told."""
         rows = [jnp.asarray(x.table)[lax.axis_index(x.axis)] for x in self.rounds]
-        return jnp.stack(rows)
+        if self.told:
+            rows.append(jnp.stack([lax.axis_index(axis) for axis in self.told]))
+        width = max(row.size for row in rows)
+        return jnp.stack([jnp.pad(row, (0, width - row.size)) for row in rows])
+
+    @property
+    def varying(self) -> frozenset[str]:
+        """The axes over which the state must be typed as varying before it is exchanged, and is after."""
+        axes = {*self.told, *(x.axis for x in self.rounds)}
+        return varying_axes(*(lax.axis_index(axis) for axis in axes))
 
 
 def rounds_over(axes: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[Round, ...]:
@@ -87,4 +99,5 @@ def route_over(axes: tuple[str, ...]) -> Route:
     # the barriers of a program itself, and asks only which are the same; 31 bits.
     mesh = jax.sharding.get_abstract_mesh()
     pattern = repr((mesh.axis_names, mesh.axis_sizes, axes)).encode()
-    return Route(rounds_over(axes, sizes_of(axes)), zlib.crc32(pattern) >> 1)
+    told = mesh.axis_names if len(mesh.axis_names) > 1 and typed_as_varying(axes) else ()
+    return Route(rounds_over(axes, sizes_of(axes)), zlib.crc32(pattern) >> 1, told)

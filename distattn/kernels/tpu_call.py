@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -113,19 +112,19 @@ def launch(
     scratch: list[Any],
     width: int,
     collective_id: int | None = None,
+    exchanged: frozenset[str] = frozenset(),
 ) -> list[jax.Array]:
     """kernel(counts, order, layer, *blocks of inputs and outputs, *scratch), over the grid of the call.
 
     `width` is the sum of the widths of its products, for the compiler's estimate of its time.
-    `collective_id` is the barrier of a kernel that exchanges with other devices; such a kernel keeps to one
-    core, where a device has two, since all its steps share what they exchange.
+    `collective_id` is the barrier of a kernel that exchanges with other devices, and `exchanged` the axes
+    over which its results vary for that; such a kernel keeps to one core, where a device has two, since all
+    its steps share what they exchange.
     """
     cut, table = call.cut, call.table
     layer = jnp.zeros((), jnp.int32) if call.layer is None else call.layer
     arrays = [table.counts, table.order, layer.reshape(1), *(x.array for x in inputs)]
-    axes = varying_axes(*arrays)
-    if collective_id is not None:
-        axes |= varying_axes(lax.axis_index(jax.sharding.get_abstract_mesh().manual_axes))
+    axes = varying_axes(*arrays) | exchanged
     arguments = [vary(x, axes) for x in arrays]
     pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
     steps = ("parallel" if collective_id is None else "arbitrary",) * 3 + ("arbitrary",)
