@@ -65,7 +65,8 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
     size = axes_size(axes)
     schedule = chosen_schedule(schedule, state, axes)
     if isinstance(schedule, str):
-        schedule = _butterfly(axes) if schedule == "butterfly" else schedule
+        alone = schedule == "fused" and size == 1  # no message: nothing that any platform lacks
+        schedule = _butterfly(axes) if schedule == "butterfly" or alone else schedule
     elif not isinstance(schedule, Schedule):
         raise ValueError(
             f"schedule is {schedule!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"

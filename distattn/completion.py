@@ -67,7 +67,7 @@ def goes_in_one_launch(
     operands: Operands, movement: Movement, scoring: Scoring, machine: Machine, implementation: str
 ) -> bool:
     """Whether one kernel folds this device's keys, exchanges and divides; see `fused.in_one_launch`."""
-    if movement.schedule != "fused" or not movement.all_reduce:
+    if movement.schedule != "fused" or axes_size(movement.all_reduce) == 1:
         return False
     axes = mesh_order(movement.all_reduce)
     return fused.in_one_launch(operands, scoring, machine, implementation, axes)

@@ -117,6 +117,9 @@ def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float 
     assert got[0].dtype == dtype
     for x, y, kind in zip(got, want, (dtype, jnp.float32), strict=True):
         assert_close(x, y, kind, case.keys, factor)
+        replicas = [np.asarray(shard.data) for shard in x.addressable_shards]
+        assert len(replicas) == devices
+        assert len({replica.tobytes() for replica in replicas}) == 1
 
 
 def fixed_point(*sizes: int, gradient: bool) -> None:

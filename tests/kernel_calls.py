@@ -40,6 +40,7 @@ def compiled(
     *,
     value_width: int | None = None,
     implementation: str | None = "pallas_tpu",
+    combine: str = "butterfly",
 ) -> Report:
     """One call of `dot_product_attention` over the devices of a target, keys in any order."""
     batch, queries, keys, heads, kv_heads = CALLS[call]
@@ -50,7 +51,7 @@ def compiled(
         is_causal=True,
         logits_soft_cap=30.0 if width == 256 else None,
         implementation=implementation,
-        combine="butterfly",
+        combine=combine,
     )
 
     def attention(query, key, value, query_positions, key_positions):

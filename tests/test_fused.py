@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -196,6 +197,26 @@ def test_along_any_axis_of_any_mesh():
         assert report.collectives == {}
 
 
+def test_kernels_share_a_barrier_only_if_they_exchange_alike():
+    def body(state):
+        for axes in ("x", "kv", "x", ("x", "kv")):
+            state = distattn.all_reduce(state, axes, schedule="fused")
+        return state
+
+    def run(*rows):
+        state = distattn.SoftmaxState(*rows)
+        return jax.shard_map(body, in_specs=P(), out_specs=P(), check_vma=False)(state)
+
+    rows = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 2, 4), (1, 2, 4), (1, 2, 4, 8))
+    ]
+    mesh = {"x": 2, "kv": 2}
+    report = compile_for(run, *rows, topology="v5e:2x2", mesh=mesh, specs=(P(),) * 3)
+    barriers = re.findall(r'"barrier_type":"CUSTOM","id":"(\d+)"', report.hlo)
+    assert launches(report) == len(barriers) == 4
+    assert sorted(barriers.count(x) for x in set(barriers)) == [1, 1, 2]
+
+
 def test_between_slices_xla_exchanges():
     report = compiled("v5e:2x2*2", mesh={"host": 2, "kv": 4}, axis_name=("host", "kv"))
     assert launches(report) == 2
@@ -266,10 +287,17 @@ def test_elsewhere_it_is_refused():
         called(mesh, *arrays())
 
 
-def test_one_device_exchanges_nothing():
-    got = attention(*arrays())
-    for x, y in zip(got, attention(*arrays(), combine="auto"), strict=True):
-        np.testing.assert_array_equal(x, y)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_device_exchanges_nothing(check_vma):
+    body = functools.partial(
+        distattn.sharded_attention, axis_name="kv", combine="fused", return_residual=True
+    )
+    specs = {"in_specs": (P(), ALONG, ALONG), "out_specs": P(), "check_vma": check_vma}
+    inside = jax.jit(jax.shard_map(body, mesh=mesh_of(1, "auto"), **specs))
+    want = attention(*arrays(), combine="auto")
+    for got in (attention(*arrays()), inside(*arrays())):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_axes_that_the_compiler_shards_are_refused():

@@ -92,6 +92,8 @@ def in_one_launch(
     _check_place()
     if not kernels.serves(operands, scoring, machine, implementation) or slice_axes(axes) != ():
         return False
+    if operands.key_scale is not None:  # of integers the kernel that does all knows nothing
+        return False
     cut, route = cut_of(operands, machine), route_over(axes)
     if not route.rounds or cut.row_blocks > 1 or cut.queries * cut.groups > LANES:
         return False

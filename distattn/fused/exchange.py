@@ -31,7 +31,7 @@ class Exchange:
 
     route: Route
     wire: Wire
-    rows: Any  # SMEM int32[rounds, 3], of `Route.own_rows`; None where none is needed
+    rows: Any  # SMEM, of `Route.own_rows`; None where none are needed
     buffers: Any  # VMEM [1 + rounds, *wire.shape]; the state of this device is put into the first
     sent: Any  # DMA semaphores [rounds]
     received: Any  # the same
@@ -61,7 +61,7 @@ class Exchange:
             _when(target != NOBODY, self._message(number, each, own, target).start, always=always)
             _when(
                 source != NOBODY,
-                lambda *given: self._receive(*given),
+                self._receive,
                 number,
                 each,
                 own,

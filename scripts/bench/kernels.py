@@ -2,6 +2,7 @@
 
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
+    python scripts/bench/kernels.py compile --combine fused    # with the exchange in a kernel too
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
 
 Needs the extra `tpu`. What is compiled are whole calls, keys sharded over the target's devices.
@@ -29,8 +30,14 @@ from tests.kernel_calls import (  # noqa: E402
     matrix,
 )
 
+# How many kernels the programs have, by combine: where rows are few, fold and exchange are one.
+KERNELS = {
+    "butterfly": {"gradient": 3},
+    "fused": {"prefill": 2, "gradient": 4},
+}
 
-def compile_all(targets: list[str], out: str | None, every: int) -> int:
+
+def compile_all(targets: list[str], out: str | None, every: int, combine: str) -> int:
     """Prints what fails, and a line for each target and call; returns how many failed."""
     failed, lines = 0, []
     seconds = collections.defaultdict(list)
@@ -42,7 +49,7 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
         what = {"target": target, "call": call, "width": width, "dtype": dtype.__name__}
         began = time.monotonic()
         try:
-            report = compiled(target, call, width, dtype)
+            report = compiled(target, call, width, dtype, combine=combine)
         except Exception as error:  # noqa: BLE001 - all of them are listed
             failed += 1
             lines.append(what | {"error": str(error)[:1000]})
@@ -55,14 +62,17 @@ def compile_all(targets: list[str], out: str | None, every: int) -> int:
                 "seconds": round(report.seconds, 2),
                 "kernels": launches(report),
                 "temp_bytes": report.temp_bytes,
+                "collectives": report.collectives,
                 "copies": copies,
             }
         )
         # Mosaic takes no float16: its bits are passed on, which XLA copies.
         copied = copies and dtype != jax.numpy.float16
-        if launches(report) != (3 if call == "gradient" else 1) or copied:
+        # The query's gradient is summed by XLA.
+        sent = combine == "fused" and call != "gradient" and report.collectives
+        if launches(report) != KERNELS[combine].get(call, 1) or copied or sent:
             failed += 1
-            print("WRONG", *what.values(), launches(report), copies, flush=True)
+            print("WRONG", *what.values(), launches(report), copies, sent, flush=True)
         seconds[target, call].append(time.monotonic() - began)
     for (target, call), each in seconds.items():
         print(
@@ -98,6 +108,7 @@ def main() -> int:
     parser.add_argument("what", choices=("compile", "memory"))
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--thin", type=int, default=1, help="every N-th program")
+    parser.add_argument("--combine", choices=tuple(KERNELS), default="butterfly")
     parser.add_argument("--out", help="JSON, a row for each program")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -105,7 +116,7 @@ def main() -> int:
     if arguments.what == "memory":
         memory(targets)
         return 0
-    return int(compile_all(targets, arguments.out, arguments.thin) > 0)
+    return int(compile_all(targets, arguments.out, arguments.thin, arguments.combine) > 0)
 
 
 if __name__ == "__main__":
