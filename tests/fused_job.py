@@ -194,7 +194,7 @@ def told() -> None:
 
     with mock.patch.object(fused, "route_over", route):
         exchanged(2, 3)
-        exchanged(4, 2, axes=("a", "kv"))
+        exchanged(2, 2, axes=("a", "kv"))
 
 
 class Impatient(exchange.Exchange):

@@ -36,9 +36,8 @@ SECONDS = 300  # for what takes one minute on two cores
 # ------------------------------------------------------------------------------------------------ simulated
 
 
-@pytest.fixture(scope="module")
-def simulated():
-    """What the job says of each of its checks."""
+def test_simulated():
+    """All of `fused_job`, in one test, since workers that share parameters would each run it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.fused_job"],
         cwd=ROOT,
@@ -51,19 +50,13 @@ def simulated():
     )
     found = {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
     assert set(found) == {*fused_job.CHECKS, *fused_job.BROKEN}, done.stderr
-    return found
-
-
-@pytest.mark.parametrize("name", fused_job.CHECKS)
-def test_simulated(simulated, name):
-    found = simulated[name]
-    assert not found["failure"], found["failure"]
-    assert not found["printed"], found["printed"]  # a race, or a semaphore that is not back at 0
-
-
-@pytest.mark.parametrize("name", fused_job.BROKEN)
-def test_a_race_would_be_seen(simulated, name):
-    assert simulated[name]["races"] > 0
+    # What is printed are races, and semaphores that are not back at 0.
+    failures = [
+        name for name in fused_job.CHECKS if found[name]["failure"] or found[name]["printed"]
+    ]
+    assert failures == [], "\n".join(str(found[name]) for name in failures)
+    unseen = [name for name in fused_job.BROKEN if not found[name]["races"]]
+    assert unseen == [], "a race that is there was not seen"
 
 
 # --------------------------------------------------------------------------------------- who sends to whom
