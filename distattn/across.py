@@ -20,8 +20,10 @@ from distattn.axes import axes_size
 from distattn.call import Call
 from distattn.completion import (
     completed,
+    goes_in_one_launch,
     heads_summed,
     numbers,
+    one_launch,
     row_cotangents,
     rows_again,
     sink_gradient,
@@ -218,6 +220,9 @@ def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
     if movement.heads:
         operands, _ = _by_heads(movement, operands)
     local = local_fold(call.scoring, call.machine, call.implementation, call.units)
+    given = call.scoring, call.machine
+    if call.units is None and goes_in_one_launch(operands, movement, *given, call.implementation):
+        return one_launch(operands, movement, *given, valid)
     state = ring_fold(local, operands, call.ring) if call.ring else local(operands)
     return completed(state, movement, operands.sinks, valid, operands.query.dtype)
 

@@ -1,16 +1,22 @@
 """The axes of the `shard_map` around: their order, sizes and types; everything here is for its body."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from distattn._compat import device_kind_of, platform_of, processes_of, varying_axes
 from distattn.chips import chip_of
 from distattn.cost import Topology
 
 AxisName = str | tuple[str, ...]
+# Of the mesh that is traced for, the axes along which devices lie in different slices of a TPU; None: not
+# known. Part of the key under which JAX caches what it has traced.
+_slice_axes = jax.make_user_context(None)
 
 
 def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
@@ -64,3 +70,25 @@ def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     """This device's part of x, which all devices have, along the dimension."""
     part = x.shape[dimension] // axes_size(axes)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
+
+
+def on_devices_of(mesh: Mesh) -> AbstractContextManager:
+    """While it is entered, what is traced is for the devices of this mesh, of which `slice_axes` asks."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])
+    index = slices(mesh.devices)
+    varies = [(index != index.take([0], axis)).any() for axis in range(index.ndim)]
+    return _slice_axes(tuple(x for x, y in zip(mesh.axis_names, varies, strict=True) if y))
+
+
+def slice_axes(axes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Those of the axes along which devices lie in different slices of a TPU; None: it cannot be known.
+
+    A `shard_map` knows its axes and not its devices. Where all that the process knows lie in one slice, no
+    axis leaves it; else somebody must have said for which mesh this is traced.
+    """
+    known = _slice_axes.value
+    if known is None and platform_of() == "tpu":
+        own = jax.devices() if jax.default_backend() == "tpu" else []
+        if len({getattr(device, "slice_index", None) for device in own}) != 1:
+            return None
+    return tuple(axis for axis in axes if axis in (known or ()))

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
 from distattn._manual import manual, place
+from distattn.axes import on_devices_of
 from distattn.block import Scoring
 from distattn.movement import Movement
 from distattn.operands import letters_of
@@ -107,7 +109,15 @@ class Call:
         )
         # A shard_map that tracks no types forgets over which axes of one around it its values vary.
         axes = varying_axes(*jax.tree.leaves(arguments))
-        return jax.tree.map(lambda x: vary(x, axes), mapped(*arguments))
+        with self._on_devices():
+            results = mapped(*arguments)
+        return jax.tree.map(lambda x: vary(x, axes), results)
+
+    def _on_devices(self) -> AbstractContextManager:
+        """Tells a kernel that writes to other devices' memory which devices these are."""
+        mesh = self.placement.mesh
+        needed = self.movement.schedule == "fused" and isinstance(mesh, Mesh)
+        return on_devices_of(mesh) if needed else nullcontext()
 
     def uncut(self, x: jax.Array, letters: str) -> jax.Array:
         """x with T and S not sharded, as the compiler is told where it decides.

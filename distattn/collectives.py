@@ -4,6 +4,7 @@ Everything here is what one device does. A state travels packed, in one message 
 of the lower rank comes first in each merge, so that all replicas are equal bit for bit.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn import planner
+from distattn import fused, planner
 from distattn._compat import all_gather_as_replicated
 from distattn.axes import (
     AxisName,
@@ -28,6 +29,7 @@ from distattn.monoid import State, monoid_of, rows_of
 from distattn.schedule import Pairs, ScatterSchedule, Schedule, halving, hierarchical
 
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
+BY_NAME = (*ALL_REDUCES, "fused")  # the last one is never chosen: it has not been timed
 
 
 def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = "auto") -> State:
@@ -38,16 +40,24 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
         another pytree of `FixedPoint` with the same rows, of which every schedule gives the same bits.
       axis_name: the axis, or a tuple of axes, to merge over.
       schedule: 'butterfly' (recursive doubling, ceil(log2 D) messages; level by level over a tuple of
-        axes), 'psum' (a pmax and one packed psum), 'all_gather' (one all-gather, merged locally), a
-        `Schedule` of one's own, or 'auto' (the cheapest by `planner`).
+        axes), 'psum' (a pmax and one packed psum), 'all_gather' (one all-gather, merged locally), 'fused'
+        (the messages of 'butterfly' inside one TPU kernel, see below), a `Schedule` of one's own, or
+        'auto' (the cheapest by `planner`).
 
     Returns:
       The state over all devices, equal bit for bit on all. Under `check_vma=True` that of 'psum' and
       'all_gather' is typed as replicated, that of a schedule of messages as varying; 'auto' takes one
       of the former there.
 
+    'fused' is for TPUs, and 'auto' never takes it: it is compiled for v5e to tpu7x, and was not timed. All
+    axes of the mesh must be axes of the shard_map. Axes that cross slices of a TPU are merged over last,
+    as by 'butterfly'. The gradient is that of 'butterfly'. Under check_vma=True, on a mesh of several
+    axes, the result is typed as varying over all of them.
+
     Raises:
       ValueError: an unknown name, an unbound axis, or a Schedule for another number of devices.
+      NotImplementedError: 'fused' on another platform, with axes left to the compiler, for a state that is
+        float64 or does not fit the memory of a kernel, or where slices are not known.
 
     Reference: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005, section 4 (recursive doubling).
     """
@@ -55,10 +65,11 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
     size = axes_size(axes)
     schedule = chosen_schedule(schedule, state, axes)
     if isinstance(schedule, str):
-        schedule = _butterfly(axes) if schedule == "butterfly" else schedule
+        alone = schedule == "fused" and size == 1  # no message: nothing that any platform lacks
+        schedule = _butterfly(axes) if schedule == "butterfly" or alone else schedule
     elif not isinstance(schedule, Schedule):
         raise ValueError(
-            f"schedule is {schedule!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
+            f"schedule is {schedule!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"
         )
     elif schedule.size != size:
         raise ValueError(
@@ -68,6 +79,8 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
     if size == 1 and not typed_as_varying(axes):
         return state
     monoid = monoid_of(state)
+    if schedule == "fused":
+        return fused.all_reduce(state, axes, functools.partial(all_reduce, schedule="butterfly"))
     if schedule == "psum":
         gauge = lax.pmax(monoid.gauge(state), axes)
         summed = lax.psum(monoid.pack_sums(monoid.in_gauge(state, gauge)), axes)
@@ -107,9 +120,9 @@ def chosen_schedule(
     if not isinstance(schedule, str):
         return schedule
     name = choose_all_reduce(state, mesh_order(axes)) if schedule == "auto" else schedule
-    if name not in ALL_REDUCES:
+    if name not in BY_NAME:
         raise ValueError(
-            f"schedule is {name!r}; it must be 'auto', one of {ALL_REDUCES}, or a distattn.Schedule"
+            f"schedule is {name!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"
         )
     return name
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn import elementary, fixed_point
-from distattn.axes import axes_size, own_part, typed_as_varying
+from distattn import elementary, fixed_point, fused
+from distattn.axes import axes_size, mesh_order, own_part, typed_as_varying
+from distattn.block import Scoring
 from distattn.collectives import (
     all_reduce,
     all_sum,
@@ -19,11 +20,13 @@ from distattn.collectives import (
 from distattn.fixed_point import FixedPoint, FixedPointState
 from distattn.monoid import FIXED_POINT, State, monoid_of, rows_of
 from distattn.movement import Movement
+from distattn.operands import Operands
 from distattn.placement import Axes
 from distattn.reproducible import softmax_weights as reproducible_weights
 from distattn.schedule import Schedule
 from distattn.state import softmax_weights
 from distattn.sums import Sum
+from distattn.tiles import Machine
 from distattn.ulysses import heads_to_rows
 from distattn.words import lattice
 
@@ -58,6 +61,27 @@ def completed(
     if movement.heads:
         out, lse = heads_to_rows([out, lse], movement.heads)
     return out, lse
+
+
+def goes_in_one_launch(
+    operands: Operands, movement: Movement, scoring: Scoring, machine: Machine, implementation: str
+) -> bool:
+    """Whether one kernel folds this device's keys, exchanges and divides; see `fused.in_one_launch`."""
+    if movement.schedule != "fused" or axes_size(movement.all_reduce) == 1:
+        return False
+    axes = mesh_order(movement.all_reduce)
+    return fused.in_one_launch(operands, scoring, machine, implementation, axes)
+
+
+def one_launch(
+    operands: Operands,
+    movement: Movement,
+    scoring: Scoring,
+    machine: Machine,
+    valid: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `completed`, from the operands of a call that `goes_in_one_launch`."""
+    return fused.attend(operands, scoring, machine, mesh_order(movement.all_reduce), valid)
 
 
 def finish(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from distattn import fused
 from distattn._compat import platform_of, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.block import Scoring
-from distattn.collectives import ALL_REDUCES, typed_as_replicated
-from distattn.completion import completed
+from distattn.collectives import BY_NAME, typed_as_replicated
+from distattn.completion import completed, goes_in_one_launch, one_launch
 from distattn.cost import Shape
 from distattn.local import local_state
 from distattn.movement import (
@@ -68,7 +69,7 @@ def sharded_attention(
 
     Key and value are this device's shards along S. Differentiable in reverse mode, with check_vma True
     and False. Under check_vma=True the result for a replicated query is typed as replicated; a schedule
-    of messages ('butterfly', a `Schedule`) needs one more all-gather for that type.
+    of messages ('butterfly', 'fused', a `Schedule`) needs one more all-gather for that type.
 
     Args:
       query: [B, T, N, H], the same on all devices of the axis; with `query_sharded` this device's rows.
@@ -80,8 +81,9 @@ def sharded_attention(
       axis_name: the axis of the shard_map, or a tuple of axes, over which S is sharded; shards count in
         the order of the tuple.
       query_sharded: whether query holds this device's rows, sharded over the same axes.
-      combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`; with `query_sharded` 'auto',
-        'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
+      combine: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; with `query_sharded`
+        'auto', 'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
+        The gradient of 'fused' computes the states again, and merges them by the messages of 'butterfly'.
       scale: as in `dot_product_attention`, like all that is not listed here.
       is_causal: the same.
       query_seq_lengths: int32[B], in global rows.
@@ -144,6 +146,15 @@ def sharded_attention(
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     machine = Machine(platform_of(), any(mesh.shape[axis] > 1 for axis in others))
+    given = varying_axes(*jax.tree.leaves(operands))
+    if reproducible and combine == "fused" and typed_as_varying(axes):
+        more = varying_axes(*jax.tree.leaves(fused.varied(operands, axes))) - given - {*axes}
+        if more:
+            raise NotImplementedError(
+                "reproducible=True with combine='fused' under check_vma=True is not built where nothing "
+                f"varies over other axes of the mesh, here {sorted(more)}; use 'butterfly', or "
+                "check_vma=False"
+            )
     if reproducible and machine.compiler_sharded:
         raise NotImplementedError(
             f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
@@ -157,10 +168,11 @@ def sharded_attention(
     else:
         out, lse = _attend(operands, scoring, machine, movement, implementation)
     if not query_sharded and typed_as_varying(axes):
+        over = mesh_order((*axes, *(varying_axes(out) - given - {*axes})))
         if varying_axes(out) & set(axes):
-            out = typed_as_replicated(out, axes)
+            out = typed_as_replicated(out, over)
         if return_residual and varying_axes(lse) & set(axes):
-            lse = typed_as_replicated(lse, axes)
+            lse = typed_as_replicated(lse, over)
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
@@ -170,7 +182,7 @@ def _choose(
     combine: Combine, query_sharded: bool, names: Axes, query, key, value, dense: tuple
 ) -> Movement:
     """What moves; ValueError where the combine that is named does not fit the query."""
-    fitting = QUERY_SHARDED if query_sharded else ALL_REDUCES
+    fitting = QUERY_SHARDED if query_sharded else BY_NAME
     if not (
         combine == "auto"
         or combine in fitting
@@ -216,13 +228,30 @@ def _attend(
     """out and lse of this device's operands, differentiated through the collectives."""
     own_rows = operands.mask.query_valid
     operands = at_work(operands, movement)
-    if movement.ring:
-        ring = Ring(movement.ring, movement.ring)
-        state = ring_state(operands, scoring, machine, implementation, ring)
-    else:
-        state = local_state(operands, scoring, machine, implementation)
     valid = own_rows if movement.scatter else operands.mask.query_valid
-    return completed(state, movement, operands.sinks, valid, operands.query.dtype)
+
+    def attend(operands: Operands, movement: Movement) -> tuple[jax.Array, jax.Array]:
+        if movement.ring:
+            ring = Ring(movement.ring, movement.ring)
+            state = ring_state(operands, scoring, machine, implementation, ring)
+        else:
+            state = local_state(operands, scoring, machine, implementation)
+        return completed(state, movement, operands.sinks, valid, operands.query.dtype)
+
+    if not goes_in_one_launch(operands, movement, scoring, machine, implementation):
+        return attend(operands, movement)
+
+    @jax.custom_vjp
+    def launched(operands: Operands) -> tuple[jax.Array, jax.Array]:
+        return one_launch(operands, movement, scoring, machine, valid)
+
+    # As in `collectives`: the transpose of the same computation in another form.
+    def backward(operands: Operands, cotangents: tuple) -> tuple[Operands]:
+        apart = dataclasses.replace(movement, schedule="butterfly")
+        return jax.vjp(lambda x: attend(x, apart), operands)[1](cotangents)
+
+    launched.defvjp(lambda operands: (launched(operands), operands), backward)
+    return launched(fused.varied(operands, mesh_order(movement.all_reduce)))
 
 
 def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:

@@ -66,7 +66,7 @@ def _exchanged(
     state = max(4, w.dtype_bytes) * rows * w.batch * w.heads * (w.values + 2)
     if devices == 1:
         return state
-    if combine in ("butterfly", "psum"):
+    if combine in ("butterfly", "psum", "fused"):
         return 2 * state  # one's own, and one that arrives or is summed
     if combine == "all_gather":
         return (1 + devices) * state

@@ -53,7 +53,7 @@ def empty_like(x: State, axes: frozenset[str]) -> State:
 
 def rows_of(x: State) -> tuple[int, ...]:
     """The shape of the rows: [B, T, N] of a SoftmaxState."""
-    return x.max.shape if isinstance(x, SoftmaxState) else _leaves(x)[0].top.shape
+    return x.max.shape if isinstance(x, SoftmaxState) else fixed_points(x)[0].top.shape
 
 
 SOFTMAX = Monoid(
@@ -71,11 +71,13 @@ SOFTMAX = Monoid(
 )
 
 
-def _leaves(x: State) -> list[FixedPoint]:
+def fixed_points(x: State) -> list[FixedPoint]:
+    """The FixedPoints in x, which is one or a pytree of them."""
     return jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint))
 
 
-def _rebuilt(x: State, leaves: list[FixedPoint]) -> State:
+def with_fixed_points(x: State, leaves: list[FixedPoint]) -> State:
+    """x with others in their place."""
     return jax.tree.unflatten(
         jax.tree.structure(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint)), leaves
     )
@@ -83,33 +85,35 @@ def _rebuilt(x: State, leaves: list[FixedPoint]) -> State:
 
 def _tops(x: State) -> jax.Array:
     """int32[L, ...], of the L FixedPoints in x."""
-    return jnp.stack([leaf.top for leaf in _leaves(x)])
+    return jnp.stack([leaf.top for leaf in fixed_points(x)])
 
 
 def _with_tops(x: State, tops: jax.Array) -> State:
-    leaves = zip(_leaves(x), tops, strict=True)
+    leaves = zip(fixed_points(x), tops, strict=True)
     # Apart from the packing that follows, which XLA:CPU does item by item.
-    return _rebuilt(x, [elementary.apart(fixed_point.raised, leaf, top) for leaf, top in leaves])
+    return with_fixed_points(
+        x, [elementary.apart(fixed_point.raised, leaf, top) for leaf, top in leaves]
+    )
 
 
 def _pack_words(x: State) -> jax.Array:
     """int32[sum of words * X, ...]."""
-    return jnp.concatenate([word for leaf in _leaves(x) for word in leaf.words])
+    return jnp.concatenate([word for leaf in fixed_points(x) for word in leaf.words])
 
 
 def _unpack_words(packed: jax.Array, tops: jax.Array, like: State) -> State:
     start, leaves = 0, []
-    for leaf, top in zip(_leaves(like), tops, strict=True):
+    for leaf, top in zip(fixed_points(like), tops, strict=True):
         words = []
         for word in leaf.words:
             words.append(packed[start : start + word.shape[0]])
             start += word.shape[0]
         leaves.append(FixedPoint(top, tuple(words), leaf.lattice))
-    return _rebuilt(like, leaves)
+    return with_fixed_points(like, leaves)
 
 
 def _unpack(packed: jax.Array, like: State) -> State:
-    count = len(_leaves(like))
+    count = len(fixed_points(like))
     return _unpack_words(packed[:-count], packed[-count:], like)
 
 

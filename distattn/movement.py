@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from distattn import cost, planner
-from distattn.collectives import ALL_REDUCES
+from distattn.collectives import BY_NAME
 from distattn.cost import Shape, Topology
 from distattn.operands import Operands
 from distattn.placement import Axes, Placement
@@ -14,7 +14,7 @@ from distattn.traffic import QUERY_SHARDED as SHARDED_FORMULAS
 from distattn.units import Units
 
 QUERY_SHARDED = tuple(SHARDED_FORMULAS)
-COMBINES = ("auto", *ALL_REDUCES, *QUERY_SHARDED)
+COMBINES = ("auto", *BY_NAME, *QUERY_SHARDED)
 Combine = str | Schedule
 # Where it is not known whether the query is sharded, nor how the result is wanted: 256 queries on 2 x 4 and
 # 4 x 2 processes and devices (Gloo) took 1.06 to 1.14 times as long for 0.8 of the predicted time.
@@ -97,7 +97,7 @@ def choose_movement(
             raise ValueError(
                 f"combine={combine!r} needs a query that is sharded along T over {placement.key}, and "
                 f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
-                "'auto', or use 'butterfly', 'psum' or 'all_gather' for a replicated query"
+                "'auto', or use 'butterfly', 'psum', 'all_gather' or 'fused' for a replicated query"
             )
         placement = dataclasses.replace(placement, query=placement.query + placement.key)
         shared = placement.key

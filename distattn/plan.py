@@ -15,7 +15,7 @@ from distattn.planner import choose
 from distattn.pods import Pod
 from distattn.pods import pod as pod_of
 from distattn.roofline import local_s
-from distattn.traffic import QUERY_SHARDED, gather_traffic, sum_traffic, traffic
+from distattn.traffic import QUERY_SHARDED, UNTIMED, gather_traffic, sum_traffic, traffic
 from distattn.workload import Workload
 
 
@@ -82,7 +82,7 @@ def plan(
       sharding: axes of the mesh, slowest first, by name; None: one for each dimension of the network.
       query_sharded: whether queries are sharded like keys; None: where there is one or more for each
         device.
-      combine: to take this one whatever it costs.
+      combine: to take this one whatever it costs. 'fused' counts as 'butterfly', whose messages it sends.
       links: measured, by axis: of `cost.links_from`.
       reserved_bytes: of a device's memory, for weights and all else.
 
@@ -100,6 +100,8 @@ def plan(
     shape, sizes = workload.shape, topology.sizes
     choice = choose(shape, topology, query_sharded=sharded)
     forward_s = {choice.combine: choice.predicted_s, **dict(choice.alternatives)}
+    if combine in UNTIMED and pod.chip.platform == "tpu" and not sharded:
+        forward_s[combine] = cost.time_s(traffic(combine, shape, topology), topology)
     if combine is not None and combine not in forward_s:
         raise ValueError(
             f"combine is {combine!r}; for {workload.queries} queries, "

@@ -94,12 +94,15 @@ def dot_product_attention(
         that a mask rules out are computed all the same.
       heads_axis_name: axes over which N and K are sharded; None: the same.
       combine: how devices exchange. Of states, for a replicated query: 'butterfly' (ceil(log2 D)
-        messages), 'psum', 'all_gather', or a `Schedule`. For a query sharded along T over the axes of
-        the keys: 'reduce_scatter' (query gathered, states scattered), 'gather_kv' (keys and values
+        messages), 'psum', 'all_gather', 'fused', or a `Schedule`. For a query sharded along T over the
+        axes of the keys: 'reduce_scatter' (query gathered, states scattered), 'gather_kv' (keys and values
         gathered), 'ring' (keys and values travel round, D - 1 hops), 'ulysses' (heads sharded instead of
         rows, by all-to-all), and over a tuple of axes 'ulysses_ring' and 'ulysses_gather_kv' (heads over
         the last axis, ring or gather over the others). 'auto': the cheapest by `planner`. The result is
-        the same.
+        the same. 'fused' is 'butterfly' inside a TPU kernel, from chip to chip without XLA; where the
+        kernels serve, states fit VMEM, and T * N / K is at most 128, the fold, the exchange and the
+        division are one launch, else two. 'auto' never takes it: it compiles for v5e to tpu7x, and was not
+        timed. Of a chip with two cores under one device (v4, v5p) it uses one.
       reproducible: the same bits on any number of devices, with any combine, and for any order of whole
         blocks, in the result and in all gradients: sums over keys are made of integers (`fixed_point`). A
         block is 64 keys (`units.BLOCK`), cut from the start of the array; where the devices do not divide
@@ -115,7 +118,9 @@ def dot_product_attention(
       ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard; the
         message says what to do.
       NotImplementedError: an implementation that cannot do the call, saying which argument it is;
-        reproducible for float64, or for key heads that the devices of the heads do not divide.
+        reproducible for float64, or for key heads that the devices of the heads do not divide; 'fused' on
+        another platform, in float64, with axes that are left to the compiler, for states that do not fit
+        VMEM, or where slices are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, distattn

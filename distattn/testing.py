@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import abstract_device, traced_processes
+from distattn.axes import on_devices_of
 from distattn.compilers import devices_of, environment
 from distattn.hlo import Program
 from distattn.pods import pod
@@ -174,7 +175,8 @@ def compile_for(
         platform = "cuda" if wanted.chip.platform == "gpu" else "tpu"
         hosts = traced_processes.set(wanted.hosts)
         try:
-            traced = _traced(f, arguments, specs, target)
+            with on_devices_of(target):
+                traced = _traced(f, arguments, specs, target)
         finally:
             traced_processes.reset(hosts)
         lowered = traced.lower(lowering_platforms=(platform,))

@@ -53,6 +53,7 @@ DEFAULT_VERSION_ALONE = {
     "test_distributed.py",
     "test_examples.py",
     "test_fixed_point.py",
+    "test_fused.py",
     "test_generation.py",
     "test_kernels.py",
     "test_kernels_chosen.py",

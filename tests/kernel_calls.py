@@ -105,6 +105,7 @@ def compiled(
     value_width: int | None = None,
     implementation: str | None = None,
     precision: str | None = None,
+    combine: str = "butterfly",
 ) -> Report:
     """One call of `dot_product_attention` over the devices of a target, keys in any order.
 
@@ -118,7 +119,7 @@ def compiled(
         logits_soft_cap=30.0 if width == 256 else None,
         implementation=implementation or kernel_of(target),
         precision=precision,
-        combine="butterfly",
+        combine=combine,
     )
 
     def attention(query, key, value, query_positions, key_positions):

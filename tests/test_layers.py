@@ -50,6 +50,7 @@ LAYERS = (
     "plan",
     "monoid",
     "axes",
+    "fused",
     "collectives",
     "ring",
     "ulysses",

@@ -76,8 +76,8 @@ def attend(
       key_value_segment_ids: int32[S] or int32[B, S], of the slots.
       query_axis_name: axes that shard T, the cache's own or others; None: replicated; 'auto': read from
         the query where that is possible, else replicated.
-      combine: 'auto', 'butterfly', 'psum', 'all_gather' or a `Schedule`, for a query sharded along T
-        over the cache's axes 'reduce_scatter'. 'gather_kv' would gather the cache, and is refused.
+      combine: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`, for a query sharded
+        along T over the cache's axes 'reduce_scatter'. 'gather_kv' would gather the cache, and is refused.
       reproducible: the same bits wherever tokens lie, in whatever order they came, on any number of
         devices; as in `dot_product_attention`, but the block is a single key, since slots fill up one by
         one. So each key is brought into fixed point alone: four times as long for one query, eleven for
@@ -97,7 +97,7 @@ def attend(
     if combine in QUERY_SHARDED and combine != "reduce_scatter":
         raise ValueError(
             f"combine={combine!r} moves keys and values, and a cache stays where it is; use 'auto', "
-            "'butterfly', 'psum', 'all_gather', or 'reduce_scatter' for a query sharded along T"
+            "'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query sharded along T"
         )
     query = jnp.asarray(query)
     if query.ndim != 4:

@@ -13,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from distattn import reference
+from distattn._compat import platform_of
+from distattn.axes import on_devices_of, slice_axes
 from distattn.checkup.programs import DoesNotCompile, first_line, gathered, on_mesh, prepare
 from distattn.checkup.tolerance import tolerance, worst
-from distattn.collectives import ALL_REDUCES
+from distattn.collectives import BY_NAME
 from distattn.movement import COMBINES
 from distattn.placement import Axes
 from distattn.sharded import dot_product_attention
@@ -133,15 +135,26 @@ def subjects(
     found, left_out = [], []
     if not alone:
         left_out = [f"{name}: needs two axes of devices" for name in combines if name in TWO_LEVELS]
+    if "fused" in combines and platform_of(mesh) != "tpu":
+        left_out.append("fused: needs TPUs")
+        combines = [name for name in combines if name != "fused"]
     for place, combine in itertools.product((*orders, *alone), combines):
         subject = Subject(combine, place)
         if combine in TWO_LEVELS and len(place) < 2:
             continue
-        if subject.heads(mesh) > MAX_HEADS:
+        if combine == "fused" and not _within_slices(mesh, place):
+            left_out.append(f"{subject.name}: needs an axis within a slice")
+        elif subject.heads(mesh) > MAX_HEADS:
             left_out.append(f"{subject.name}: needs {subject.heads(mesh)} heads")
         elif not quick or place == axes or combine == combines[0]:
             found.append(subject)
     return found, left_out
+
+
+def _within_slices(mesh: Mesh, axes: Axes) -> bool:
+    """Whether some of the axes lie within a slice of a TPU."""
+    with on_devices_of(mesh):
+        return bool(set(axes) - set(slice_axes(axes) or ()))
 
 
 def wide_axes(mesh: Mesh) -> Axes:
@@ -184,7 +197,7 @@ def check(
 
 def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]:
     """The results on the devices, by name."""
-    replicated = subject.combine in ALL_REDUCES
+    replicated = subject.combine in BY_NAME
 
     def run(query, key, value, query_positions, key_positions, d_out, d_lse):
         def attention(query, key, value):

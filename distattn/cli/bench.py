@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> None:
     if jax.default_backend() == "cpu" and not options.interpret:
         raise CommandError(
             "bench kernels: there is nothing to time, JAX sees no accelerator here, only a CPU; run it on "
-            "a machine with a TPU or a GPU (pip install 'jax[tpu]', 'jax[cuda12]'), or try it by --interpret"
+            "a machine with a TPU or GPU (pip install 'jax[tpu]', 'jax[cuda12]'), or try it by --interpret"
         )
     workloads = _workloads(options)
     if not workloads:

@@ -18,7 +18,7 @@ COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "osD^vXP*"
 MOST_DRAWN = 64  # devices of an axis, above which a picture of them is a blot
 RC = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "plan"}
-STATES = ("butterfly",)  # combines whose rounds are a schedule of ours
+STATES = ("butterfly", "fused")  # combines whose rounds are a schedule of ours
 
 
 def draw(

@@ -137,18 +137,24 @@ def launch(
     *,
     scratch: list[Any],
     width: int,
+    collective_id: int | None = None,
+    exchanged: frozenset[str] = frozenset(),
 ) -> list[jax.Array]:
     """kernel(counts, order, layer, *blocks of inputs and outputs, *scratch), over the grid of the call.
 
     `width` is the sum of the widths of its products, for the compiler's estimate of its time.
+    `collective_id` is the barrier of a kernel that exchanges with other devices, and `exchanged` the axes
+    over which its results vary for that; such a kernel keeps to one core, where a device has two, since all
+    its steps share what they exchange.
     """
     cut, table = call.cut, call.table
     layer = jnp.zeros((), jnp.int32) if call.layer is None else call.layer
     arrays = [table.counts, table.order, layer.reshape(1), *(x.array for x in inputs)]
-    axes = varying_axes(*arrays)
+    axes = varying_axes(*arrays) | exchanged
     arguments = [vary(x, axes) for x in arrays]
     pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
-    semantics = *("parallel",) * 4, "arbitrary"
+    parallel = "parallel" if collective_id is None else "arbitrary"
+    semantics = *(parallel,) * 4, "arbitrary"
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -162,6 +168,7 @@ def launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics,
             vmem_limit_bytes=cut.target.budget_bytes,
+            collective_id=collective_id,
             # The bits of float16, which XLA takes block by block then; else it makes a copy of them.
             allow_input_fusion=[x.dtype == jnp.uint16 for x in arrays],
         ),

@@ -22,7 +22,7 @@ from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables
 from distattn.kernels.tpu_block import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
-from distattn.kernels.tpu_call import Call, launch
+from distattn.kernels.tpu_call import Call, Step, launch
 from distattn.kernels.tpu_layout import as_stored, cut_of
 from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
@@ -85,8 +85,33 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     query, key, value = itertools.islice(parts, 3)
     scales = plan.scales(parts)
     weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 5)
-    keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
-    product = plan.numbers.product
+    state = weighted_sum, highest, sums
+    fold_step(plan, step, index, (query, key, value), scales, state, row_index, parts)
+
+    @pl.when(step.is_last)
+    def _() -> None:
+        @each(cut.heads)
+        def _(head: jax.Array) -> None:
+            numbers[0, head] = numbers_of(highest[head], sums[head])
+
+
+def fold_step(plan: Plan, step: Step, index, operands, scales, state, row_index, scratch) -> None:
+    """One step of the fold, in a kernel: a block of keys folded into the state of a block of rows.
+
+    Args:
+      plan: of the call.
+      step: where in the grid this is; the first one of a block of rows empties the state.
+      index: of the mask, or [].
+      operands: blocks of query, key and value.
+      scales: of keys and values, as `Plan.scales` gives them.
+      state: f32[1, heads, rows, V], and maximum and sum f32[heads, rows, 128], the same in all lanes.
+      row_index: int32[rows, 128], scratch.
+      scratch: the rest of it, of keys and values.
+    """
+    cut, product = plan.cut, plan.numbers.product
+    query, key, value = operands
+    weighted_sum, highest, sums = state
+    keys, values = plan.key.by_heads(key, scratch), plan.value.by_heads(value, scratch)
 
     @pl.when(step.is_first)
     def _() -> None:
@@ -126,11 +151,8 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
                 lambda w, x: product(w, x, (1, plan.value.axis)), weights, loaded(values[head]), add
             )
 
-    @pl.when(step.is_last)
-    def _() -> None:
-        lane = lax.broadcasted_iota(jnp.int32, highest.shape[1:], 1)
 
-        @each(cut.heads)
-        def _(head: jax.Array) -> None:
-            both = jnp.where(lane == 0, highest[head], sums[head])
-            numbers[0, head] = jnp.swapaxes(both, 0, 1)[:2]
+def numbers_of(highest: jax.Array, sums: jax.Array) -> jax.Array:
+    """f32[2, rows] from maximum and sum of a head, f32[rows, 128], the same in all lanes."""
+    lane = lax.broadcasted_iota(jnp.int32, highest.shape, 1)
+    return jnp.swapaxes(jnp.where(lane == 0, highest, sums), 0, 1)[:2]

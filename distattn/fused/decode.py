@@ -1,0 +1,131 @@
+"""A whole decode attention as one kernel: the fold over keys, the exchange, and the division.
+
+The states of all rows stay in VMEM. The devices that will exchange meet while keys are still folded, and
+the first messages leave when the last block of keys has been.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from distattn.block import Scoring
+from distattn.fused.exchange import Exchange, barrier_of, rows_spec, scratch_of
+from distattn.fused.route import Route
+from distattn.fused.wire import Wire
+from distattn.kernels.rows import by_key_heads, by_queries, index_of
+from distattn.kernels.table import tables
+from distattn.kernels.tpu_block import Plan, plan_of
+from distattn.kernels.tpu_blocks import LANES
+from distattn.kernels.tpu_call import Call, Part, launch
+from distattn.kernels.tpu_forward import fold_step, numbers_of
+from distattn.kernels.tpu_layout import Cut, as_stored
+from distattn.kernels.tpu_scales import scales_of
+from distattn.operands import Operands
+from distattn.state import SoftmaxState, finalize
+
+
+def attend(
+    operands: Operands, scoring: Scoring, cut: Cut, wire: Wire, route: Route
+) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, N, V] in query's dtype and lse f32[B, T, N]; see `distattn.fused.attend`."""
+    index = index_of(operands.mask, cut)
+    table, _ = tables(operands.mask, cut)
+    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    call = Call(cut, table, operands.layer, "keys")
+    key, value = as_stored(operands.key), as_stored(operands.value)
+    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
+    inputs = [
+        *call.index(index),
+        call.by_rows(query),
+        call.by_keys(key, plan.key.order),
+        call.by_keys(value, plan.value.order),
+        *(call.by_scales(x) for x in scales_of(operands, cut)),
+    ]
+    if operands.sinks is not None:
+        inputs.append(_whole(_by_blocks(operands.sinks, cut, wire)))
+    if route.has_rows:
+        inputs.append(Part(route.own_rows(), rows_spec()))
+    # Mosaic has no float16.
+    dtype = jnp.float32 if operands.query.dtype == jnp.float16 else operands.query.dtype
+    rows = (wire.blocks, wire.heads, wire.rows)
+    out, lse = launch(
+        functools.partial(_kernel, plan, call, wire, route, operands.sinks is not None),
+        call,
+        inputs,
+        [
+            _whole(jax.ShapeDtypeStruct((*rows, cut.value_width), dtype)),
+            _whole(jax.ShapeDtypeStruct(rows, jnp.float32)),
+        ],
+        scratch=[
+            pltpu.VMEM((1, cut.heads, cut.rows, cut.value_width), jnp.float32),
+            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
+            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
+            pltpu.VMEM((cut.rows, LANES), jnp.int32),
+            *scratch_of(route, wire),
+            *plan.key.scratch(cut, key.dtype),
+            *plan.value.scratch(cut, value.dtype),
+        ],
+        width=cut.width + cut.value_width,
+        collective_id=barrier_of(route),
+        exchanged=route.varying,
+    )
+    out, lse = (
+        by_queries(x.reshape(cut.batch, cut.kv_heads, *x.shape[2:]), cut) for x in (out, lse)
+    )
+    return out.astype(operands.query.dtype), lse
+
+
+def _kernel(
+    plan: Plan, call: Call, wire: Wire, route: Route, has_sinks: bool, counts, order, layer, *refs
+) -> None:
+    cut, step, parts = plan.cut, call.step(counts), iter(refs)
+    index = plan.index(parts)
+    operands = [*itertools.islice(parts, 3)]
+    scales = plan.scales(parts)
+    sinks = next(parts) if has_sinks else None
+    rows = next(parts) if route.has_rows else None
+    out, lse, *state, row_index = itertools.islice(parts, 6)
+    exchange = Exchange(route, wire, rows, *itertools.islice(parts, 3))
+    block = pl.program_id(1) * cut.head_blocks + pl.program_id(2)
+
+    @pl.when(step.is_first & (block == 0))
+    def _() -> None:
+        exchange.enter()
+
+    fold_step(plan, step, index, operands, scales, state, row_index, parts)
+    weighted_sum, highest, sums = state
+
+    @pl.when(step.is_last)
+    def _() -> None:
+        message = exchange.buffers.at[0, block]
+        for head in range(cut.heads):
+            numbers = numbers_of(highest[head], sums[head])
+            for n in range(2):
+                wire.vector(message, n, head)[...] = numbers[n : n + 1, : wire.rows]
+            wire.matrix(message, 0, head)[...] = weighted_sum[0, head, : wire.rows]
+
+    @pl.when(step.is_last & (block == wire.blocks - 1))
+    def _() -> None:
+        own = exchange.run()
+
+        @pl.loop(0, wire.blocks)
+        def _(block: jax.Array) -> None:
+            merged = wire.read(exchange.buffers.at[own, block])
+            own_sinks = None if sinks is None else sinks[block % cut.head_blocks]
+            results = finalize(SoftmaxState(*merged.vectors, *merged.matrices), own_sinks)
+            out[block], lse[block] = results[0].astype(out.dtype), results[1]
+
+
+def _by_blocks(sinks: jax.Array, cut: Cut, wire: Wire) -> jax.Array:
+    """f32[blocks of heads, heads, rows] from float[N]."""
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (1, cut.queries, sinks.shape[0]))
+    return by_key_heads(sinks, cut)[0, :, : wire.rows].reshape(-1, wire.heads, wire.rows)
+
+
+def _whole(x: jax.Array | jax.ShapeDtypeStruct) -> Part:
+    """An array that is in VMEM as long as the kernel runs."""
+    return Part(x, pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape)))
