@@ -49,6 +49,17 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
     Raises:
       ValueError: an unknown name, an unbound axis, or a Schedule for another number of devices.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> from jax.sharding import PartitionSpec as P
+      >>> def mean(key, value):  # keys of equal weight; this device has a part of them
+      ...     state = distattn.partial_attention(jnp.ones((1, 1, 1, 4)), key, value)
+      ...     return distattn.finalize(distattn.all_reduce(state, "x"))[0]
+      >>> mesh, shards = jax.sharding.Mesh(jax.devices(), ("x",)), P(None, "x")
+      >>> run = jax.shard_map(mean, mesh=mesh, in_specs=(shards, shards), out_specs=P())
+      >>> jax.jit(run)(jnp.zeros((1, 8, 1, 4)), jnp.arange(8.0).reshape(1, 8, 1, 1)).item()
+      3.5
+
     Reference: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005, section 4 (recursive doubling).
     """
     axes = mesh_order(axis_name)
@@ -145,6 +156,17 @@ def reduce_scatter(
 
     Raises:
       ValueError: an unknown name, a dimension that D does not divide, a schedule of another size.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> from jax.sharding import PartitionSpec as P
+      >>> def means(key, value):  # for 8 rows; this device gets its part of them
+      ...     state = distattn.partial_attention(jnp.ones((1, 8, 1, 4)), key, value)
+      ...     return distattn.finalize(distattn.reduce_scatter(state, "x"))[0]
+      >>> mesh, shards = jax.sharding.Mesh(jax.devices(), ("x",)), P(None, "x")
+      >>> run = jax.shard_map(means, mesh=mesh, in_specs=(shards, shards), out_specs=shards)
+      >>> jax.jit(run)(jnp.zeros((1, 8, 1, 4)), jnp.arange(8.0).reshape(1, 8, 1, 1)).ravel().tolist()
+      [3.5, 3.5, 3.5, 3.5, 3.5, 3.5, 3.5, 3.5]
 
     Reference: Bruck et al., IEEE TPDS 8(11), 1997 (the all-gather that 'halving' runs backwards).
     """

@@ -38,6 +38,7 @@ LAYERS = (
     "local",
     "partial",
     "amounts",
+    "merge_trees",
     "schedule",
     "wiring",
     "cost",
@@ -83,6 +84,7 @@ PURE = {  # run, and tested, without jax
     *(
         "amounts",
         "block_sizes",
+        "merge_trees",
         "schedule",
         "link",
         "chips",

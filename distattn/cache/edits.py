@@ -38,6 +38,17 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
 
     Returns:
       The cache in which they are as in a new one.
+
+    Raises:
+      ValueError: a row that is not there, or a mask of another length.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new).reset(rows=0)
+      >>> cache.next_position.tolist(), cache.counts.tolist()
+      ([0, 3], [[0], [3]])
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
     names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
@@ -56,6 +67,17 @@ def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
 
     Returns:
       The cache, whose next positions are at most the lengths.
+
+    Raises:
+      ValueError: lengths that are neither int32[B] nor one number.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new).rewind(lengths=2)  # the last two were a draft
+      >>> cache.positions.tolist(), cache.next_position.tolist()
+      ([[0, 1, -1, -1, -1, -1, -1, -1]], [2])
     """
     lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
     cache = _retag(self, _below, lengths)
@@ -79,6 +101,17 @@ def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "
 
     Returns:
       The cache.
+
+    Raises:
+      ValueError: window or keep_first is neither int32[B] nor one number.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new).evict(window=2, keep_first=1)
+      >>> cache.positions.tolist()
+      [[0, -1, 2, 3, -1, -1, -1, -1]]
     """
     batch = self.positions.shape[0]
     first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
@@ -100,6 +133,18 @@ def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) 
 
     Returns:
       The cache, whose next position is one past the path.
+
+    Raises:
+      ValueError: nodes of a wrong shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new)  # a root, two children, a grandchild
+      >>> cache = cache.accept(jnp.array([0, 2, 3]))  # the root, its second child, the child of that
+      >>> cache.positions.tolist(), cache.next_position.tolist()
+      ([[0, -1, 1, 2, -1, -1, -1, -1]], [3])
     """
     batch = self.positions.shape[0]
     nodes = jnp.asarray(nodes)
@@ -123,6 +168,18 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
 
     Returns:
       The cache.
+
+    Raises:
+      ValueError: a row that is not there, or not as many sources as targets.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new, lengths=jnp.array([3, 0]))
+      >>> cache = cache.fork(source=0, target=1)
+      >>> cache.next_position.tolist()
+      [3, 3]
     """
     batch, layout = self.positions.shape[0], self.layout
     source = row_indices("source", source, batch)

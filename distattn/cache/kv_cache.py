@@ -29,23 +29,44 @@ class KVCache:
 
     Make one with `create`. The letters are the package's; S is the capacity of a row, over all devices,
     and L the number of layers, without which the dimension is absent.
+
+    Attributes:
+      key: [L, B, S, K, H].
+      value: [L, B, S, K, V].
+      key_scale: f32[L, B, S, K], where the dtype is one of 8 bits; else None.
+      value_scale: the same.
+      positions: int32[B, S], whose key the slot holds, in all layers; -1: the slot is free.
+      counts: int32[B, D], how many slots are occupied, for each row and device.
+      next_position: int32[B], one past the newest position of the row.
+      appended: int32[B], how many tokens the last append brought.
+      placed: int32[B], how many tokens were ever appended to the row.
+      overflow: bool[B], whether the last append was refused, the row left as it was.
+      replica: of each device the share of its ward, where each token is there twice; else None.
+      layout: over which devices rows, slots and heads lie.
+      placement: where a new token goes, as in `create`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> cache = distattn.KVCache.create(1, 16, 2, 4, dtype=jnp.float32, mesh=mesh)  # B, S, K, H
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+      >>> cache = cache.append(key, value)
+      >>> wanted = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+      >>> bool(jnp.allclose(cache.attend(query), wanted, atol=1e-5)), cache.next_position.tolist()
+      (True, [8])
     """
 
     key: jax.Array  # [L, B, S, K, H]
     value: jax.Array  # [L, B, S, K, V]
-    key_scale: jax.Array | None  # f32[L, B, S, K], where the dtype is one of 8 bits
+    key_scale: jax.Array | None  # f32[L, B, S, K]
     value_scale: jax.Array | None
-    positions: (
-        jax.Array
-    )  # int32[B, S]: whose key the slot holds, in all layers; -1: the slot is free
-    counts: jax.Array  # int32[B, D]: how many slots are occupied, for each row and device
-    next_position: jax.Array  # int32[B]: one past the newest position of the row
-    appended: jax.Array  # int32[B]: how many tokens the last append brought
-    placed: jax.Array  # int32[B]: how many tokens were ever appended to the row
-    overflow: jax.Array  # bool[B]: whether the last append was refused, the row left as it was
-    replica: (
-        Replica | None
-    )  # of each device: the share of its ward, where each token is there twice
+    positions: jax.Array  # int32[B, S]
+    counts: jax.Array  # int32[B, D]
+    next_position: jax.Array  # int32[B]
+    appended: jax.Array  # int32[B]
+    placed: jax.Array  # int32[B]
+    overflow: jax.Array  # bool[B]
+    replica: Replica | None
     layout: Layout = dataclasses.field(metadata={"static": True})
     placement: str = dataclasses.field(metadata={"static": True})
 
@@ -93,6 +114,14 @@ class KVCache:
 
         Raises:
           ValueError: a size or dtype that cannot be, an axis that the mesh does not have.
+
+        Example:
+          >>> import jax.numpy as jnp, distattn
+          >>> cache = distattn.KVCache.create(
+          ...     batch=2, capacity=16, num_kv_heads=2, head_dim=4, layers=3, dtype=jnp.int8
+          ... )
+          >>> cache.key.shape, cache.key_scale.dtype, cache.capacity, cache.counts.tolist()
+          ((3, 2, 16, 2, 4), dtype('float32'), 16, [[0], [0]])
         """
         sizes = {
             "batch": batch,

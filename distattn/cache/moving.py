@@ -68,6 +68,16 @@ def resize(
     Raises:
       ValueError: a row holds more tokens than the new capacity, or what `create` refuses; nothing has
         changed then.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 3, 1, 4))
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> cache = cache.append(new, new).resize(16, mesh=mesh)
+      >>> held = sorted(p for p in cache.positions[0].tolist() if p >= 0)
+      >>> cache.capacity, cache.layout.mesh == mesh, held
+      (16, True, [0, 1, 2])
     """
     if isinstance(self.positions, Tracer):
         raise ValueError(

@@ -50,6 +50,13 @@ def reserve(
 
     Raises:
       ValueError: a wrong shape. Outside of jit also a row in which the tokens have no place.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> cache, slots = cache.reserve(3, lengths=jnp.array([3, 1]))
+      >>> slots.positions.tolist(), cache.next_position.tolist()
+      ([[0, 1, 2], [0, -1, -1]], [3, 1])
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; a reservation is for at least 1")
@@ -126,6 +133,20 @@ def write(
 
     Returns:
       The cache with them.
+
+    Raises:
+      ValueError: keys or values of another shape than the slots have, or no floating-point numbers; a layer
+        for a cache without layers.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, layers=2, dtype=jnp.float32)
+      >>> cache, slots = cache.reserve(3)
+      >>> for layer in range(2):
+      ...     new = jnp.full((1, 3, 1, 4), 1.0 + layer)
+      ...     cache = cache.write(new, new, slots, layer=layer)
+      >>> cache.key[:, 0, :4, 0, 0].tolist()
+      [[1.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0, 0.0]]
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     if layer is not None and self.layers is None:
@@ -191,6 +212,14 @@ def append(
     Raises:
       ValueError: a wrong shape or dtype. Outside of jit also a row in which the tokens have no place:
         nothing is written then.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new, lengths=jnp.array([3, 1]))
+      >>> cache.positions.tolist()
+      [[0, 1, 2, -1, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1, -1, -1]]
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     sizes = (self.positions.shape[0], key.shape[-3] if key.ndim > 2 else 0, self.key.shape[-2])

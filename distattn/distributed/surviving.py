@@ -21,6 +21,12 @@ class HostsLost(RuntimeError):
 
     Attributes:
       ranks: of the processes that ended.
+
+    Example:
+      >>> import distattn
+      >>> lost = distattn.distributed.HostsLost(distattn.distributed.make_mesh(), {2, 3})
+      >>> lost.ranks, str(lost).partition(";")[0]
+      ((2, 3), 'lost ranks 2-3')
     """
 
     def __init__(self, mesh: Mesh, lost: Collection[int]):
@@ -64,8 +70,18 @@ def all_or_none(mesh: Mesh) -> Iterator[None]:
     Args:
       mesh: of the devices that compute.
 
+    Returns:
+      A context manager, of nothing.
+
     Raises:
       HostsLost: processes have ended. It takes up to `heartbeat_timeout_s` until that is known.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> with distattn.distributed.all_or_none(distattn.distributed.make_mesh()):
+      ...     total = int(jnp.arange(4).sum())
+      >>> total
+      6
     """
     if coordination()[0] is None:
         yield
