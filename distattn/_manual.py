@@ -8,13 +8,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 
 def manual(
-    f: Callable,
+    f: Callable[..., Any],
     *,
     mesh: Mesh | AbstractMesh,
-    in_specs: tuple,
+    in_specs: tuple[Any, ...],
     out_specs: Any,
     axis_names: Iterable[str],
-) -> Callable:
+) -> Callable[..., Any]:
     """`f`, run by every device on its own shards, as a function of global arrays.
 
     Under Explicit axes the arguments are first brought to `in_specs` (see `place`); under Auto axes
@@ -85,6 +85,6 @@ def place(
     )
 
 
-def _names(spec: PartitionSpec | tuple, axis: int) -> tuple[str, ...]:
+def _names(spec: PartitionSpec | tuple[Any, ...], axis: int) -> tuple[str, ...]:
     entry = spec[axis] if axis < len(spec) else None
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -113,25 +113,27 @@ def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def _fields(operands: Operands) -> tuple:
+def _fields(operands: Operands) -> tuple[Any, ...]:
     return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
 
 
-def _attend_fields(call: Call, *fields):
+def _attend_fields(call: Call, *fields: Any) -> tuple[jax.Array, jax.Array]:
     return _forward(call, Operands(*fields))
 
 
 _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
 
 
-def _attend_forward(call, *fields):
+def _attend_forward(call: Call, *fields: Any) -> tuple[Any, ...]:
     out, lse = _attend(call, *fields)
     # All that the backward pass needs beside the operands, by names for the policies of jax.checkpoint.
     out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
 
-def _attend_backward(call, residuals, cotangents):
+def _attend_backward(
+    call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
     fields, out, lse = residuals
     operands = Operands(*fields)
     backward = refuse_second_derivative(functools.partial(_backward, call))
@@ -167,7 +169,9 @@ def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward(
+    call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
     fields, out, lse = residuals
     operands = Operands(*fields)
     query, sinks = operands.query, operands.sinks
@@ -211,7 +215,9 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     return result["query"], result["key"], result["value"], result.get("bias"), d_sinks
 
 
-def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
+def _forward_body(
+    call: Call, operands: Operands, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     movement = call.movement
     if movement.heads:
         operands, _ = _by_heads(movement, operands)
@@ -235,7 +241,9 @@ def _by_heads(
     return operands, moved
 
 
-def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out, rows):
+def _backward_body(
+    call: Call, axes: dict[str, Axes], operands: Operands, d_out: jax.Array, rows: jax.Array
+) -> dict[str, jax.Array]:
     movement = call.movement
     if movement.scatter:
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)

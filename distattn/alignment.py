@@ -173,7 +173,9 @@ class _Run:
         """See `Placement.spec`."""
         return self.placement.spec(letters, shape)
 
-    def __call__(self, f: Callable, in_specs: tuple, out_specs: Any, *arrays: jax.Array) -> Any:
+    def __call__(
+        self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arrays: jax.Array
+    ) -> Any:
         """f(*arrays, axes) on every device's shards."""
         f = functools.partial(f, axes=self.axes)
         if self.placement.mesh is None:
@@ -207,11 +209,11 @@ def _move(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Arr
     return run(exchange, specs, result, x, there, back)
 
 
-def _move_forward(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> tuple:
+def _move_forward(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> tuple[Any, ...]:
     return _move(run, x, there, back), (there, back)
 
 
-def _move_backward(run: _Run, index: tuple, cotangent: jax.Array) -> tuple:
+def _move_backward(run: _Run, index: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
     there, back = index
     return _move(run, cotangent, back, there), None, None
 

@@ -94,7 +94,9 @@ class Call:
         work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
         return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
 
-    def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
+    def run(
+        self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arguments: Any
+    ) -> Any:
         """body(*arguments), by every device on its shards; plainly where there is no mesh."""
         if self.placement.mesh is None:
             return body(*arguments)

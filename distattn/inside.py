@@ -179,7 +179,13 @@ def sharded_attention(
 
 
 def _choose(
-    combine: Combine, query_sharded: bool, names: Axes, query, key, value, dense: tuple
+    combine: Combine,
+    query_sharded: bool,
+    names: Axes,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    dense: tuple[jax.Array | None, ...],
 ) -> Movement:
     """What moves; ValueError where the combine that is named does not fit the query."""
     fitting = QUERY_SHARDED if query_sharded else ALL_REDUCES
@@ -200,7 +206,13 @@ def _choose(
     return movement_of(combine, names, sizes, query.shape[-2])
 
 
-def _by_cost(sizes: dict[str, int], query, key, value, dense: tuple) -> str:
+def _by_cost(
+    sizes: dict[str, int],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    dense: tuple[jax.Array | None, ...],
+) -> str:
     size, rows, keys = math.prod(sizes.values()), query.shape[-3], key.shape[-3]
     shape = Shape(
         batch=query.shape[0] if query.ndim == 4 else 1,

@@ -163,7 +163,7 @@ def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
     return _laid_out_as(x, lambda x, slots: _gather(x, _inverse(slots), axis), positions)
 
 
-def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
+def _laid_out_as(x: jax.Array, f: Callable[..., Any], positions: jax.Array) -> jax.Array:
     """f(x, positions), of the shape of x and with its sharding, as far as that is known here."""
     shardings = [jax.typeof(y).sharding for y in (x, positions)]
     mesh = shardings[0 if shardings[1].mesh.empty else 1].mesh
@@ -173,7 +173,7 @@ def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
         # A gather along a sharded axis is left to the compiler: it is told where the result lies.
         spec = shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
         result = NamedSharding(mesh, spec)
-        run: Callable = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
+        run: Callable[..., Any] = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
         return run(x, positions)
     out = f(x, positions)
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):

@@ -276,7 +276,7 @@ def _sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def _axes_of(mesh: Mesh | AbstractMesh) -> tuple:
+def _axes_of(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
     """What two meshes must have in common to be one."""
     return mesh.axis_names, mesh.axis_sizes, mesh.axis_types
 

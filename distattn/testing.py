@@ -37,10 +37,8 @@ def fake_devices(count: int) -> None:
         )
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except (
-        RuntimeError
-    ) as late:  # from here on JAX runs, so asking it for its devices starts nothing
-        devices = jax.devices()
+    except RuntimeError as late:
+        devices = jax.devices()  # JAX runs already: asking for its devices starts nothing
         if len(devices) != count or devices[0].platform != "cpu":
             raise RuntimeError(
                 f"fake_devices({count}) comes too late: JAX already runs with {len(devices)} "
@@ -52,8 +50,7 @@ def fake_devices(count: int) -> None:
 def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
     """How many of each collective operation a compiled program holds, or runs.
 
-    An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, under its plain
-    name.
+    An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, by its plain name.
 
     Args:
       hlo_text: optimised HLO, from `jax.jit(f).lower(...).compile().as_text()`.
@@ -61,8 +58,7 @@ def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
         else once.
 
     Returns:
-      Counter from the name of the operation, as XLA writes it, to its number; those that do not
-      occur are absent.
+      Counter from the name of the operation, as XLA writes it, to its number; absent if it is 0.
     """
     total: Counter[str] = Counter()
     for found in Program(hlo_text).collectives():
@@ -139,7 +135,11 @@ class Report:
 
 
 def compile_for(
-    f: Callable, *arguments: Any, topology: str, mesh: MeshAxes | None = None, specs: Any = None
+    f: Callable[..., Any],
+    *arguments: Any,
+    topology: str,
+    mesh: MeshAxes | None = None,
+    specs: Any = None,
 ) -> Report:
     """A function compiled by the real compiler of an accelerator, on a machine that has none.
 
@@ -195,7 +195,7 @@ def compile_for(
 
 
 def lower(
-    f: Callable, *arguments: Any, mesh: MeshAxes, platform: str = "tpu", specs: Any = None
+    f: Callable[..., Any], *arguments: Any, mesh: MeshAxes, platform: str = "tpu", specs: Any = None
 ) -> Report:
     """A function lowered for a mesh of any size, on any platform, with no devices and no compiler.
 
@@ -232,7 +232,7 @@ def _axes(mesh: MeshAxes) -> AbstractMesh:
     return mesh.abstract_mesh
 
 
-def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: tuple) -> AbstractMesh:
+def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: Any) -> AbstractMesh:
     """The axes that are meant, for so many devices."""
     placed = [x.sharding.mesh for x in jax.tree.leaves(arguments) if _is_placed(x)]
     axes = _axes(mesh or next(iter(placed), {"kv": devices}))
@@ -254,7 +254,9 @@ def _is_placed(x: Any) -> bool:
     return isinstance(sharding, NamedSharding) and not sharding.mesh.empty
 
 
-def _traced(f: Callable, arguments: tuple, specs: Any, mesh: AbstractMesh | Mesh) -> Any:
+def _traced(
+    f: Callable[..., Any], arguments: tuple[Any, ...], specs: Any, mesh: AbstractMesh | Mesh
+) -> Any:
     """f traced for arguments that lie on the mesh."""
     specs = (None,) * len(arguments) if specs is None else specs
     if len(specs) != len(arguments):

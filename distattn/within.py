@@ -111,15 +111,15 @@ def _primal(own: Own, *fields: Any) -> tuple[jax.Array, jax.Array]:
 _attention: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 
 
-def _forward(own: Own, *fields: Any) -> tuple:
+def _forward(own: Own, *fields: Any) -> tuple[Any, ...]:
     out, lse = _primal(own, *fields)
     out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
 
-def _backward(own: Own, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward(own: Own, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
     @refuse_second_derivative
-    def run(residuals: tuple, cotangents: tuple) -> tuple:
+    def run(residuals: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         return _gradients(own, *residuals, *cotangents)
 
     return *run(residuals, cotangents), None
@@ -128,7 +128,14 @@ def _backward(own: Own, residuals: tuple, cotangents: tuple) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
-def _gradients(own: Own, fields: tuple, out, lse, d_out, d_lse) -> tuple:
+def _gradients(
+    own: Own,
+    fields: tuple[Any, ...],
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> tuple[jax.Array | None, ...]:
     movement, operands = own.movement, Operands(*fields)
     kv_heads = operands.key.shape[2]
     if not own.query_sharded:

@@ -37,7 +37,7 @@ ARRAYS = "arrays"
 TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
 
 
-def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None) -> int:
+def save(self: "KVCache", directory: str | os.PathLike[str], step: int | None = None) -> int:
     """Writes the cache to disk, as a step of its own; returns when all of it is there.
 
     Args:
@@ -87,9 +87,10 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
     return number
 
 
+@classmethod  # of KVCache, which imports it
 def restore(
     cls: type["KVCache"],
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     step: int | None = None,
     *,
     capacity: int | None = None,

@@ -6,7 +6,7 @@ rows, all that is sent between devices is the number of occupied slots, one inte
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
     return dataclasses.replace(cache, replica=replica)
 
 
-def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
+def _retag(cache: "KVCache", kept: Callable[..., Any], *numbers: jax.Array) -> "KVCache":
     """The cache with tags = kept(tags, *numbers), on the devices that hold them, and its counts."""
     letters = ["B" + "." * (x.ndim - 1) for x in numbers]
     tags, counts = cache.layout.run(
@@ -222,13 +222,17 @@ def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
 # What one device does, in `Layout.run`.
 
 
-def _reset(layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers) -> tuple:
+def _reset(
+    layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers: jax.Array
+) -> tuple[Any, ...]:
     tags = _unless(tags, gone)
     counts = jnp.where(gone[:, None], 0, counts)
     return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
 
 
-def _retag_own(layout: Layout, kept: Callable, tags: jax.Array, *numbers: jax.Array) -> tuple:
+def _retag_own(
+    layout: Layout, kept: Callable[..., Any], tags: jax.Array, *numbers: jax.Array
+) -> tuple[Any, ...]:
     tags = kept(tags, *numbers)
     return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
 
@@ -259,7 +263,7 @@ def _fork(
     source: jax.Array,
     target: jax.Array,
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     axes = (x.index("B") for x in letters)
     return tuple(
         _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)

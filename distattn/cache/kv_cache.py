@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distattn.cache import checkpoint, edits, moving, reading, recovery, writing
 from distattn.cache.layout import Layout, make_layout
 from distattn.cache.replicas import Replica, check_replicas
 from distattn.cache.slots import PLACEMENTS
@@ -161,7 +160,7 @@ class KVCache:
             "row": "B",
         }
 
-        def filled(name: str, shape: tuple, fill: Any, kind: Any) -> jax.Array:
+        def filled(name: str, shape: tuple[Any, ...], fill: Any, kind: Any) -> jax.Array:
             return _filler(shape, fill, jnp.dtype(kind), layout.sharding(letters[name]))()
 
         def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
@@ -203,19 +202,13 @@ class KVCache:
         """How many devices hold each token."""
         return 1 if self.replica is None else 2
 
-    reserve = writing.reserve
-    write = writing.write
-    append = writing.append
-    attend = reading.attend
-    reset = edits.reset
-    rewind = edits.rewind
-    evict = edits.evict
-    accept = edits.accept
-    fork = edits.fork
-    resize = moving.resize
-    recover = recovery.recover
-    save = checkpoint.save
-    restore = classmethod(checkpoint.restore)
+    # Functions of the other files; imported here they are methods, to type checkers too.
+    from distattn.cache.checkpoint import restore, save
+    from distattn.cache.edits import accept, evict, fork, reset, rewind
+    from distattn.cache.moving import resize
+    from distattn.cache.reading import attend
+    from distattn.cache.recovery import recover
+    from distattn.cache.writing import append, reserve, write
 
 
 @functools.lru_cache

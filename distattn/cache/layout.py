@@ -91,12 +91,12 @@ class Layout:
 
     def run(
         self,
-        body: Callable,
+        body: Callable[..., Any],
         letters: Sequence[str | None],
         out_letters: Sequence[str],
         *arguments: Any,
-        static: tuple = (),
-    ) -> tuple:
+        static: tuple[Any, ...] = (),
+    ) -> tuple[Any, ...]:
         """body(self, *static, *arguments), by every device on its own shards: a tuple of arrays.
 
         Compiled once for a body, a function of a module, and its static arguments, also outside of jit.
@@ -118,12 +118,12 @@ class Layout:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
     layout: Layout,
-    body: Callable,
-    static: tuple,
+    body: Callable[..., Any],
+    static: tuple[Any, ...],
     letters: tuple[str | None, ...],
     out_letters: tuple[str, ...],
     *arguments: Any,
-) -> tuple:
+) -> tuple[Any, ...]:
     body = functools.partial(body, layout, *static)
     if layout.mesh is None:
         return body(*arguments)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def resize(
     return dataclasses.replace(cache, placement=blank.placement)
 
 
-def context_of(layout: Layout) -> AbstractContextManager:
+def context_of(layout: Layout) -> AbstractContextManager[Any]:
     """The layout's own mesh as the one of the context, whichever the caller has set."""
     return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
 

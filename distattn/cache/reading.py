@@ -197,7 +197,9 @@ def _with_tree(
     return allowed if mask is None else allowed & jnp.asarray(mask)
 
 
-def _tree_mask(layout: Layout, tags: jax.Array, start: jax.Array, tree: jax.Array) -> tuple:
+def _tree_mask(
+    layout: Layout, tags: jax.Array, start: jax.Array, tree: jax.Array
+) -> tuple[Any, ...]:
     """bool[B, 1, T, S] from tree bool[B, T, T]: what one device does, in `Layout.run`."""
     tokens = tree.shape[1]
     node = (tags - start[:, None])[:, None]  # [B, 1, S]

@@ -7,7 +7,7 @@ copy anew.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def _what_is_left(layout: Layout, mesh: Mesh) -> tuple[str, list[int]]:
     )
 
 
-def _slabs(mesh: Mesh, number: int) -> list[list[jax.Device]]:
+def _slabs(mesh: Mesh, number: int) -> list[list[Any]]:
     """The devices at each index along an axis."""
     slabs = np.moveaxis(mesh.devices, number, 0)
     return [list(slab) for slab in slabs.reshape(len(slabs), -1)]
@@ -195,7 +195,7 @@ def _promote(
     letters: tuple[tuple[str, str], ...],
     promoted: tuple[bool, ...],
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Own share and copy, one behind the other; the copy free where its owner is there."""
     half = len(letters)
     mine = jnp.asarray(promoted)[layout.rank()]

@@ -84,7 +84,7 @@ def reserve(
         new = token_numbers("positions", positions, batch, tokens)
     new = up_to_lengths(new, lengths)
 
-    def take(layout: Layout, tags: jax.Array) -> tuple:
+    def take(layout: Layout, tags: jax.Array) -> tuple[Any, ...]:
         return layout.run(
             take_slots,
             ("BS", "B.", "B", "B.", None if devices is None else "B."),
@@ -238,7 +238,7 @@ def _write(
     index: jax.Array,
     layer: jax.Array | None,
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     """What one device does, in `Layout.run`: the second half of the arrays at their slots of the first."""
     stored, new = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
     if layout.wards and local:  # only its owner has the part of the new tokens

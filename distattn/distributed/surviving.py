@@ -5,7 +5,7 @@ says that it may still change), and makes all of them wait for the same answer.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -29,6 +29,8 @@ class HostsLost(RuntimeError):
       ((2, 3), 'lost ranks 2-3')
     """
 
+    ranks: tuple[int, ...]
+
     def __init__(self, mesh: Mesh, lost: Collection[int]):
         super().__init__(
             f"lost {ranks(lost)}; what was computed meanwhile does not count, in any process: go on from "
@@ -44,7 +46,7 @@ class HostsLost(RuntimeError):
 
 
 @contextlib.contextmanager
-def all_or_none(mesh: Mesh) -> Iterator[None]:
+def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
     """What is computed in the block counts in all processes or in none, even where some of them end.
 
     The process needs to have been started with `initialize(recoverable=True)`. Every process of the mesh
