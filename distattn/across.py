@@ -20,16 +20,22 @@ from distattn.axes import axes_size
 from distattn.call import Call
 from distattn.completion import (
     completed,
-    heads_summed,
+    gradients_of,
     numbers,
     row_cotangents,
-    rows_again,
     sink_gradient,
     sum_over,
 )
 from distattn.local import local_fold, local_gradients, refuse_second_derivative
 from distattn.movement import Movement
-from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
+from distattn.operands import (
+    Operands,
+    letters_of,
+    map_named,
+    padded,
+    plain,
+    with_repeated_heads,
+)
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
 from distattn.state import state_dtype
@@ -46,7 +52,7 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
         operands = plain(operands)  # what moves is one layer, as numbers
     if operands.key.shape[-2] > 1:  # one head may lie on all devices
         operands = _for_head_shards(call, operands)
-    operands = _padded(call, operands)
+    operands = _in_whole_blocks(call, operands)
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.implementation == "dense":
         out, lse = _forward(call, operands)
@@ -73,35 +79,20 @@ def _for_head_shards(call: Call, operands: Operands) -> Operands:
     return repeated
 
 
-def _padded(call: Call, operands: Operands) -> Operands:
+def _in_whole_blocks(call: Call, operands: Operands) -> Operands:
     """T and S brought to multiples of the devices and their blocks, with empty rows and empty slots."""
-    mask, placement, units = operands.mask, call.placement, call.units
-    rows, keys = operands.query.shape[1], operands.key.shape[-3]
+    placement, units = call.placement, call.units
     row_block, key_block = (1, 1) if units is None else (units.rows, units.keys)
     more = {
-        "T": -rows % (placement.size(placement.query) * row_block),
-        "S": -keys % (placement.size(placement.key) * key_block),
+        "T": -operands.query.shape[1] % (placement.size(placement.query) * row_block),
+        "S": -operands.key.shape[-3] % (placement.size(placement.key) * key_block),
     }
-    if not any(more.values()):
-        return operands
-    if more["S"] and mask.key_positions is None:
-        mask = dataclasses.replace(mask, key_positions=jnp.arange(keys, dtype=jnp.int32)[None])
-    if more["T"] and mask.query_valid is None:
-        mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
 
-    def pad(name: str, x: jax.Array) -> jax.Array:
+    def uncut(name: str, x: jax.Array) -> jax.Array:  # and so its gradient, which is cut again
         letters = letters_of(name, x)
-        if not any(more.get(letter) for letter in letters):
-            return x
-        x = call.uncut(x, letters)  # and so its gradient, which is cut again
-        sizes = {"T": rows, "S": keys}
-        widths = [
-            (0, more[letter] if size == sizes.get(letter) else 0) if letter in more else (0, 0)
-            for letter, size in zip(letters, x.shape, strict=True)
-        ]
-        return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
+        return call.uncut(x, letters) if any(more.get(letter) for letter in letters) else x
 
-    return map_named(pad, dataclasses.replace(operands, mask=mask))
+    return padded(map_named(uncut, operands), more)
 
 
 def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
@@ -276,13 +267,4 @@ def _backward_body(
         for name, x, over in zip(names, found, scatter, strict=True)
         if x is not None
     }
-
-    def number(name: str) -> jax.Array:
-        return numbers(sums[name]).astype(getattr(operands, name).dtype)
-
-    if movement.heads:
-        moved = ("query", "key", "value")
-        whole = [sums[name] if name != "query" and times > 1 else number(name) for name in moved]
-        sums |= dict(zip(moved, rows_again(whole, movement.heads), strict=True))
-        sums |= {name: heads_summed(sums[name], times) for name in ("key", "value")}
-    return {name: number(name) for name in sums}
+    return gradients_of(sums, operands, movement.heads, times)

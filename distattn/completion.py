@@ -19,6 +19,7 @@ from distattn.collectives import (
 from distattn.fixed_point import FixedPoint, FixedPointState
 from distattn.monoid import FIXED_POINT, State, monoid_of, rows_of
 from distattn.movement import Movement
+from distattn.operands import Operands
 from distattn.placement import Axes
 from distattn.reproducible import softmax_weights as reproducible_weights
 from distattn.schedule import Schedule
@@ -158,7 +159,31 @@ def numbers(x: Sum) -> jax.Array:
     return value.transpose(1, 3, 2, 0) if x.top.ndim == 3 else value[0]
 
 
-def heads_summed(x: Sum, times: int) -> Sum:
+def gradients_of(
+    sums: dict[str, Sum], operands: Operands, heads: Axes, times: int
+) -> dict[str, jax.Array]:
+    """Gradients as numbers, with the dtypes of the operands and with rows where the operands have them.
+
+    Args:
+      sums: by the name of the operand, of what the devices have given back.
+      operands: whose dtypes they take.
+      heads: the axes over which heads were sharded in place of rows.
+      times: how often key/value heads were repeated for that.
+    """
+
+    def number(name: str) -> jax.Array:
+        return numbers(sums[name]).astype(getattr(operands, name).dtype)
+
+    if heads:
+        moved = ("query", "key", "value")
+        # Numbers are shorter than sums, but those of copies are yet to be added.
+        parts = [sums[name] if name != "query" and times > 1 else number(name) for name in moved]
+        sums = sums | dict(zip(moved, _rows_again(parts, heads), strict=True))
+        sums |= {name: _heads_summed(sums[name], times) for name in ("key", "value")}
+    return {name: number(name) for name in sums}
+
+
+def _heads_summed(x: Sum, times: int) -> Sum:
     """[B, S, K, H] from K * times heads, copies of which the gradients are summed."""
     if times == 1:
         return x
@@ -170,7 +195,7 @@ def heads_summed(x: Sum, times: int) -> Sum:
     return x.reshape(*x.shape[:2], -1, times, x.shape[-1]).sum(axis=3)
 
 
-def rows_again(sums: list[Sum], axes: Axes) -> list[Sum]:
+def _rows_again(sums: list[Sum], axes: Axes) -> list[Sum]:
     """Sums with heads sharded over the axes, with rows sharded in their place: see `heads_to_rows`."""
     arrays = [
         FIXED_POINT.pack(x).transpose(1, 3, 2, 0) if isinstance(x, FixedPoint) else x for x in sums

@@ -223,4 +223,9 @@ def _divide(total: FixedPoint, weighted: FixedPoint) -> tuple[jax.Array, jax.Arr
 
 def map_sums(f: Callable[..., Any], *trees: Any) -> Any:
     """f of each FixedPoint of the trees, in the same structure."""
-    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, FixedPoint))
+    return jax.tree.map(f, *trees, is_leaf=is_sums)
+
+
+def is_sums(x: Any) -> bool:
+    """Whether a node of a tree is one FixedPoint: where `map_sums` stops."""
+    return isinstance(x, FixedPoint)

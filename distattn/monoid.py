@@ -72,13 +72,11 @@ SOFTMAX = Monoid(
 
 
 def _leaves(x: State) -> list[FixedPoint]:
-    return jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint))
+    return jax.tree.leaves(x, is_leaf=fixed_point.is_sums)
 
 
 def _rebuilt(x: State, leaves: list[FixedPoint]) -> State:
-    return jax.tree.unflatten(
-        jax.tree.structure(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint)), leaves
-    )
+    return jax.tree.unflatten(jax.tree.structure(x, is_leaf=fixed_point.is_sums), leaves)
 
 
 def _tops(x: State) -> jax.Array:
