@@ -5,6 +5,8 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -32,12 +34,27 @@ PUBLIC = [
     "reproducible_sum",
     "sharded_attention",
 ]
+OPTIONAL = {
+    *("equinox", "flax", "gguf", "hypothesis", "matplotlib", "optax", "orbax", "tokenizers"),
+    "jax.experimental.pallas",  # the half of a second that it takes is for those who run kernels
+}
 MODULES = [m.name for m in pkgutil.walk_packages(distattn.__path__, "distattn.")]
 
 
 def test_public_names():
     assert sorted(distattn.__all__) == PUBLIC
     assert all(getattr(distattn, name).__doc__ for name in PUBLIC)
+
+
+def test_what_is_optional_is_imported_where_it_is_used():
+    """Nor does a module for one framework import another."""
+    code = f"""
+import sys
+import distattn, distattn.integrations, distattn.integrations.jax_nn, distattn.testing
+print(*sorted({OPTIONAL} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def callables(holder: Any) -> Iterator[tuple[str, Any]]:

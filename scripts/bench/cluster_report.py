@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from figure_lines import draw_line, logarithmic
+
 # Name: (in the figure, colour, marker). Okabe and Ito's colours, which the colour-blind tell apart.
 CONTENDERS = {
     "auto": ("distattn, auto", "#000000", "o"),
@@ -125,30 +127,14 @@ def plot(saved: dict, path: Path) -> None:
     for (direction, delay_ms), rows in panels(results):
         ax = axes[passes.index(direction), delays.index(delay_ms)]
         hosts = [row["hosts"] for row in rows]
-        for name, (label, colour, marker) in CONTENDERS.items():
-            if name not in rows[0]["ms"]:
-                continue
-            bold = name == "auto"
-            ax.plot(
-                hosts,
-                [row["ms"][name] for row in rows],
-                label=label,
-                color=colour,
-                marker=marker,
-                linewidth=3.2 if bold else 1.5,
-                markersize=8 if bold else 5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
+        for name, style in CONTENDERS.items():
+            if name in rows[0]["ms"]:
+                draw_line(ax, hosts, [row["ms"][name] for row in rows], style, wide=name == "auto")
+        logarithmic(ax)
         ax.set_xticks(sorted({row["hosts"] for row in results}))
         ax.xaxis.set_minor_locator(NullLocator())
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
         what = f"{direction}, " if len(passes) > 1 else ""
         ax.set_title(f"{what}{delay_ms} ms one way")
     for ax in axes[-1]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from figure_lines import draw_line, logarithmic
+
 # Name: (in the figure, colour, marker). Okabe and Ito's colours, which the colour-blind tell apart.
 CONTENDERS = {
     "ring": ("ring: keys and values travel", "#CC79A7", "P"),
@@ -28,26 +30,12 @@ def plot(found: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True, layout="constrained")
     for ax, (field, (factor, label)) in zip(axes.flat, PANELS.items(), strict=True):
-        for name, (text, colour, marker) in CONTENDERS.items():
+        for name, style in CONTENDERS.items():
             rows = [row for row in found["rows"] if row["contender"] == name and row[field]]
-            ours = name == "butterfly"
-            ax.plot(
-                [row["devices"] for row in rows],
-                [row[field] * factor for row in rows],
-                label=text,
-                color=colour,
-                marker=marker,
-                linewidth=3 if ours else 1.5,
-                markersize=7 if ours else 5,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
+            xs, ys = [row["devices"] for row in rows], [row[field] * factor for row in rows]
+            draw_line(ax, xs, ys, style, wide=name == "butterfly")
+        logarithmic(ax)
         ax.set_ylabel(label)
-        ax.grid(color="#e5e5e5", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[-1]:
         ax.set_xlabel("v5p chips, 8192 keys each")
     handles, labels = axes[0, 0].get_legend_handles_labels()
