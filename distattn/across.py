@@ -19,6 +19,7 @@ from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size
 from distattn.call import Call
 from distattn.completion import (
+    by_row,
     completed,
     gradients_of,
     numbers,
@@ -38,7 +39,6 @@ from distattn.operands import (
 )
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
-from distattn.state import state_dtype
 from distattn.ulysses import by_heads
 
 
@@ -242,22 +242,15 @@ def _backward_body(
     kv_heads = operands.key.shape[2]
     if movement.heads:
         operands, (d_out, rows) = _by_heads(movement, operands, d_out, rows)
-    query, key, value = operands.query, operands.key, operands.value
-    dtype = state_dtype(query, key, value)
-    cotangents = {
-        "reference": rows[..., 0],
-        "d_sum": rows[..., 1],
-        "d_weighted_sum": d_out.astype(dtype),
-    }
-    times = key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
+    times = operands.key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
     keys_sum = call.ring or axes["key"] or times > 1
     gradients = local_gradients(
         call.scoring,
         call.machine,
         call.implementation,
         call.units,
-        cotangents,
-        key_dtype=dtype if keys_sum else None,
+        by_row(rows, d_out),
+        key_dtype=rows.dtype if keys_sum else None,
     )
     found = ring_gradients(gradients, operands, call.ring) if call.ring else gradients(operands)
     names = ("query", "key", "value", "bias")

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
-from distattn._manual import manual, place
+from distattn._manual import axes_of, manual, place
 from distattn.block import Scoring
 from distattn.movement import Movement
 from distattn.operands import letters_of
@@ -88,7 +88,8 @@ class Call:
 
     def missing(self, name: str, x: jax.Array) -> Axes:
         """The axes of the work that do not shard this operand: its gradient is a sum over them."""
-        used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
+        spec = self.at_work(name, x)
+        used = {axis for dimension in range(x.ndim) for axis in axes_of(spec, dimension)}
         if name in ("query", "key", "value"):
             used |= set(self.movement.heads)  # heads that do not divide are repeated
         work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
@@ -132,7 +133,3 @@ class Call:
         if self.placement.mesh is None:
             return x
         return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -126,6 +126,12 @@ def row_cotangents(
     return jnp.where(dead[..., None], 0.0, d_out), jnp.where(dead, 0.0, d_sum)
 
 
+def by_row(rows: jax.Array, d_out: jax.Array) -> dict[str, jax.Array]:
+    """What `fold_gradients` takes by rows, by name, from lse and d_sum f32[B, T, N, 2] and d_out."""
+    lse, d_sum = rows[..., 0], rows[..., 1]
+    return {"reference": lse, "d_sum": d_sum, "d_weighted_sum": d_out.astype(rows.dtype)}
+
+
 def sink_gradient(sinks: jax.Array, lse: jax.Array, d_sum: jax.Array, *, reproducible: bool) -> Sum:
     """That of f32[N], summed over rows [B, T, N]; with `reproducible` FixedPoint [1, N]."""
     sinks = sinks.astype(lse.dtype)[None, None]

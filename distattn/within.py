@@ -19,6 +19,7 @@ from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size, own_part, typed_as_varying
 from distattn.block import Scoring
 from distattn.completion import (
+    by_row,
     completed,
     gradients_of,
     row_cotangents,
@@ -126,11 +127,7 @@ def _gradients(
         d_out, rows = rows_to_heads([d_out, rows], movement.heads)
     there = at_work(operands, movement)
     times = there.key.shape[2] * axes_size(movement.heads) // kv_heads
-    cotangents = {
-        "reference": rows[..., 0],
-        "d_sum": rows[..., 1],
-        "d_weighted_sum": d_out.astype(lse.dtype),
-    }
+    cotangents = by_row(rows, d_out)
     gradients = local_gradients(own.scoring, own.machine, "blocked", own.units, cotangents)
     found = ring_gradients(gradients, there, own.ring) if own.ring else gradients(there)
     query, key, value, bias = found

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._manual import manual
-from distattn.placement import Axes, AxisNames, as_axes
+from distattn.placement import Axes, AxisNames, as_axes, free_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -67,8 +67,7 @@ class Layout:
 
     def free_axes(self) -> Axes:
         """The axes that no shard_map around has taken; those that the cache does not name hold copies."""
-        taken = jax.sharding.get_abstract_mesh().manual_axes
-        return tuple(axis for axis in self.mesh.axis_names if axis not in taken)
+        return free_axes(self.mesh)
 
     def check_outside(self) -> None:
         """That the call is not inside a shard_map over an axis of the cache."""

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
+from distattn._manual import axes_of
 from distattn.cache import storage
 from distattn.cache.arguments import check_new, known, token_numbers, up_to_lengths
 from distattn.cache.layout import Layout, letters_of
@@ -270,12 +271,6 @@ def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
 def _lies_along(x: jax.Array, layout: Layout) -> bool:
     """Whether x [..., T, K, H] is seen to be sharded along T over the axes of the slots."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
-    if (
-        not layout.slots
-        or not isinstance(sharding, NamedSharding)
-        or len(sharding.spec) < x.ndim - 2
-    ):
+    if not layout.slots or not isinstance(sharding, NamedSharding):
         return False
-    entry = sharding.spec[x.ndim - 3]
-    axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return axes == layout.slots
+    return axes_of(sharding.spec, x.ndim - 3) == layout.slots
