@@ -1,5 +1,6 @@
 """Many requests on one cache say what each says alone; the command and the example that use it."""
 
+import dataclasses
 import functools
 import importlib
 import io
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from distattn import KVCache
 from distattn.cli import main
 from distattn.integrations import smollm2
 from distattn.integrations.drafts import Lookup
@@ -23,7 +23,7 @@ from distattn.integrations.sampling import choose, nucleus
 from distattn.testing import collective_bytes
 from tiny_model import tiny_model
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = "plain_cache"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
 LENGTHS = (
     3,
@@ -78,17 +78,8 @@ def prompts(model):
 
 
 def new_cache(model, mesh, rows=ROWS, capacity=CAPACITY, placement="least_loaded"):
-    config = model[0]
-    return KVCache.create(
-        rows,
-        capacity,
-        config.kv_heads,
-        config.head_dim,
-        layers=config.layers,
-        dtype=np.float32,
-        mesh=mesh,
-        placement=placement,
-    )
+    cache = smollm2.new_cache(model[0], rows, capacity, mesh=mesh)
+    return dataclasses.replace(cache, placement=placement)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +98,8 @@ def run(model, mesh, weights, forward, traced):
 
 
 @pytest.fixture(scope="module")
-def plain_cache():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("plain_cache").PlainCache
+def plain_cache(example):
+    return example.PlainCache
 
 
 @pytest.fixture(scope="module")
