@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import io
 import re
 import subprocess
@@ -23,7 +22,7 @@ from distattn.integrations.sampling import choose, nucleus
 from distattn.testing import collective_bytes
 from tiny_model import tiny_model
 
-EXAMPLE = "plain_cache"
+EXAMPLE = "07_generate"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
 LENGTHS = (
     3,
@@ -488,17 +487,12 @@ def test_python_m_distattn_is_the_command():
 # ------------------------------------------------------------------------ the example
 
 
-@pytest.fixture(scope="module")
-def example(plain_cache):
-    return importlib.import_module("07_generate")
-
-
-EXAMPLE = ["--context", "260", "--tokens", "6", "--drafts", "2"]
+SMALL = ["--context", "260", "--tokens", "6", "--drafts", "2"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_the_example_compares_and_reports(example, capsys):
-    assert example.main(EXAMPLE) == 0
+    assert example.main(SMALL) == 0
     out = capsys.readouterr().out
     assert "acceptance rate" in out
     assert "tokens equal, with drafts and without" in out
@@ -513,7 +507,7 @@ def test_the_example_fails_where_an_answer_differs(example, monkeypatch, capsys)
 
     monkeypatch.setattr(example, "alone", lambda model, prompts, count: [(7,)] * len(prompts))
     monkeypatch.setattr(example, "batched", batched)
-    assert example.main(EXAMPLE) == 1
+    assert example.main(SMALL) == 1
     captured = capsys.readouterr()
     assert re.match("continuous batching: answer . differs", captured.err)
     assert "tokens equal" not in captured.out
