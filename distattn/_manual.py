@@ -8,13 +8,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 
 def manual(
-    f: Callable,
+    f: Callable[..., Any],
     *,
     mesh: Mesh | AbstractMesh,
-    in_specs: tuple,
+    in_specs: tuple[Any, ...],
     out_specs: Any,
     axis_names: Iterable[str],
-) -> Callable:
+) -> Callable[..., Any]:
     """`f`, run by every device on its own shards, as a function of global arrays.
 
     Under Explicit axes the arguments are first brought to `in_specs` (see `place`); under Auto axes
@@ -72,8 +72,8 @@ def place(
         kept = current.spec if current.mesh.axis_names == mesh.axis_names else ()
         dimensions = []
         for axis in range(x.ndim):
-            others = [name for name in _names(kept, axis) if name not in axis_names]
-            wanted = [name for name in [*others, *_names(spec, axis)] if name in explicit]
+            others = [name for name in axes_of(kept, axis) if name not in axis_names]
+            wanted = [name for name in [*others, *axes_of(spec, axis)] if name in explicit]
             dimensions.append(tuple(wanted) if wanted else None)
         return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*dimensions)))
 
@@ -85,6 +85,7 @@ def place(
     )
 
 
-def _names(spec: PartitionSpec | tuple, axis: int) -> tuple[str, ...]:
-    entry = spec[axis] if axis < len(spec) else None
+def axes_of(spec: PartitionSpec | tuple[Any, ...], dimension: int) -> tuple[str, ...]:
+    """The axes of the mesh that shard a dimension; a spec may be shorter than the array."""
+    entry = spec[dimension] if dimension < len(spec) else None
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -19,22 +19,28 @@ from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size
 from distattn.call import Call
 from distattn.completion import (
+    by_row,
     completed,
     goes_in_one_launch,
-    heads_summed,
+    gradients_of,
     numbers,
     one_launch,
     row_cotangents,
-    rows_again,
     sink_gradient,
     sum_over,
 )
 from distattn.local import local_fold, local_gradients, refuse_second_derivative
 from distattn.movement import Movement
-from distattn.operands import Operands, letters_of, map_named, plain, with_repeated_heads
+from distattn.operands import (
+    Operands,
+    letters_of,
+    map_named,
+    padded,
+    plain,
+    with_repeated_heads,
+)
 from distattn.placement import Axes
 from distattn.ring import ring_fold, ring_gradients
-from distattn.state import state_dtype
 from distattn.ulysses import by_heads
 
 
@@ -48,7 +54,7 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
         operands = plain(operands)  # what moves is one layer, as numbers
     if operands.key.shape[-2] > 1:  # one head may lie on all devices
         operands = _for_head_shards(call, operands)
-    operands = _padded(call, operands)
+    operands = _in_whole_blocks(call, operands)
     if call.placement.size(call.row_axes + call.key_axes) > 1:
         operands = dataclasses.replace(operands, mask=operands.mask.apart())
     operands = call.place(operands, map_named(call.at_rest, operands))
@@ -77,35 +83,20 @@ def _for_head_shards(call: Call, operands: Operands) -> Operands:
     return repeated
 
 
-def _padded(call: Call, operands: Operands) -> Operands:
+def _in_whole_blocks(call: Call, operands: Operands) -> Operands:
     """T and S brought to multiples of the devices and their blocks, with empty rows and empty slots."""
-    mask, placement, units = operands.mask, call.placement, call.units
-    rows, keys = operands.query.shape[1], operands.key.shape[-3]
+    placement, units = call.placement, call.units
     row_block, key_block = (1, 1) if units is None else (units.rows, units.keys)
     more = {
-        "T": -rows % (placement.size(placement.query) * row_block),
-        "S": -keys % (placement.size(placement.key) * key_block),
+        "T": -operands.query.shape[1] % (placement.size(placement.query) * row_block),
+        "S": -operands.key.shape[-3] % (placement.size(placement.key) * key_block),
     }
-    if not any(more.values()):
-        return operands
-    if more["S"]:
-        mask = mask.with_empty_slots(keys)
-    if more["T"] and mask.query_valid is None:
-        mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
 
-    def pad(name: str, x: jax.Array) -> jax.Array:
+    def uncut(name: str, x: jax.Array) -> jax.Array:  # and so its gradient, which is cut again
         letters = letters_of(name, x)
-        if not any(more.get(letter) for letter in letters):
-            return x
-        x = call.uncut(x, letters)  # and so its gradient, which is cut again
-        sizes = {"T": rows, "S": keys}
-        widths = [
-            (0, more[letter] if size == sizes.get(letter) else 0) if letter in more else (0, 0)
-            for letter, size in zip(letters, x.shape, strict=True)
-        ]
-        return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
+        return call.uncut(x, letters) if any(more.get(letter) for letter in letters) else x
 
-    return map_named(pad, dataclasses.replace(operands, mask=mask))
+    return padded(map_named(uncut, operands), more)
 
 
 def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
@@ -117,25 +108,27 @@ def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def _fields(operands: Operands) -> tuple:
+def _fields(operands: Operands) -> tuple[Any, ...]:
     return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
 
 
-def _attend_fields(call: Call, *fields):
+def _attend_fields(call: Call, *fields: Any) -> tuple[jax.Array, jax.Array]:
     return _forward(call, Operands(*fields))
 
 
 _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
 
 
-def _attend_forward(call, *fields):
+def _attend_forward(call: Call, *fields: Any) -> tuple[Any, ...]:
     out, lse = _attend(call, *fields)
     # All that the backward pass needs beside the operands, by names for the policies of jax.checkpoint.
     out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
 
-def _attend_backward(call, residuals, cotangents):
+def _attend_backward(
+    call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
     fields, out, lse = residuals
     operands = Operands(*fields)
     backward = refuse_second_derivative(functools.partial(_backward, call))
@@ -171,7 +164,9 @@ def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward(
+    call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
     fields, out, lse = residuals
     operands = Operands(*fields)
     query, sinks = operands.query, operands.sinks
@@ -215,7 +210,9 @@ def _backward(call: Call, residuals: tuple, cotangents: tuple) -> tuple:
     return result["query"], result["key"], result["value"], result.get("bias"), d_sinks
 
 
-def _forward_body(call: Call, operands: Operands, valid: jax.Array | None):
+def _forward_body(
+    call: Call, operands: Operands, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     movement = call.movement
     if movement.heads:
         operands, _ = _by_heads(movement, operands)
@@ -242,7 +239,9 @@ def _by_heads(
     return operands, moved
 
 
-def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out, rows):
+def _backward_body(
+    call: Call, axes: dict[str, Axes], operands: Operands, d_out: jax.Array, rows: jax.Array
+) -> dict[str, jax.Array]:
     movement = call.movement
     if movement.scatter:
         query, d_out = jnp.split(d_out, [operands.key.shape[-1]], axis=-1)
@@ -250,22 +249,15 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
     kv_heads = operands.key.shape[2]
     if movement.heads:
         operands, (d_out, rows) = _by_heads(movement, operands, d_out, rows)
-    query, key, value = operands.query, operands.key, operands.value
-    dtype = state_dtype(query, key, value)
-    cotangents = {
-        "reference": rows[..., 0],
-        "d_sum": rows[..., 1],
-        "d_weighted_sum": d_out.astype(dtype),
-    }
-    times = key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
+    times = operands.key.shape[2] * axes_size(movement.heads) // kv_heads if movement.heads else 1
     keys_sum = call.ring or axes["key"] or times > 1
     gradients = local_gradients(
         call.scoring,
         call.machine,
         call.implementation,
         call.units,
-        cotangents,
-        key_dtype=dtype if keys_sum else None,
+        by_row(rows, d_out),
+        key_dtype=rows.dtype if keys_sum else None,
     )
     found = ring_gradients(gradients, operands, call.ring) if call.ring else gradients(operands)
     names = ("query", "key", "value", "bias")
@@ -275,13 +267,4 @@ def _backward_body(call: Call, axes: dict[str, Axes], operands: Operands, d_out,
         for name, x, over in zip(names, found, scatter, strict=True)
         if x is not None
     }
-
-    def number(name: str) -> jax.Array:
-        return numbers(sums[name]).astype(getattr(operands, name).dtype)
-
-    if movement.heads:
-        moved = ("query", "key", "value")
-        whole = [sums[name] if name != "query" and times > 1 else number(name) for name in moved]
-        sums |= dict(zip(moved, rows_again(whole, movement.heads), strict=True))
-        sums |= {name: heads_summed(sums[name], times) for name in ("key", "value")}
-    return {name: number(name) for name in sums}
+    return gradients_of(sums, operands, movement.heads, times)

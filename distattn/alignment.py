@@ -59,6 +59,14 @@ def align(
       ValueError: wrong shapes or dtypes, S or S' not divisible by the devices, an axis that is not
         of the mesh, or, outside jit, positions that do not pair up.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from distattn import layouts
+      >>> value = jnp.array([30.0, 10.0, 20.0]).reshape(1, 3, 1, 1)
+      >>> aligned, positions, unmatched = layouts.align(value, jnp.array([3, 1, 2]), jnp.array([1, 2, 3]))
+      >>> aligned.ravel().tolist(), positions.tolist(), unmatched.tolist()
+      ([10.0, 20.0, 30.0], [1, 2, 3], [0])
+
     Reference: Rabe & Staats, arXiv 2112.05682, section 2, for the index that another order costs.
     """
     _check(value, value_positions, key_positions)
@@ -95,6 +103,21 @@ def align_shards(
 
     Raises:
       ValueError: wrong shapes or dtypes, or an axis that is not manual here.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from distattn import layouts
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> def bring(value, value_positions, key_positions):
+      ...     return layouts.align_shards(value, value_positions, key_positions, axis_name="x")[0]
+      >>> specs = P(None, "x"), P("x"), P("x")
+      >>> run = jax.jit(jax.shard_map(bring, mesh=mesh, in_specs=specs, out_specs=specs[0]))
+      >>> value, positions = jnp.arange(8.0).reshape(1, 8, 1, 1), jnp.arange(8)
+      >>> run(value, positions, positions[::-1]).ravel().tolist()
+      [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+
+    Reference: as `align`.
     """
     _check(value, value_positions, key_positions)
     run = _Run(mesh_order(axis_name))
@@ -150,7 +173,9 @@ class _Run:
         """See `Placement.spec`."""
         return self.placement.spec(letters, shape)
 
-    def __call__(self, f: Callable, in_specs: tuple, out_specs: Any, *arrays: jax.Array) -> Any:
+    def __call__(
+        self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arrays: jax.Array
+    ) -> Any:
         """f(*arrays, axes) on every device's shards."""
         f = functools.partial(f, axes=self.axes)
         if self.placement.mesh is None:
@@ -184,11 +209,11 @@ def _move(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Arr
     return run(exchange, specs, result, x, there, back)
 
 
-def _move_forward(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> tuple:
+def _move_forward(run: _Run, x: jax.Array, there: jax.Array, back: jax.Array) -> tuple[Any, ...]:
     return _move(run, x, there, back), (there, back)
 
 
-def _move_backward(run: _Run, index: tuple, cotangent: jax.Array) -> tuple:
+def _move_backward(run: _Run, index: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
     there, back = index
     return _move(run, cotangent, back, there), None, None
 

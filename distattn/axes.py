@@ -72,7 +72,7 @@ def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
 
 
-def on_devices_of(mesh: Mesh) -> AbstractContextManager:
+def on_devices_of(mesh: Mesh) -> AbstractContextManager[None]:
     """While it is entered, what is traced is for the devices of this mesh, of which `slice_axes` asks."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])
     index = slices(mesh.devices)

@@ -62,7 +62,7 @@ def block_logits(block: Block, scoring: Scoring) -> tuple[jax.Array, jax.Array |
 
 
 def finish_logits(
-    scores: jax.Array, block: Block, scoring: Scoring, tanh: Callable = jnp.tanh
+    scores: jax.Array, block: Block, scoring: Scoring, tanh: Callable[..., Any] = jnp.tanh
 ) -> tuple[jax.Array, jax.Array | None]:
     """Bias, soft cap and mask on scale * q.k, which lies as bias and `allowed` do."""
     logits, slope = scores, None
@@ -183,7 +183,9 @@ def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
 _POSITIVE, _NEGATIVE, _NAN = 1.0, 2.0**12, 2.0**24
 
 
-def attended_sum(product: Callable, weights: jax.Array, x: jax.Array, block: Block) -> jax.Array:
+def attended_sum(
+    product: Callable[..., Any], weights: jax.Array, x: jax.Array, block: Block
+) -> jax.Array:
     """product(weights, x), to which entries of x that are not allowed contribute nothing.
 
     Their weight is 0 already, but 0 * nan is nan. So where the plain product is not finite, the finite

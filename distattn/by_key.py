@@ -59,7 +59,9 @@ def _accumulate(
     """
     scale = onto.lattice
 
-    def scale_rows(value, steps, factor, top):
+    def scale_rows(
+        value: jax.Array, steps: jax.Array, factor: jax.Array, top: jax.Array
+    ) -> tuple[jax.Array, ...]:
         largest = jnp.abs(value).max(axis=-1, initial=0.0, keepdims=True)
         largest = jnp.where(steps == gauge.EMPTY, 0.0, largest)
         top, first, second = scaling(largest, steps, factor, top, scale)

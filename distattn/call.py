@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
-from distattn._manual import manual, place
+from distattn._manual import axes_of, manual, place
 from distattn.axes import on_devices_of
 from distattn.block import Scoring
 from distattn.movement import Movement
@@ -90,13 +90,16 @@ class Call:
 
     def missing(self, name: str, x: jax.Array) -> Axes:
         """The axes of the work that do not shard this operand: its gradient is a sum over them."""
-        used = {a for entry in self.at_work(name, x) for a in _axes(entry)}
+        spec = self.at_work(name, x)
+        used = {axis for dimension in range(x.ndim) for axis in axes_of(spec, dimension)}
         if name in ("query", "key", "value"):
             used |= set(self.movement.heads)  # heads that do not divide are repeated
         work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
         return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
 
-    def run(self, body: Callable, in_specs: tuple, out_specs: Any, *arguments: Any) -> Any:
+    def run(
+        self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arguments: Any
+    ) -> Any:
         """body(*arguments), by every device on its shards; plainly where there is no mesh."""
         if self.placement.mesh is None:
             return body(*arguments)
@@ -113,7 +116,7 @@ class Call:
             results = mapped(*arguments)
         return jax.tree.map(lambda x: vary(x, axes), results)
 
-    def _on_devices(self) -> AbstractContextManager:
+    def _on_devices(self) -> AbstractContextManager[None]:
         """Tells a kernel that writes to other devices' memory which devices these are."""
         mesh = self.placement.mesh
         needed = self.movement.schedule == "fused" and isinstance(mesh, Mesh)
@@ -140,7 +143,3 @@ class Call:
         if self.placement.mesh is None:
             return x
         return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

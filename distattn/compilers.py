@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ _TPU_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def environment() -> Iterator[None]:
+def environment() -> Generator[None, None, None]:
     """What the compilers find in the environment while they are asked for devices, and while they compile.
 
     XLA_FLAGS are hidden: libtpu ends the process for a flag that XLA:CPU alone knows. Its own flags are in

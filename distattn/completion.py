@@ -14,7 +14,6 @@ from distattn.collectives import (
     all_reduce,
     all_sum,
     chosen_schedule,
-    reduce_scatter,
     sum_schedule,
 )
 from distattn.fixed_point import FixedPoint, FixedPointState
@@ -23,6 +22,7 @@ from distattn.movement import Movement
 from distattn.operands import Operands
 from distattn.placement import Axes
 from distattn.reproducible import softmax_weights as reproducible_weights
+from distattn.scatter import reduce_scatter
 from distattn.schedule import Schedule
 from distattn.state import softmax_weights
 from distattn.sums import Sum
@@ -149,6 +149,12 @@ def row_cotangents(
     return jnp.where(dead[..., None], 0.0, d_out), jnp.where(dead, 0.0, d_sum)
 
 
+def by_row(rows: jax.Array, d_out: jax.Array) -> dict[str, jax.Array]:
+    """What `fold_gradients` takes by rows, by name, from lse and d_sum f32[B, T, N, 2] and d_out."""
+    lse, d_sum = rows[..., 0], rows[..., 1]
+    return {"reference": lse, "d_sum": d_sum, "d_weighted_sum": d_out.astype(rows.dtype)}
+
+
 def sink_gradient(sinks: jax.Array, lse: jax.Array, d_sum: jax.Array, *, reproducible: bool) -> Sum:
     """That of f32[N], summed over rows [B, T, N]; with `reproducible` FixedPoint [1, N]."""
     sinks = sinks.astype(lse.dtype)[None, None]
@@ -182,7 +188,31 @@ def numbers(x: Sum) -> jax.Array:
     return value.transpose(1, 3, 2, 0) if x.top.ndim == 3 else value[0]
 
 
-def heads_summed(x: Sum, times: int) -> Sum:
+def gradients_of(
+    sums: dict[str, Sum], operands: Operands, heads: Axes, times: int
+) -> dict[str, jax.Array]:
+    """Gradients as numbers, with the dtypes of the operands and with rows where the operands have them.
+
+    Args:
+      sums: by the name of the operand, of what the devices have given back.
+      operands: whose dtypes they take.
+      heads: the axes over which heads were sharded in place of rows.
+      times: how often key/value heads were repeated for that.
+    """
+
+    def number(name: str) -> jax.Array:
+        return numbers(sums[name]).astype(getattr(operands, name).dtype)
+
+    if heads:
+        moved = ("query", "key", "value")
+        # Numbers are shorter than sums, but those of copies are yet to be added.
+        parts = [sums[name] if name != "query" and times > 1 else number(name) for name in moved]
+        sums = sums | dict(zip(moved, _rows_again(parts, heads), strict=True))
+        sums |= {name: _heads_summed(sums[name], times) for name in ("key", "value")}
+    return {name: number(name) for name in sums}
+
+
+def _heads_summed(x: Sum, times: int) -> Sum:
     """[B, S, K, H] from K * times heads, copies of which the gradients are summed."""
     if times == 1:
         return x
@@ -194,7 +224,7 @@ def heads_summed(x: Sum, times: int) -> Sum:
     return x.reshape(*x.shape[:2], -1, times, x.shape[-1]).sum(axis=3)
 
 
-def rows_again(sums: list[Sum], axes: Axes) -> list[Sum]:
+def _rows_again(sums: list[Sum], axes: Axes) -> list[Sum]:
     """Sums with heads sharded over the axes, with rows sharded in their place: see `heads_to_rows`."""
     arrays = [
         FIXED_POINT.pack(x).transpose(1, 3, 2, 0) if isinstance(x, FixedPoint) else x for x in sums

@@ -36,7 +36,7 @@ class Platform:
     overlaps: bool = True  # a message travels while something else is computed
 
 
-def platform_of(chip: Chip, *, network: bool = False) -> Platform:
+def constants_of(chip: Chip, *, network: bool = False) -> Platform:
     """The constants of devices of a chip; `network`: those of several processes, where it says so."""
     crosses = network and not chip.torus_rank  # processes of one slice share its ICI
     return Platform(
@@ -53,7 +53,7 @@ def platform_of(chip: Chip, *, network: bool = False) -> Platform:
 
 # Constants by (platform, several processes), of a typical chip where no other is known.
 PLATFORMS = {
-    (platform, several): platform_of(CHIPS[name], network=several)
+    (platform, several): constants_of(CHIPS[name], network=several)
     for platform, name in TYPICAL.items()
     for several in (False, True)
 }
@@ -116,7 +116,7 @@ class Topology:
         several = self.processes > 1
         row = PLATFORMS[self.platform, several]
         if self.chip is not None:
-            row = platform_of(self.chip, network=several)
+            row = constants_of(self.chip, network=several)
         crossed = zip(self.links or (), self.sizes, strict=False)
         used = [link for link, size in crossed if size > 1]
         return dataclasses.replace(row, link=worst(used) if used else self.link or row.link)

@@ -103,7 +103,7 @@ def rounded(product: jax.Array) -> jax.Array:
     return jnp.where(product == -jnp.inf, product, bounded)
 
 
-def apart(f: Callable, *arrays: Any) -> Any:
+def apart(f: Callable[..., Any], *arrays: Any) -> Any:
     """f(*arrays), as a part of the program that the compiler does not make again for each of its users.
 
     A condition that always holds, and that no compiler knows to hold; XLA:CPU drops the barrier that is

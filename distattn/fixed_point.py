@@ -114,7 +114,9 @@ def accumulate(
     steps = jnp.zeros(rows, jnp.int32) if steps is None else steps
     factor = jnp.ones(rows, jnp.float32) if factor is None else factor
 
-    def scale_rows(x: jax.Array, steps: jax.Array, factor: jax.Array, top: jax.Array) -> tuple:
+    def scale_rows(
+        x: jax.Array, steps: jax.Array, factor: jax.Array, top: jax.Array
+    ) -> tuple[Any, ...]:
         return scaling(jnp.abs(x).max(axis=1, initial=0.0), steps, factor, top, scale)
 
     high, first, second = elementary.apart(scale_rows, x, steps, factor, onto.top)
@@ -219,6 +221,11 @@ def _divide(total: FixedPoint, weighted: FixedPoint) -> tuple[jax.Array, jax.Arr
     return jnp.where(empty[None], 0.0, jnp.where(odd[None], jnp.nan, out)), lse
 
 
-def map_sums(f: Callable, *trees: Any) -> Any:
+def map_sums(f: Callable[..., Any], *trees: Any) -> Any:
     """f of each FixedPoint of the trees, in the same structure."""
-    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, FixedPoint))
+    return jax.tree.map(f, *trees, is_leaf=is_sums)
+
+
+def is_sums(x: Any) -> bool:
+    """Whether a node of a tree is one FixedPoint: where `map_sums` stops."""
+    return isinstance(x, FixedPoint)

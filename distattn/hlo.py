@@ -125,7 +125,7 @@ class Program:
     def __init__(self, text: str):
         """Of the text of HLO, optimised or not."""
         self.computations: dict[str, list[_Instruction]] = {}
-        self.entry = ""
+        self.entry: str = ""
         here = self.computations.setdefault("", [])  # of a part of a text
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):

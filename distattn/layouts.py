@@ -35,6 +35,11 @@ def contiguous(seq_len: int, shards: int) -> np.ndarray:
 
     Raises:
       ValueError: seq_len is not a multiple of shards.
+
+    Example:
+      >>> from distattn import layouts
+      >>> layouts.contiguous(8, shards=2).tolist()
+      [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check_lengths(seq_len, "shards", shards, shards)
     return np.arange(seq_len, dtype=np.int32)
@@ -52,6 +57,11 @@ def zigzag(seq_len: int, shards: int) -> np.ndarray:
 
     Raises:
       ValueError: seq_len is not a multiple of 2 * shards.
+
+    Example:
+      >>> from distattn import layouts
+      >>> layouts.zigzag(8, shards=2).tolist()  # chunks 0 and 3 on device 0, 1 and 2 on device 1
+      [0, 1, 6, 7, 2, 3, 4, 5]
 
     Reference: Llama 3, arXiv 2407.21783, section 3.3.2 (context parallelism).
     """
@@ -74,6 +84,13 @@ def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
 
     Raises:
       ValueError: seq_len is not a multiple of shards * stripe_size.
+
+    Example:
+      >>> from distattn import layouts
+      >>> layouts.striped(8, shards=2).tolist()
+      [0, 2, 4, 6, 1, 3, 5, 7]
+      >>> layouts.striped(8, shards=2, stripe_size=2).tolist()
+      [0, 1, 4, 5, 2, 3, 6, 7]
 
     Reference: Brandon et al., "Striped Attention", arXiv 2311.09431, section 3.
     """
@@ -105,6 +122,13 @@ def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
     Raises:
       ValueError: positions of a wrong shape or dtype, or, where they are known, of S or more; an
         axis that x has not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from distattn import layouts
+      >>> x = jnp.array([[10, 11, 12, 13]])
+      >>> layouts.reorder(x, jnp.array([3, 0, -1, 2])).tolist()  # slot 2 is empty
+      [[13, 10, 0, 12]]
     """
     x = jnp.asarray(x)
     axis, positions = _check(x, positions, axis, unique=False)
@@ -126,13 +150,20 @@ def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
 
     Raises:
       ValueError: as `reorder`; or, where they are known, positions that are there twice.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from distattn import layouts
+      >>> x, positions = jnp.array([[10, 11, 12, 13]]), layouts.striped(4, shards=2)
+      >>> layouts.restore(layouts.reorder(x, positions), positions).tolist()
+      [[10, 11, 12, 13]]
     """
     x = jnp.asarray(x)
     axis, positions = _check(x, positions, axis, unique=True)
     return _laid_out_as(x, lambda x, slots: _gather(x, _inverse(slots), axis), positions)
 
 
-def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
+def _laid_out_as(x: jax.Array, f: Callable[..., Any], positions: jax.Array) -> jax.Array:
     """f(x, positions), of the shape of x and with its sharding, as far as that is known here."""
     shardings = [jax.typeof(y).sharding for y in (x, positions)]
     mesh = shardings[0 if shardings[1].mesh.empty else 1].mesh
@@ -142,7 +173,7 @@ def _laid_out_as(x: jax.Array, f: Callable, positions: jax.Array) -> jax.Array:
         # A gather along a sharded axis is left to the compiler: it is told where the result lies.
         spec = shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
         result = NamedSharding(mesh, spec)
-        run: Callable = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
+        run: Callable[..., Any] = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
         return run(x, positions)
     out = f(x, positions)
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):

@@ -100,10 +100,10 @@ def fold_gradients(
         tiles.zeros(value.shape, key_dtype or value.dtype),
     )
 
-    def key_block(index: jax.Array, carry: tuple) -> tuple:
+    def key_block(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
 
-        def query_block(row: jax.Array, carry: tuple) -> tuple:
+        def query_block(row: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             d_query, d_bias, d_key_block, d_value_block = carry
             place = tiles.place(batch, heads, row, column)
             block = tiles.block(
@@ -236,7 +236,9 @@ def local_state(
 
 
 def with_gradients(
-    fold: Callable[[Operands], SoftmaxState], gradients: Callable[..., tuple], operands: Operands
+    fold: Callable[[Operands], SoftmaxState],
+    gradients: Callable[..., tuple[Any, ...]],
+    operands: Operands,
 ) -> SoftmaxState:
     """fold(operands), whose gradient is computed by `gradients` from the maximum of the state.
 
@@ -248,28 +250,27 @@ def with_gradients(
       operands: all varying over the same axes.
     """
 
-    @jax.custom_vjp
-    def state(query, key, value, bias, mask: Mask) -> SoftmaxState:
-        return fold(Operands(query, key, value, bias, None, mask))
+    def operands_of(query: Any, key: Any, value: Any, bias: Any, mask: Mask) -> Operands:
+        return Operands(query, key, value, bias, None, mask)
 
-    def forward(*arrays):
+    @jax.custom_vjp
+    def state(*arrays: Any) -> SoftmaxState:
+        return fold(operands_of(*arrays))
+
+    def forward(*arrays: Any) -> tuple[SoftmaxState, tuple[Any, ...]]:
         result = jax.tree.map(lambda x: checkpoint_name(x, "distattn_state"), state(*arrays))
         return result, (arrays, result.max)
 
-    def backward(residuals, cotangent: SoftmaxState):
+    def backward(residuals: tuple[Any, ...], cotangent: SoftmaxState) -> tuple[Any, ...]:
         arrays, reference = residuals
 
         @refuse_second_derivative
-        def run(arrays, reference, d_sum, d_weighted_sum):
-            query, key, value, bias, mask = arrays
-            return gradients(
-                Operands(query, key, value, bias, None, mask),
-                reference=reference,
-                d_sum=d_sum,
-                d_weighted_sum=d_weighted_sum,
-            )
+        def run(arrays: tuple[Any, ...], rows: dict[str, jax.Array]) -> tuple[Any, ...]:
+            return gradients(operands_of(*arrays), **rows)
 
-        found = run(arrays, reference, cotangent.sum, cotangent.weighted_sum)
+        d_sum, d_weighted_sum = cotangent.sum, cotangent.weighted_sum
+        rows = {"reference": reference, "d_sum": d_sum, "d_weighted_sum": d_weighted_sum}
+        found = run(arrays, rows)
         query, key, value, bias, _ = arrays
         primals = (query, key, value, bias)
         cast = (
@@ -281,12 +282,12 @@ def with_gradients(
     return state(operands.query, operands.key, operands.value, operands.bias, operands.mask)
 
 
-def refuse_second_derivative(f: Callable) -> Callable:
+def refuse_second_derivative(f: Callable[..., Any]) -> Callable[..., Any]:
     """f, which says what to do instead of being differentiated: it is a gradient already."""
     guarded = jax.custom_jvp(f)
 
     @guarded.defjvp
-    def _jvp(primals: tuple, tangents: tuple) -> NoReturn:
+    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> NoReturn:
         raise NotImplementedError(
             "a second derivative, or forward mode, of blocked attention is not built; "
             "pass implementation='dense', which JAX differentiates to any order"

@@ -73,14 +73,12 @@ SOFTMAX = Monoid(
 
 def fixed_points(x: State) -> list[FixedPoint]:
     """The FixedPoints in x, which is one or a pytree of them."""
-    return jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint))
+    return jax.tree.leaves(x, is_leaf=fixed_point.is_sums)
 
 
 def with_fixed_points(x: State, leaves: list[FixedPoint]) -> State:
     """x with others in their place."""
-    return jax.tree.unflatten(
-        jax.tree.structure(x, is_leaf=lambda leaf: isinstance(leaf, FixedPoint)), leaves
-    )
+    return jax.tree.unflatten(jax.tree.structure(x, is_leaf=fixed_point.is_sums), leaves)
 
 
 def _tops(x: State) -> jax.Array:

@@ -6,7 +6,7 @@ ValueError is a wrong call; NotImplementedError is a right call that is not buil
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -196,6 +196,38 @@ def with_repeated_heads(operands: Operands, shards: int) -> Operands:
         times = heads // kv_heads
     key, value = (jnp.repeat(x, times, axis=-2) for x in (operands.key, operands.value))
     return dataclasses.replace(operands, key=key, value=value)
+
+
+def padded(operands: Operands, more: Mapping[str, int], *, dense: bool = True) -> Operands:
+    """The operands with empty rows and empty slots behind the others.
+
+    Args:
+      operands: any.
+      more: how many, rows by "T" and slots by "S".
+      dense: whether bias and dense mask are for these rows and slots; else they stay as they are.
+    """
+    if not any(more.values()):
+        return operands
+    mask = operands.mask
+    sizes = {"T": operands.query.shape[1], "S": operands.key.shape[-3]}
+    if more["S"]:
+        mask = mask.with_empty_slots(sizes["S"])
+    if more["T"] and mask.query_valid is None:
+        mask = dataclasses.replace(mask, query_valid=jnp.ones((1, sizes["T"]), bool))
+
+    def pad(name: str, x: jax.Array) -> jax.Array:
+        letters = letters_of(name, x)
+        if letters == "BNTS" and not dense:
+            return x
+        widths = [
+            (0, more[letter] if letter in more and size == sizes[letter] else 0)
+            for letter, size in zip(letters, x.shape, strict=True)
+        ]
+        if not any(after for _, after in widths):
+            return x
+        return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
+
+    return map_named(pad, dataclasses.replace(operands, mask=mask))
 
 
 def make_scoring(

@@ -69,6 +69,19 @@ def partial_attention(
       ValueError: a wrong shape, dtype or combination; the message says what to pass.
       NotImplementedError: an implementation that cannot do the call, and which argument it is.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+      >>> order = jnp.array([5, 0, 3, 7, 1, 4, 2, 6])  # keys in any order, each with its position
+      >>> state = distattn.partial_attention(
+      ...     query, key[:, order], value[:, order], is_causal=True,
+      ...     query_positions=jnp.arange(8), key_positions=order,
+      ... )
+      >>> out, lse = distattn.finalize(state)
+      >>> wanted = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+      >>> bool(jnp.allclose(out, wanted, atol=1e-5))
+      True
+
     Reference: Rabe & Staats, arXiv 2112.05682, sections 2 and 3.
     """
     scoring = make_scoring(query, scale, logits_soft_cap, precision)

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import platform_of
+from distattn._manual import axes_of
 from distattn.axes import topology_on
 from distattn.cost import Topology
 
@@ -128,7 +129,7 @@ def read_placement(
                     "or enter jax.set_mesh(mesh), or pass arrays that lie on one"
                 )
         return Placement()
-    free = _free_axes(mesh)
+    free = free_axes(mesh)
     for name, axes in all_said.items():
         _check_axes(name, axes, mesh, free)
     _check_divisible("batch_axis_name", batch, mesh, "B", query.shape[0] if query.ndim == 4 else 1)
@@ -200,9 +201,9 @@ def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes
     sharding = _sharding(x)
     spec = sharding.spec if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else ()
     axes = {
-        letter: tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a in free)
-        for letter, entry in zip(letters, spec, strict=False)
-        if entry is not None
+        letter: tuple(axis for axis in axes_of(spec, dimension) if axis in free)
+        for dimension, letter in enumerate(letters)
+        if axes_of(spec, dimension)
     }
     if not isinstance(x, Tracer):
         return axes, set(free)
@@ -216,7 +217,7 @@ def _sharding(x: Any) -> Any:
     return x.sharding if isinstance(x, jax.Array) else None
 
 
-def _free_axes(mesh: Mesh | AbstractMesh) -> Axes:
+def free_axes(mesh: Mesh | AbstractMesh) -> Axes:
     """The axes that no shard_map around has taken."""
     taken = set(jax.sharding.get_abstract_mesh().manual_axes)
     return tuple(name for name in mesh.axis_names if name not in taken)
@@ -276,7 +277,7 @@ def _sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def _axes_of(mesh: Mesh | AbstractMesh) -> tuple:
+def _axes_of(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
     """What two meshes must have in common to be one."""
     return mesh.axis_names, mesh.axis_sizes, mesh.axis_types
 

@@ -5,6 +5,7 @@ By formula: nothing is compiled, and no device is needed.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distattn import cost
 from distattn.amounts import bytes_text, seconds_text
@@ -55,7 +56,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]  # the next best first
     reason: str
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
         return dataclasses.asdict(self)
 

@@ -75,7 +75,7 @@ def dot_product_attention(
     Reference: Vaswani et al., arXiv 1706.03762, section 3.2.1 (with bias, cap, masks, sinks added).
     """
     arguments = dict(locals())  # each under its own name: none can be lost or swapped
-    q, k, v = _batched(query, key, value)
+    q, _, v = _batched(query, key, value)
     out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
     for row in _rows(**arguments):
         out[row.at] = row.weights @ row.values

@@ -7,6 +7,8 @@ in which order, or how many are computed at a time. What stands between the prod
 wherever it is compiled (`elementary`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -112,11 +114,11 @@ def fold_gradients(
         *(zero(x, units.by_rows) for x in (key, value)),
     )
 
-    def key_block(index: jax.Array, carry: tuple) -> tuple:
+    def key_block(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
         place = tiles.place(batch, heads, 0, column)
 
-        def query_block(row: jax.Array, carry: tuple) -> tuple:
+        def query_block(row: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             d_query, d_bias, *d_keys = carry
             query = tiles.query(tiles.place(batch, heads, row, column), scoring.scale)
             step = load(tiles, columns, scoring, (batch, heads, row, column), query, sums_rows=True)

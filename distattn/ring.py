@@ -105,7 +105,7 @@ def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring
     def meet(hop: jax.Array | int, shard: Shard, state: State) -> State:
         return monoid_of(state).merge(state, local(_at_hop(operands, shard, ring, hop)))
 
-    def step(hop: jax.Array | int, carry: tuple) -> tuple:
+    def step(hop: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         shard, state = carry
         coming = ring.send(shard)  # nothing below waits for it
         return coming, meet(hop, shard, state)
@@ -139,7 +139,7 @@ def ring_gradients(
     if d_bias is not None:
         d_bias = zeros_at(d_bias, operands.bias.shape, axes)
 
-    def meet(hop: jax.Array | int, shard: Shard, d_query: Any, d_bias: Any) -> tuple:
+    def meet(hop: jax.Array | int, shard: Shard, d_query: Any, d_bias: Any) -> tuple[Any, ...]:
         more, d_key, d_value, d_block = gradients(_at_hop(operands, shard, ring, hop))
         if d_bias is not None:
             spans = _columns(operands.bias.shape, operands.key, ring, hop)
@@ -147,13 +147,13 @@ def ring_gradients(
         return add(d_query, more), d_bias, (d_key, d_value)
 
     # Hop 0 is the shard of this device, and with hop 1 the gradient of another's begins to travel.
-    def start(hop: jax.Array | int, carry: tuple) -> tuple:
+    def start(hop: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         shard, sums, _, at_home = carry
         coming = ring.send(shard)
         *sums, more = meet(hop, shard, *sums)
         return coming, tuple(sums), at_home, more
 
-    def go_on(index: jax.Array | int, carry: tuple) -> tuple:
+    def go_on(index: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         shard, sums, on_its_way = carry
         coming, arriving = ring.send((shard, on_its_way))
         *sums, more = meet(index + 2, shard, *sums)

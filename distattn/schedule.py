@@ -12,6 +12,8 @@ import operator
 import reprlib
 from typing import Any
 
+from distattn.merge_trees import Trees, name_shards
+
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -37,7 +39,7 @@ class Schedule:
     The operand with the lowest shard comes first in each merge, and all devices must end with the
     same tree of merges, so all end with the same bits: floating-point merges do not associate.
 
-    `print(schedule)` draws it: see `butterfly`.
+    `print(schedule)` draws it.
 
     Args:
       size: number of devices.
@@ -46,6 +48,16 @@ class Schedule:
     Raises:
       ValueError: a message that cannot be sent or merged, a device left without a shard, or devices
         whose trees differ.
+
+    Example:
+      >>> import distattn
+      >>> print(distattn.Schedule(size=3, rounds=(((2, 0),), ((0, 1), (1, 0)), ((0, 2),))))
+      rank      0   1   2
+      round 1  +2   .   .
+      round 2  +1  0+   .
+      round 3   .   .  =0
+
+    Reference: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005, section 4.
     """
 
     size: int
@@ -62,7 +74,7 @@ class Schedule:
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
         """What each device does in each round."""
-        trees = _Trees(self.size)
+        trees = Trees(self.size)
         held = list(range(self.size))  # the tree that each device holds
         steps = []
         for index, pairs in enumerate(self.rounds):
@@ -85,7 +97,7 @@ class Schedule:
                 after[rank], replaces[rank], twice = trees.receive(held[rank], held[source])
                 if twice:
                     raise ValueError(
-                        f"{where}, and both hold {_shards(twice)}, which would count twice; a "
+                        f"{where}, and both hold {name_shards(twice)}, which would count twice; a "
                         "message needs to hold none of the receiver's shards, or all: send it "
                         "before they have met, or leave it out"
                     )
@@ -179,6 +191,13 @@ class ScatterSchedule:
 
     Raises:
       ValueError: a round that does not send the last chunks held, or chunks left at the end.
+
+    Example:
+      >>> import distattn
+      >>> distattn.ScatterSchedule(size=4, rounds=((2, 2), (1, 1))).rounds
+      ((2, 2), (1, 1))
+
+    Reference: Bruck et al., IEEE TPDS 8(11), 1997: its all-gather backwards is one, see `halving`.
     """
 
     size: int
@@ -215,33 +234,6 @@ def halving(size: int) -> ScatterSchedule:
     return ScatterSchedule(size, tuple((shift, min(shift, size - shift)) for shift in shifts))
 
 
-class _Trees:
-    """The merge trees that occur, each stored once, as numbers: tree r < size is shard r."""
-
-    def __init__(self, size: int):
-        self._lowest = list(range(size))
-        self._shards = [1] * size  # as bits, the lowest shard at bit 0: short among neighbours
-        self._known: dict[tuple[int, int], int] = {}  # (first operand, second) -> tree
-
-    def precedes(self, a: int, b: int) -> bool:
-        return self._lowest[a] < self._lowest[b]
-
-    def shards(self, tree: int) -> int:
-        return self._shards[tree] << self._lowest[tree]
-
-    def receive(self, own: int, message: int) -> tuple[int, bool, int]:
-        """The tree after a message, whether it replaced the own one, and shards counted twice."""
-        operands = (own, message) if self.precedes(own, message) else (message, own)
-        if operands not in self._known:
-            a, b = self.shards(own), self.shards(message)
-            if a & b:
-                return message, True, 0 if a & b == a else a & b
-            self._known[operands] = len(self._shards)
-            self._lowest.append(self._lowest[operands[0]])
-            self._shards.append((a | b) >> self._lowest[-1])
-        return self._known[operands], False, 0
-
-
 def _butterfly_rounds(size: int) -> list[list[tuple[int, int]]]:
     bits = size.bit_length() - 1
     extra = size - (1 << bits)
@@ -269,14 +261,14 @@ def _as_pairs(rounds: Any, form: str) -> tuple[Pairs, ...]:
         ) from None
 
 
-def _check_end(size: int, held: list[int], trees: _Trees) -> None:
+def _check_end(size: int, held: list[int], trees: Trees) -> None:
     for rank, tree in enumerate(held):
         if rank > 0 and tree == held[0]:
             continue
         missing = (1 << size) - 1 & ~trees.shards(tree)
         if missing:
             raise ValueError(
-                f"rounds leave rank {rank} without {_shards(missing)}; every device needs all "
+                f"rounds leave rank {rank} without {name_shards(missing)}; every device needs all "
                 f"{size}: add a round that brings it, as butterfly({size}) does"
             )
         if tree != held[0]:
@@ -285,9 +277,3 @@ def _check_end(size: int, held: list[int], trees: _Trees) -> None:
                 "would differ; all devices need one tree of merges: exchange both ways in a round, "
                 f"or merge on one device and send the result on, or use butterfly({size})"
             )
-
-
-def _shards(bits: int) -> str:
-    found = [str(shard) for shard in range(bits.bit_length()) if bits >> shard & 1]
-    more = ", ..." if len(found) > 4 else ""
-    return ("shard " if len(found) == 1 else "shards ") + ", ".join(found[:4]) + more

@@ -28,11 +28,25 @@ class SoftmaxState:
 
     Over no key at all it is (-inf, 0, 0), the identity of `merge`. The dtype is float32, or float64
     where an input is float64.
+
+    Args:
+      max: f32[B, T, N], a bound of the logits, usually their maximum; -inf if empty.
+      sum: f32[B, T, N], the sum of exp(logit - max).
+      weighted_sum: f32[B, T, N, V], the sum of exp(logit - max) * value.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> query, key, value = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 6, 2, 8)), jnp.ones((1, 6, 2, 16))
+      >>> state = distattn.partial_attention(query, key, value)
+      >>> state.max.shape, state.sum.shape, state.weighted_sum.shape
+      ((1, 2, 4), (1, 2, 4), (1, 2, 4, 16))
+
+    Reference: Rabe & Staats, arXiv 2112.05682, section 2; (m, l, unscaled O) of FlashAttention-2.
     """
 
-    max: jax.Array  # f32[B, T, N]     a bound of the logits, usually their maximum; -inf if empty
-    sum: jax.Array  # f32[B, T, N]     sum of exp(logit - max)
-    weighted_sum: jax.Array  # f32[B, T, N, V]  sum of exp(logit - max) * value
+    max: jax.Array  # f32[B, T, N]
+    sum: jax.Array  # f32[B, T, N]
+    weighted_sum: jax.Array  # f32[B, T, N, V]
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -45,6 +59,19 @@ def identity(like: SoftmaxState) -> SoftmaxState:
     """The state over no keys, (-inf, 0, 0), in the shapes and dtypes of `like`.
 
     `merge(identity(x), x)` is x.
+
+    Args:
+      like: f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; its numbers do not count.
+
+    Returns:
+      SoftmaxState of the same shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> x = distattn.from_lse(jnp.full((1, 1, 1, 2), 3.0), jnp.zeros((1, 1, 1)))
+      >>> nothing = distattn.identity(x)
+      >>> float(nothing.max[0, 0, 0]), distattn.merge(nothing, x).weighted_sum.ravel().tolist()
+      (-inf, [3.0, 3.0])
     """
     empty = SoftmaxState(
         max=jnp.full_like(like.max, -jnp.inf),
@@ -77,6 +104,14 @@ def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
 
     Returns:
       SoftmaxState of the same shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+      >>> evens, odds = (distattn.partial_attention(query, key[:, i::2], value[:, i::2]) for i in (0, 1))
+      >>> out, lse = distattn.finalize(distattn.merge(odds, evens))
+      >>> bool(jnp.allclose(out, jax.nn.dot_product_attention(query, key, value), atol=1e-5))
+      True
 
     Reference: Rabe & Staats, arXiv 2112.05682, section 2.1.
     """
@@ -117,6 +152,15 @@ def finalize(state: SoftmaxState, sinks: jax.Array | None = None) -> tuple[jax.A
     Returns:
       out f32[B, T, N, V] and lse f32[B, T, N] (natural log). A state over no keys gives 0 and -inf,
       or 0 and the sink.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> row, values = jnp.zeros((1, 1, 1)), jnp.array([[[[6.0, 8.0]]]])  # of 4 keys with logit 0
+      >>> out, lse = distattn.finalize(distattn.SoftmaxState(row, row + 4, values))
+      >>> out.ravel().tolist(), jnp.exp(lse).round(4).item()
+      ([1.5, 2.0], 4.0)
+
+    Reference: Rabe & Staats, arXiv 2112.05682, section 2.
     """
     if sinks is not None:
         state = merge(_sink_state(state, sinks), state)
@@ -135,6 +179,14 @@ def from_lse(out: jax.Array, lse: jax.Array) -> SoftmaxState:
 
     Returns:
       SoftmaxState (lse, 1, out), or the identity where lse is -inf.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> a = distattn.from_lse(jnp.full((1, 1, 1, 1), 2.0), jnp.log(jnp.full((1, 1, 1), 1.0)))
+      >>> b = distattn.from_lse(jnp.full((1, 1, 1, 1), 6.0), jnp.log(jnp.full((1, 1, 1), 3.0)))
+      >>> out, lse = distattn.finalize(distattn.merge(a, b))
+      >>> out.round(4).item(), jnp.exp(lse).round(4).item()  # (1 * 2 + 3 * 6) / 4, and 1 + 3
+      (5.0, 4.0)
     """
     dtype = state_dtype(lse, out)
     lse, out = lse.astype(dtype), out.astype(dtype)

@@ -61,6 +61,17 @@ def fold(
     Raises:
       ValueError: as `partial_attention`.
 
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from distattn import finalize, streaming
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+      >>> state = None
+      >>> for i in (2, 0, 7, 3, 1, 6, 4, 5):  # one pair at a time, in any order
+      ...     state = streaming.fold(state, query, key[:, i : i + 1], value[:, i : i + 1])
+      >>> wanted = jax.nn.dot_product_attention(query, key, value)
+      >>> bool(jnp.allclose(finalize(state)[0], wanted, atol=1e-5))
+      True
+
     Reference: Rabe & Staats, arXiv 2112.05682, section 2.
     """
     more = partial_attention(
@@ -91,6 +102,21 @@ class PairJoin:
       local_window_size: int or (left, right), inclusive, on positions; needs query_positions.
       logits_soft_cap: c in c * tanh(logit / c).
       query_positions: int32[T] or int32[B, T].
+
+    Raises:
+      ValueError: query is not [B, T, N, H].
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> join = distattn.PairJoin(jnp.ones((1, 1, 1, 4)))
+      >>> for position in (1, 0):  # keys of equal weight
+      ...     join.add_key(position, jnp.zeros((1, 1, 4)))
+      >>> for position in (0, 1):
+      ...     join.add_value(position, jnp.full((1, 1, 2), float(position)))
+      >>> join.result()[0].ravel().tolist(), join.pending, join.peak_pending
+      ([0.5, 0.5], 0, 2)
+
+    Reference: Rabe & Staats, arXiv 2112.05682, section 2 (pairs in any order).
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from distattn.axes import on_devices_of
 from distattn.compilers import devices_of, environment
 from distattn.hlo import Program
 from distattn.pods import pod
+from distattn.report import Report, report_of
 
 MeshAxes = AbstractMesh | Mesh | Mapping[str, int]
 
@@ -22,8 +23,8 @@ MeshAxes = AbstractMesh | Mesh | Mapping[str, int]
 def fake_devices(count: int) -> None:
     """Makes this process see `count` CPU devices and no others.
 
-    Must come before JAX is first used: the number of devices is fixed from then on. Does not itself
-    start JAX, so `jax.distributed.initialize` may follow. Wins over the number in `XLA_FLAGS`.
+    Must come before JAX is first used: devices are fixed from then on. Does not itself start JAX, so
+    `jax.distributed.initialize` may follow. Wins over the number in `XLA_FLAGS`.
 
     Args:
       count: number of devices, at least 1.
@@ -38,10 +39,8 @@ def fake_devices(count: int) -> None:
         )
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except (
-        RuntimeError
-    ) as late:  # from here on JAX runs, so asking it for its devices starts nothing
-        devices = jax.devices()
+    except RuntimeError as late:
+        devices = jax.devices()  # JAX runs already: asking for its devices starts nothing
         if len(devices) != count or devices[0].platform != "cpu":
             raise RuntimeError(
                 f"fake_devices({count}) comes too late: JAX already runs with {len(devices)} "
@@ -53,8 +52,7 @@ def fake_devices(count: int) -> None:
 def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
     """How many of each collective operation a compiled program holds, or runs.
 
-    An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, under its plain
-    name.
+    An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, by its plain name.
 
     Args:
       hlo_text: optimised HLO, from `jax.jit(f).lower(...).compile().as_text()`.
@@ -62,8 +60,7 @@ def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
         else once.
 
     Returns:
-      Counter from the name of the operation, as XLA writes it, to its number; those that do not
-      occur are absent.
+      Counter from the name of the operation, as XLA writes it, to its number; absent if it is 0.
     """
     total: Counter[str] = Counter()
     for found in Program(hlo_text).collectives():
@@ -82,8 +79,8 @@ def collective_bytes(hlo_text: str, *, executed: bool = False) -> dict[str, int]
       executed: as in `collectives`.
 
     Returns:
-      Dict from the name of the operation to the bytes of its results per device, summed over its
-      occurrences in the text, or over its runs.
+      Dict from the name of the operation to the bytes of its results per device, summed over
+      its occurrences in the text, or over its runs.
     """
     total: Counter[str] = Counter()
     for found in Program(hlo_text).collectives():
@@ -91,56 +88,12 @@ def collective_bytes(hlo_text: str, *, executed: bool = False) -> dict[str, int]
     return dict(total)
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """All collectives of one kind along the same axes, in one run of a program."""
-
-    kind: str
-    axes: tuple[str, ...]
-    count: int
-    bytes: int  # of what they leave on one device
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a program sends, holds and computes. Sizes are those of one device."""
-
-    target: str  # the topology, or the platform and the mesh
-    devices: int
-    exchanges: tuple[Exchange, ...]
-    rounds: int  # collectives that wait for one another
-    argument_bytes: int | None = None  # from here on None where it was not compiled
-    output_bytes: int | None = None
-    temp_bytes: int | None = None
-    flops: float | None = None  # XLA's count, the body of a loop once; None where it says nothing
-    accessed_bytes: float | None = None  # of memory
-    optimal_s: float | None = None  # XLA's estimate; None where it has none or says what cannot be
-    seconds: float = 0.0  # that tracing and compiling took
-    hlo: str = dataclasses.field(default="", repr=False)  # the text that was counted
-
-    @property
-    def collectives(self) -> dict[str, dict[str, int]]:
-        """{'collective-permute': {'count': 12, 'bytes': 199680}, ...}."""
-        found: dict[str, dict[str, int]] = {}
-        for x in self.exchanges:
-            kind = found.setdefault(x.kind, {"count": 0, "bytes": 0})
-            kind["count"] += x.count
-            kind["bytes"] += x.bytes
-        return found
-
-    def as_json(self) -> dict[str, Any]:
-        """All but the text of the program, with `collectives` and their axes."""
-        fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("hlo", "exchanges")
-        }
-        exchanges = [dataclasses.asdict(x) for x in self.exchanges]
-        return fields | {"collectives": self.collectives, "exchanges": exchanges}
-
-
 def compile_for(
-    f: Callable, *arguments: Any, topology: str, mesh: MeshAxes | None = None, specs: Any = None
+    f: Callable[..., Any],
+    *arguments: Any,
+    topology: str,
+    mesh: MeshAxes | None = None,
+    specs: Any = None,
 ) -> Report:
     """A function compiled by the real compiler of an accelerator, on a machine that has none.
 
@@ -185,7 +138,7 @@ def compile_for(
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     optimal_s = cost.get("optimal_seconds", 0.0)
     return dataclasses.replace(
-        _report(topology, compiled.as_text(), target, [x.id for x in target.devices.flat]),
+        report_of(topology, compiled.as_text(), target, [x.id for x in target.devices.flat]),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
@@ -197,7 +150,7 @@ def compile_for(
 
 
 def lower(
-    f: Callable, *arguments: Any, mesh: MeshAxes, platform: str = "tpu", specs: Any = None
+    f: Callable[..., Any], *arguments: Any, mesh: MeshAxes, platform: str = "tpu", specs: Any = None
 ) -> Report:
     """A function lowered for a mesh of any size, on any platform, with no devices and no compiler.
 
@@ -223,7 +176,7 @@ def lower(
     began = time.monotonic()
     traced = _traced(f, arguments, specs, axes)
     text = traced.lower(lowering_platforms=(platform,)).as_text(dialect="hlo")
-    report = _report(f"{platform}, {_sizes(axes)}", text, axes)
+    report = report_of(f"{platform}, {_sizes(axes)}", text, axes)
     return dataclasses.replace(report, seconds=time.monotonic() - began)
 
 
@@ -234,7 +187,7 @@ def _axes(mesh: MeshAxes) -> AbstractMesh:
     return mesh.abstract_mesh
 
 
-def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: tuple) -> AbstractMesh:
+def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: Any) -> AbstractMesh:
     """The axes that are meant, for so many devices."""
     placed = [x.sharding.mesh for x in jax.tree.leaves(arguments) if _is_placed(x)]
     axes = _axes(mesh or next(iter(placed), {"kv": devices}))
@@ -256,7 +209,9 @@ def _is_placed(x: Any) -> bool:
     return isinstance(sharding, NamedSharding) and not sharding.mesh.empty
 
 
-def _traced(f: Callable, arguments: tuple, specs: Any, mesh: AbstractMesh | Mesh) -> Any:
+def _traced(
+    f: Callable[..., Any], arguments: tuple[Any, ...], specs: Any, mesh: AbstractMesh | Mesh
+) -> Any:
     """f traced for arguments that lie on the mesh."""
     specs = (None,) * len(arguments) if specs is None else specs
     if len(specs) != len(arguments):
@@ -282,19 +237,3 @@ def _traced(f: Callable, arguments: tuple, specs: Any, mesh: AbstractMesh | Mesh
     jitted: Any = f if hasattr(f, "trace") else jax.jit(f)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jitted.trace(*shapes)
-
-
-def _report(
-    target: str, text: str, mesh: AbstractMesh | Mesh, ids: list[int] | None = None
-) -> Report:
-    program = Program(text)
-    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    sizes: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    for x in program.collectives():
-        key = x.kind, x.axes(mesh.shape, ids or ())
-        counts[key] += x.runs
-        sizes[key] += x.runs * x.result_bytes
-    exchanges = tuple(
-        Exchange(kind, axes, counts[kind, axes], sizes[kind, axes]) for kind, axes in sorted(counts)
-    )
-    return Report(target, math.prod(mesh.shape.values()), exchanges, program.rounds, hlo=text)

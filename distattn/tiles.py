@@ -93,7 +93,24 @@ class Place(NamedTuple):
 class Tiles:
     """The blocks of one call: how many there are, where they lie, and what is in them."""
 
-    def __init__(self, operands: Operands, tiling: Tiling):
+    operands: Operands
+    tiling: Tiling
+    batch: int  # the sizes of the operands: B, T, S, K, V, G
+    queries: int
+    keys: int
+    kv_heads: int
+    value_width: int
+    groups: int
+    dtype: jnp.dtype  # of the state
+    axes: frozenset[str]  # over which it varies
+    is_empty: bool  # there is no block, nor any of the four counts
+    batches: int
+    head_blocks: int
+    query_blocks: int
+    key_blocks: int
+    visits: Visits | None  # which blocks are visited; None: all
+
+    def __init__(self, operands: Operands, tiling: Tiling) -> None:
         self.operands, self.tiling = operands, tiling
         self.batch, self.queries, heads, _ = operands.query.shape
         self.keys, self.kv_heads, self.value_width = operands.value.shape[-3:]
@@ -202,12 +219,12 @@ class Tiles:
         return lax.bitcast_convert_type(take(bits, *spans), x.dtype)
 
 
-def loop(count: int, body: Callable, init: Any) -> Any:
+def loop(count: int, body: Callable[..., Any], init: Any) -> Any:
     """fori_loop, or a plain call where there is nothing to loop over."""
     return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
 
 
-def visit(needed: jax.Array | None, count: int, body: Callable, init: Any) -> Any:
+def visit(needed: jax.Array | None, count: int, body: Callable[..., Any], init: Any) -> Any:
     """`loop` over those of the indices that are needed, bool[count], in order; None: over all."""
     if needed is None:
         return loop(count, body, init)

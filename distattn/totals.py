@@ -72,7 +72,13 @@ def _sum(x: jax.Array, axes: tuple[int, ...], names: tuple[str, ...], keepdims: 
 
 
 @_sum.defjvp
-def _sum_jvp(axes, names, keepdims, primals, tangents):
+def _sum_jvp(
+    axes: tuple[int, ...],
+    names: tuple[str, ...],
+    keepdims: bool,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     out = _sum(x, axes, names, keepdims)
     dx = dx.sum(axis=axes, keepdims=keepdims) if axes else dx

@@ -23,6 +23,9 @@ from distattn.tiles import Machine
 # Of one sample, which is as many calls in one program: launching it, some 0.1 ms, must not count.
 SAMPLE_S = 0.02
 SCORING = Scoring(1 / 8)
+Program = Callable[..., jax.Array]
+# Reference, d_sum and d_weighted_sum of a gradient; none of a fold.
+Rows = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +150,10 @@ def tune(workload: Workload, repeats: int) -> Finding:
 
 
 def _programs(
-    workload: Workload, operands: Operands, rows: tuple
-) -> tuple[dict[tuple[int, int], Callable], list[str]]:
+    workload: Workload, operands: Operands, rows: Rows
+) -> tuple[dict[tuple[int, int], Program], list[str]]:
     """The compiled program of all sizes that there is room for, by rows and keys; which failed."""
-    programs: dict[tuple[int, int], Callable] = {}
+    programs: dict[tuple[int, int], Program] = {}
     left_out: list[str] = []
     seen = set()
     backward = workload.kind == "gradient"
@@ -180,7 +183,7 @@ def _machines(
             yield Machine(platform_of(), block_sizes=(-(-rows // groups), keys))
 
 
-def _calls(machine: Machine, count: jax.Array, operands: Operands, rows: tuple) -> jax.Array:
+def _calls(machine: Machine, count: jax.Array, operands: Operands, rows: Rows) -> jax.Array:
     """A number that needs `count` calls, one after the other."""
     kernel = kernels.own(machine.platform)
 
@@ -207,7 +210,7 @@ def _rows_of(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
     return reference, jnp.ones(shape), _random(3, (*shape, width), jnp.dtype(jnp.float32))
 
 
-def _calls_of_a_sample(program: Callable, operands: Operands, rows: tuple) -> jax.Array:
+def _calls_of_a_sample(program: Program, operands: Operands, rows: Rows) -> jax.Array:
     one = jnp.ones((), jnp.int32)
     seconds = []
     for _ in range(2):  # the first warms up

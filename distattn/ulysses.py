@@ -6,6 +6,7 @@ Everything here is what one device does, inside `shard_map` (Jacobs et al., "Dee
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def heads_to_rows(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[ja
 def _together(
     arrays: Sequence[jax.Array], axes: tuple[str, ...], *, split: int, concat: int
 ) -> list[jax.Array]:
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, x in enumerate(arrays):
         groups.setdefault((x.dtype, x.shape[:3]), []).append(index)
     result: list[jax.Array] = list(arrays)

@@ -95,7 +95,9 @@ def _blocks(
     The last block ends with the data, and where that makes it overlap its neighbour it is computed whole.
     """
 
-    def reduced(x: jax.Array | None, how: Callable, fill: Any, mask: bool) -> jax.Array | None:
+    def reduced(
+        x: jax.Array | None, how: Callable[..., Any], fill: Any, mask: bool
+    ) -> jax.Array | None:
         if x is None:
             return None
         if mask and there is not None:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from distattn.chips import Collectives
 from distattn.link import Link, worst
@@ -110,7 +111,7 @@ def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Axis, 
 
 def round_link(stretches: Axis, pairs: Pairs) -> Link:
     """A message of the round (source, destination), ranks row-major over the stretches."""
-    loads: collections.Counter[tuple] = collections.Counter()
+    loads: collections.Counter[tuple[Any, ...]] = collections.Counter()
     latency_s, crossed = 0.0, set()
     for source, rank in pairs:
         place, end, moved_s = _place(stretches, source), _place(stretches, rank), 0.0

@@ -19,17 +19,16 @@ from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size, own_part, typed_as_varying
 from distattn.block import Scoring
 from distattn.completion import (
+    by_row,
     completed,
-    heads_summed,
-    numbers,
+    gradients_of,
     row_cotangents,
-    rows_again,
     sink_gradient,
     sum_over,
 )
 from distattn.local import local_fold, local_gradients, refuse_second_derivative
 from distattn.movement import Movement
-from distattn.operands import Operands, letters_of, map_named, with_repeated_heads
+from distattn.operands import Operands, letters_of, map_named, padded, with_repeated_heads
 from distattn.placement import Axes
 from distattn.ring import Ring, ring_fold, ring_gradients
 from distattn.tiles import Machine
@@ -61,41 +60,15 @@ def reproducible_attention(own: Own, operands: Operands) -> tuple[jax.Array, jax
     rows = operands.query.shape[1]
     bias, typed = operands.bias, typed_as_varying(own.axes)
     shared = typed and bias is not None and not varying_axes(bias) & set(own.axes)
-    operands = _padded(own, operands)
+    more = {"T": -rows % own.units.rows, "S": -operands.key.shape[1] % own.units.keys}
+    moves = own.movement.gather_keys or own.movement.ring or own.movement.heads
+    operands = padded(operands, more, dense=not moves)  # where keys move, they are for all of them
     axes = varying_axes(*jax.tree.leaves(operands), lax.axis_index(own.axes))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
     own = dataclasses.replace(own, bias_shared=shared)
     o = operands
     out, lse = _attention(own, o.query, o.key, o.value, o.bias, o.sinks, o.mask)
     return out[:, :rows], lse[:, :rows]
-
-
-def _padded(own: Own, operands: Operands) -> Operands:
-    """T and S brought to multiples of the blocks, with empty rows and empty slots."""
-    rows, keys = operands.query.shape[1], operands.key.shape[1]
-    more = {"T": -rows % own.units.rows, "S": -keys % own.units.keys}
-    mask = operands.mask
-    if more["S"]:
-        mask = mask.with_empty_slots(keys)
-    if more["T"] and mask.query_valid is None:
-        mask = dataclasses.replace(mask, query_valid=jnp.ones((1, rows), bool))
-    if not any(more.values()):
-        return operands
-
-    def pad(name: str, x: jax.Array) -> jax.Array:
-        letters = letters_of(name, x)
-        if letters == "BNTS" and (
-            own.movement.gather_keys or own.movement.ring or own.movement.heads
-        ):
-            return x
-        sizes = {"T": rows, "S": keys}
-        widths = [
-            (0, more[letter] if letter in more and size == sizes[letter] else 0)
-            for letter, size in zip(letters, x.shape, strict=True)
-        ]
-        return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
-
-    return map_named(pad, dataclasses.replace(operands, mask=mask))
 
 
 def _primal(own: Own, *fields: Any) -> tuple[jax.Array, jax.Array]:
@@ -111,15 +84,15 @@ def _primal(own: Own, *fields: Any) -> tuple[jax.Array, jax.Array]:
 _attention: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 
 
-def _forward(own: Own, *fields: Any) -> tuple:
+def _forward(own: Own, *fields: Any) -> tuple[Any, ...]:
     out, lse = _primal(own, *fields)
     out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
 
-def _backward(own: Own, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward(own: Own, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
     @refuse_second_derivative
-    def run(residuals: tuple, cotangents: tuple) -> tuple:
+    def run(residuals: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         return _gradients(own, *residuals, *cotangents)
 
     return *run(residuals, cotangents), None
@@ -128,7 +101,14 @@ def _backward(own: Own, residuals: tuple, cotangents: tuple) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
-def _gradients(own: Own, fields: tuple, out, lse, d_out, d_lse) -> tuple:
+def _gradients(
+    own: Own,
+    fields: tuple[Any, ...],
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> tuple[jax.Array | None, ...]:
     movement, operands = own.movement, Operands(*fields)
     kv_heads = operands.key.shape[2]
     if not own.query_sharded:
@@ -147,39 +127,26 @@ def _gradients(own: Own, fields: tuple, out, lse, d_out, d_lse) -> tuple:
         d_out, rows = rows_to_heads([d_out, rows], movement.heads)
     there = at_work(operands, movement)
     times = there.key.shape[2] * axes_size(movement.heads) // kv_heads
-    cotangents = {
-        "reference": rows[..., 0],
-        "d_sum": rows[..., 1],
-        "d_weighted_sum": d_out.astype(lse.dtype),
-    }
+    cotangents = by_row(rows, d_out)
     gradients = local_gradients(own.scoring, own.machine, "blocked", own.units, cotangents)
     found = ring_gradients(gradients, there, own.ring) if own.ring else gradients(there)
     query, key, value, bias = found
     sums["query"] = sum_over(query, movement.all_reduce, movement.scatter)
     sums["key"], sums["value"] = (sum_over(x, (), movement.gather_keys) for x in (key, value))
-    if movement.heads:
-        if bias is not None:
-            raise NotImplementedError(
-                "the gradient of a bias under reproducible=True and a combine that shards heads is not "
-                "built inside a shard_map; use 'ring' or 'gather_kv', or dot_product_attention outside"
-            )
-        moved = ("query", "key", "value")
-        sums |= dict(zip(moved, rows_again([sums[x] for x in moved], movement.heads), strict=True))
-        sums |= {name: heads_summed(sums[name], times) for name in ("key", "value")}
+    if movement.heads and bias is not None:
+        raise NotImplementedError(
+            "the gradient of a bias under reproducible=True and a combine that shards heads is not "
+            "built inside a shard_map; use 'ring' or 'gather_kv', or dot_product_attention outside"
+        )
     if bias is not None:
         sums["bias"] = sum_over(bias, own.axes if own.bias_shared else ())
     once = {"sinks"} | ({"bias"} if own.bias_shared else set())
     if not own.query_sharded:
         once.add("query")
     first = lax.axis_index(own.axes) == 0
-
-    def number(name: str) -> jax.Array | None:
-        if name not in sums:
-            return None
-        x = numbers(sums[name]).astype(getattr(operands, name).dtype)
-        return jnp.where(first, x, 0) if name in once else x
-
-    return tuple(number(name) for name in ("query", "key", "value", "bias", "sinks"))
+    found = gradients_of(sums, operands, movement.heads, times)
+    given = {name: jnp.where(first, x, 0) if name in once else x for name, x in found.items()}
+    return tuple(given.get(name) for name in ("query", "key", "value", "bias", "sinks"))
 
 
 def _whole(x: jax.Array, axes: Axes) -> jax.Array:

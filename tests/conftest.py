@@ -3,10 +3,13 @@
 import collections
 import contextlib
 import gc
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import jax
@@ -124,6 +127,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
+
+
+@pytest.fixture(scope="module")
+def example(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The example whose name a test module gives as `EXAMPLE`, imported as its neighbours see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
+        yield importlib.import_module(request.module.EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def standard_promotion() -> Iterator[None]:
+    """Not strict in here: optax takes a float to the power of an int32 (Adam's bias correction)."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 hypothesis.settings.register_profile(

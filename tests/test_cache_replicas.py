@@ -176,6 +176,19 @@ def test_a_host_is_lost_and_no_key(place, form):
         assert_close(attended(left), out, jnp.float32, max(LENGTHS), what=f"without {host}")
 
 
+def test_hosts_of_one_device_each():
+    """A mesh of one axis."""
+    append = {"key": np.ones((B, 9, K, H), np.float32), "value": np.ones((B, 9, K, V), np.float32)}
+    cache = KVCache.create(
+        B, CAPACITY, K, H, value_dim=V, dtype=jnp.float32, mesh=mesh("auto", 8, names=("host",))
+    ).append(**append)
+    left, lost = cache.recover(without(cache, 1, 4))
+    assert left.layout.devices == 6
+    assert [
+        sorted([*row[row >= 0], *gone]) for row, gone in zip(left.positions, lost, strict=True)
+    ] == [list(range(9))] * B
+
+
 def test_one_host_after_the_other():
     cache = filled("4x2")
     before, out = by_token(cache), attended(cache)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from distattn.chips import CHIPS, TYPICAL, chip_of
-from distattn.cost import PLATFORMS, platform_of
+from distattn.cost import PLATFORMS, constants_of
 from distattn.link import Link
 from distattn.pods import Pod, pod
 from distattn.traffic import traffic
@@ -84,7 +84,7 @@ def test_the_chips_of_a_host_share_its_network():
 def test_a_platform_stands_for_a_chip_of_the_one_table():
     assert TYPICAL == {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
     for (platform, several), row in PLATFORMS.items():
-        assert row == platform_of(CHIPS[TYPICAL[platform]], network=several)
+        assert row == constants_of(CHIPS[TYPICAL[platform]], network=several)
     assert PLATFORMS["gpu", True].link == CHIPS["h100"].network
     assert PLATFORMS["tpu", True].link == CHIPS["v5p"].link
     assert not PLATFORMS["cpu", True].shared

@@ -1,7 +1,7 @@
 """Many requests on one cache say what each says alone; the command and the example that use it."""
 
+import dataclasses
 import functools
-import importlib
 import io
 import re
 import subprocess
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from distattn import KVCache
 from distattn.cli import main
 from distattn.integrations import smollm2
 from distattn.integrations.drafts import Lookup
@@ -23,7 +22,7 @@ from distattn.integrations.sampling import choose, nucleus
 from distattn.testing import collective_bytes
 from tiny_model import tiny_model
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = "07_generate"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
 LENGTHS = (
     3,
@@ -78,17 +77,8 @@ def prompts(model):
 
 
 def new_cache(model, mesh, rows=ROWS, capacity=CAPACITY, placement="least_loaded"):
-    config = model[0]
-    return KVCache.create(
-        rows,
-        capacity,
-        config.kv_heads,
-        config.head_dim,
-        layers=config.layers,
-        dtype=np.float32,
-        mesh=mesh,
-        placement=placement,
-    )
+    cache = smollm2.new_cache(model[0], rows, capacity, mesh=mesh)
+    return dataclasses.replace(cache, placement=placement)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +97,8 @@ def run(model, mesh, weights, forward, traced):
 
 
 @pytest.fixture(scope="module")
-def plain_cache():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("plain_cache").PlainCache
+def plain_cache(example):
+    return example.PlainCache
 
 
 @pytest.fixture(scope="module")
@@ -499,17 +487,12 @@ def test_python_m_distattn_is_the_command():
 # ------------------------------------------------------------------------ the example
 
 
-@pytest.fixture(scope="module")
-def example(plain_cache):
-    return importlib.import_module("07_generate")
-
-
-EXAMPLE = ["--context", "260", "--tokens", "6", "--drafts", "2"]
+SMALL = ["--context", "260", "--tokens", "6", "--drafts", "2"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_the_example_compares_and_reports(example, capsys):
-    assert example.main(EXAMPLE) == 0
+    assert example.main(SMALL) == 0
     out = capsys.readouterr().out
     assert "acceptance rate" in out
     assert "tokens equal, with drafts and without" in out
@@ -524,7 +507,7 @@ def test_the_example_fails_where_an_answer_differs(example, monkeypatch, capsys)
 
     monkeypatch.setattr(example, "alone", lambda model, prompts, count: [(7,)] * len(prompts))
     monkeypatch.setattr(example, "batched", batched)
-    assert example.main(EXAMPLE) == 1
+    assert example.main(SMALL) == 1
     captured = capsys.readouterr()
     assert re.match("continuous batching: answer . differs", captured.err)
     assert "tokens equal" not in captured.out

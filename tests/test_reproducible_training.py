@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,22 +13,9 @@ from distattn import layouts
 from test_examples import printed
 from tests.cases import FULLY_OPTIMIZED
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+EXAMPLE = "08_train"
 LENGTH, STEPS = 1536, 30  # 24 blocks of 64: as many for each of 1, 2, 3 and 8 devices
-
-
-@pytest.fixture(scope="module", autouse=True)
-def promotion():
-    """Not strict in here: optax takes a float to the power of an int32 (Adam's bias correction)."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("08_train")
 
 
 @pytest.fixture(scope="module")

@@ -21,26 +21,14 @@ from distattn import layouts
 from test_examples import printed
 from tolerance import assert_close
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+EXAMPLE = "08_train"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMBINES = ("reduce_scatter", "gather_kv", "ring", "ulysses", "auto")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 # A loss is the mean over these, and each is a sum over the keys: as many roundings, at most.
 LENGTH, BATCH, STEPS = 256, 2, 4
 KEYS = LENGTH * BATCH
-
-
-@pytest.fixture(scope="module", autouse=True)
-def promotion():
-    """Not strict in here: optax takes a float to the power of an int32 (Adam's bias correction)."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("08_train")
 
 
 @pytest.fixture(scope="module")

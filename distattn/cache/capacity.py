@@ -8,7 +8,7 @@ window of the slots at a time.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -108,13 +108,13 @@ def _laid_out(layout: Layout, letters: str, x: jax.Array) -> jax.Array:
 # What one device does, in `Layout.run`.
 
 
-def _count(layout: Layout, tags: jax.Array) -> tuple:
+def _count(layout: Layout, tags: jax.Array) -> tuple[Any, ...]:
     return (layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32)),)
 
 
 def _grow(
     layout: Layout, letters: tuple[str, ...], fills: tuple[int, ...], each: int, *arrays: jax.Array
-) -> tuple:
+) -> tuple[Any, ...]:
     """Each array with `each` slots, the new ones at the end."""
     grown = []
     for own, fill, x in zip(letters, fills, arrays, strict=True):
@@ -133,7 +133,7 @@ def _shrink(
     counts: jax.Array,
     tags: jax.Array,
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Each array with `each` slots, the occupied ones first, and the counts before them.
 
     The surplus of a row, what its devices hold beyond `each`, is numbered from device to device. Round r
@@ -169,7 +169,7 @@ def _shrink(
         before = jnp.cumsum(surplus, axis=1, dtype=jnp.int32) - surplus
         own_before, own_surplus = (x[:, layout.rank()][:, None] for x in (before, surplus))
 
-        def move(turn: jax.Array, carry: tuple) -> tuple:
+        def move(turn: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             counts, *new = carry
             number = turn * window + jnp.arange(window, dtype=jnp.int32)[None]
             wanted = number < total

@@ -37,7 +37,7 @@ ARRAYS = "arrays"
 TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
 
 
-def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None) -> int:
+def save(self: "KVCache", directory: str | os.PathLike[str], step: int | None = None) -> int:
     """Writes the cache to disk, as a step of its own; returns when all of it is there.
 
     Args:
@@ -54,6 +54,16 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
       ModuleNotFoundError: Orbax is not installed.
       NotImplementedError: a cache that does not lie on all processes of the program.
       TimeoutError, RuntimeError: a process that does not come, as `distattn.distributed.barrier`.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 3, 1, 4))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     step = cache.append(new, new).save(directory)
+      ...     restored = distattn.KVCache.restore(directory)
+      >>> step, restored.next_position.tolist()
+      (0, [3])
     """
     orbax = _orbax()
     _check_processes(self.layout)
@@ -77,9 +87,10 @@ def save(self: "KVCache", directory: str | os.PathLike, step: int | None = None)
     return number
 
 
+@classmethod  # of KVCache, which imports it
 def restore(
     cls: type["KVCache"],
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     step: int | None = None,
     *,
     capacity: int | None = None,
@@ -115,6 +126,17 @@ def restore(
       ValueError: what `create` or `resize` refuses; a step in the format of another release.
       ModuleNotFoundError: Orbax is not installed.
       NotImplementedError: a mesh that has not the devices of all processes of the program.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 3, 1, 4))
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))  # other devices than those that it was saved from
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     step = cache.append(new, new).save(directory, step=7)
+      ...     restored = distattn.KVCache.restore(directory, mesh=mesh)
+      >>> restored.next_position.tolist(), restored.layout.devices == mesh.size
+      ([3], True)
     """
     orbax = _orbax()
     layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)

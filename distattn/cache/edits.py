@@ -6,7 +6,7 @@ rows, all that is sent between devices is the number of occupied slots, one inte
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,17 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
 
     Returns:
       The cache in which they are as in a new one.
+
+    Raises:
+      ValueError: a row that is not there, or a mask of another length.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new).reset(rows=0)
+      >>> cache.next_position.tolist(), cache.counts.tolist()
+      ([0, 3], [[0], [3]])
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
     names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
@@ -56,6 +67,17 @@ def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
 
     Returns:
       The cache, whose next positions are at most the lengths.
+
+    Raises:
+      ValueError: lengths that are neither int32[B] nor one number.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new).rewind(lengths=2)  # the last two were a draft
+      >>> cache.positions.tolist(), cache.next_position.tolist()
+      ([[0, 1, -1, -1, -1, -1, -1, -1]], [2])
     """
     lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
     cache = _retag(self, _below, lengths)
@@ -79,6 +101,17 @@ def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "
 
     Returns:
       The cache.
+
+    Raises:
+      ValueError: window or keep_first is neither int32[B] nor one number.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new).evict(window=2, keep_first=1)
+      >>> cache.positions.tolist()
+      [[0, -1, 2, 3, -1, -1, -1, -1]]
     """
     batch = self.positions.shape[0]
     first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
@@ -100,6 +133,18 @@ def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) 
 
     Returns:
       The cache, whose next position is one past the path.
+
+    Raises:
+      ValueError: nodes of a wrong shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 4, 1, 4))
+      >>> cache = cache.append(new, new)  # a root, two children, a grandchild
+      >>> cache = cache.accept(jnp.array([0, 2, 3]))  # the root, its second child, the child of that
+      >>> cache.positions.tolist(), cache.next_position.tolist()
+      ([[0, -1, 1, 2, -1, -1, -1, -1]], [3])
     """
     batch = self.positions.shape[0]
     nodes = jnp.asarray(nodes)
@@ -123,6 +168,18 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
 
     Returns:
       The cache.
+
+    Raises:
+      ValueError: a row that is not there, or not as many sources as targets.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new, lengths=jnp.array([3, 0]))
+      >>> cache = cache.fork(source=0, target=1)
+      >>> cache.next_position.tolist()
+      [3, 3]
     """
     batch, layout = self.positions.shape[0], self.layout
     source = row_indices("source", source, batch)
@@ -152,7 +209,7 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
     return dataclasses.replace(cache, replica=replica)
 
 
-def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
+def _retag(cache: "KVCache", kept: Callable[..., Any], *numbers: jax.Array) -> "KVCache":
     """The cache with tags = kept(tags, *numbers), on the devices that hold them, and its counts."""
     letters = ["B" + "." * (x.ndim - 1) for x in numbers]
     tags, counts = cache.layout.run(
@@ -165,13 +222,17 @@ def _retag(cache: "KVCache", kept: Callable, *numbers: jax.Array) -> "KVCache":
 # What one device does, in `Layout.run`.
 
 
-def _reset(layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers) -> tuple:
+def _reset(
+    layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *numbers: jax.Array
+) -> tuple[Any, ...]:
     tags = _unless(tags, gone)
     counts = jnp.where(gone[:, None], 0, counts)
     return tags, counts, *(jnp.where(gone, jnp.zeros_like(x), x) for x in numbers)
 
 
-def _retag_own(layout: Layout, kept: Callable, tags: jax.Array, *numbers: jax.Array) -> tuple:
+def _retag_own(
+    layout: Layout, kept: Callable[..., Any], tags: jax.Array, *numbers: jax.Array
+) -> tuple[Any, ...]:
     tags = kept(tags, *numbers)
     return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
 
@@ -202,7 +263,7 @@ def _fork(
     source: jax.Array,
     target: jax.Array,
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     axes = (x.index("B") for x in letters)
     return tuple(
         _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)

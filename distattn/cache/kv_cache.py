@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distattn.cache import checkpoint, edits, moving, reading, recovery, writing
 from distattn.cache.layout import Layout, make_layout
 from distattn.cache.replicas import Replica, check_replicas
 from distattn.cache.slots import PLACEMENTS
@@ -29,23 +28,44 @@ class KVCache:
 
     Make one with `create`. The letters are the package's; S is the capacity of a row, over all devices,
     and L the number of layers, without which the dimension is absent.
+
+    Attributes:
+      key: [L, B, S, K, H].
+      value: [L, B, S, K, V].
+      key_scale: f32[L, B, S, K], where the dtype is one of 8 bits; else None.
+      value_scale: the same.
+      positions: int32[B, S], whose key the slot holds, in all layers; -1: the slot is free.
+      counts: int32[B, D], how many slots are occupied, for each row and device.
+      next_position: int32[B], one past the newest position of the row.
+      appended: int32[B], how many tokens the last append brought.
+      placed: int32[B], how many tokens were ever appended to the row.
+      overflow: bool[B], whether the last append was refused, the row left as it was.
+      replica: of each device the share of its ward, where each token is there twice; else None.
+      layout: over which devices rows, slots and heads lie.
+      placement: where a new token goes, as in `create`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> cache = distattn.KVCache.create(1, 16, 2, 4, dtype=jnp.float32, mesh=mesh)  # B, S, K, H
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+      >>> cache = cache.append(key, value)
+      >>> wanted = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+      >>> bool(jnp.allclose(cache.attend(query), wanted, atol=1e-5)), cache.next_position.tolist()
+      (True, [8])
     """
 
     key: jax.Array  # [L, B, S, K, H]
     value: jax.Array  # [L, B, S, K, V]
-    key_scale: jax.Array | None  # f32[L, B, S, K], where the dtype is one of 8 bits
+    key_scale: jax.Array | None  # f32[L, B, S, K]
     value_scale: jax.Array | None
-    positions: (
-        jax.Array
-    )  # int32[B, S]: whose key the slot holds, in all layers; -1: the slot is free
-    counts: jax.Array  # int32[B, D]: how many slots are occupied, for each row and device
-    next_position: jax.Array  # int32[B]: one past the newest position of the row
-    appended: jax.Array  # int32[B]: how many tokens the last append brought
-    placed: jax.Array  # int32[B]: how many tokens were ever appended to the row
-    overflow: jax.Array  # bool[B]: whether the last append was refused, the row left as it was
-    replica: (
-        Replica | None
-    )  # of each device: the share of its ward, where each token is there twice
+    positions: jax.Array  # int32[B, S]
+    counts: jax.Array  # int32[B, D]
+    next_position: jax.Array  # int32[B]
+    appended: jax.Array  # int32[B]
+    placed: jax.Array  # int32[B]
+    overflow: jax.Array  # bool[B]
+    replica: Replica | None
     layout: Layout = dataclasses.field(metadata={"static": True})
     placement: str = dataclasses.field(metadata={"static": True})
 
@@ -93,6 +113,14 @@ class KVCache:
 
         Raises:
           ValueError: a size or dtype that cannot be, an axis that the mesh does not have.
+
+        Example:
+          >>> import jax.numpy as jnp, distattn
+          >>> cache = distattn.KVCache.create(
+          ...     batch=2, capacity=16, num_kv_heads=2, head_dim=4, layers=3, dtype=jnp.int8
+          ... )
+          >>> cache.key.shape, cache.key_scale.dtype, cache.capacity, cache.counts.tolist()
+          ((3, 2, 16, 2, 4), dtype('float32'), 16, [[0], [0]])
         """
         sizes = {
             "batch": batch,
@@ -132,7 +160,7 @@ class KVCache:
             "row": "B",
         }
 
-        def filled(name: str, shape: tuple, fill: Any, kind: Any) -> jax.Array:
+        def filled(name: str, shape: tuple[Any, ...], fill: Any, kind: Any) -> jax.Array:
             return _filler(shape, fill, jnp.dtype(kind), layout.sharding(letters[name]))()
 
         def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
@@ -174,19 +202,13 @@ class KVCache:
         """How many devices hold each token."""
         return 1 if self.replica is None else 2
 
-    reserve = writing.reserve
-    write = writing.write
-    append = writing.append
-    attend = reading.attend
-    reset = edits.reset
-    rewind = edits.rewind
-    evict = edits.evict
-    accept = edits.accept
-    fork = edits.fork
-    resize = moving.resize
-    recover = recovery.recover
-    save = checkpoint.save
-    restore = classmethod(checkpoint.restore)
+    # Functions of the other files; imported here they are methods, to type checkers too.
+    from distattn.cache.checkpoint import restore, save
+    from distattn.cache.edits import accept, evict, fork, reset, rewind
+    from distattn.cache.moving import resize
+    from distattn.cache.reading import attend
+    from distattn.cache.recovery import recover
+    from distattn.cache.writing import append, reserve, write
 
 
 @functools.lru_cache

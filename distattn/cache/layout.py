@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._manual import manual
-from distattn.placement import Axes, AxisNames, as_axes
+from distattn.placement import Axes, AxisNames, as_axes, free_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -67,8 +67,7 @@ class Layout:
 
     def free_axes(self) -> Axes:
         """The axes that no shard_map around has taken; those that the cache does not name hold copies."""
-        taken = jax.sharding.get_abstract_mesh().manual_axes
-        return tuple(axis for axis in self.mesh.axis_names if axis not in taken)
+        return free_axes(self.mesh)
 
     def check_outside(self) -> None:
         """That the call is not inside a shard_map over an axis of the cache."""
@@ -91,12 +90,12 @@ class Layout:
 
     def run(
         self,
-        body: Callable,
+        body: Callable[..., Any],
         letters: Sequence[str | None],
         out_letters: Sequence[str],
         *arguments: Any,
-        static: tuple = (),
-    ) -> tuple:
+        static: tuple[Any, ...] = (),
+    ) -> tuple[Any, ...]:
         """body(self, *static, *arguments), by every device on its own shards: a tuple of arrays.
 
         Compiled once for a body, a function of a module, and its static arguments, also outside of jit.
@@ -118,12 +117,12 @@ class Layout:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
     layout: Layout,
-    body: Callable,
-    static: tuple,
+    body: Callable[..., Any],
+    static: tuple[Any, ...],
     letters: tuple[str | None, ...],
     out_letters: tuple[str, ...],
     *arguments: Any,
-) -> tuple:
+) -> tuple[Any, ...]:
     body = functools.partial(body, layout, *static)
     if layout.mesh is None:
         return body(*arguments)

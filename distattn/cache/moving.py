@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,16 @@ def resize(
     Raises:
       ValueError: a row holds more tokens than the new capacity, or what `create` refuses; nothing has
         changed then.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 3, 1, 4))
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> cache = cache.append(new, new).resize(16, mesh=mesh)
+      >>> held = sorted(p for p in cache.positions[0].tolist() if p >= 0)
+      >>> cache.capacity, cache.layout.mesh == mesh, held
+      (16, True, [0, 1, 2])
     """
     if isinstance(self.positions, Tracer):
         raise ValueError(
@@ -107,7 +117,7 @@ def resize(
     return dataclasses.replace(cache, placement=blank.placement)
 
 
-def context_of(layout: Layout) -> AbstractContextManager:
+def context_of(layout: Layout) -> AbstractContextManager[Any]:
     """The layout's own mesh as the one of the context, whichever the caller has set."""
     return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
 

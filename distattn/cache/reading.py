@@ -90,6 +90,14 @@ def attend(
     Raises:
       ValueError: a wrong shape, dtype or combination; the message says what to pass.
       NotImplementedError: as `dot_product_attention`.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((1, 3, 1, 4))
+      >>> cache = cache.append(new, jnp.arange(3.0).reshape(1, 3, 1, 1) * new)
+      >>> cache.attend(new)[0, :, 0, 0].tolist()  # keys of equal weight, values 0, 1, 2: causal
+      [0.0, 0.5, 1.0]
     """
     self.layout.check_outside()
     implementation = check_implementation(implementation)
@@ -189,7 +197,9 @@ def _with_tree(
     return allowed if mask is None else allowed & jnp.asarray(mask)
 
 
-def _tree_mask(layout: Layout, tags: jax.Array, start: jax.Array, tree: jax.Array) -> tuple:
+def _tree_mask(
+    layout: Layout, tags: jax.Array, start: jax.Array, tree: jax.Array
+) -> tuple[Any, ...]:
     """bool[B, 1, T, S] from tree bool[B, T, T]: what one device does, in `Layout.run`."""
     tokens = tree.shape[1]
     node = (tags - start[:, None])[:, None]  # [B, 1, S]

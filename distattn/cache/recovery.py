@@ -7,7 +7,7 @@ copy anew.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,16 @@ def recover(
     Raises:
       ValueError: another mesh than that; positions that are expected and were not there, where some are
         lost; a cache under a trace. Nothing has changed then.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+      >>> cache = distattn.KVCache.create(1, 16, 1, 4, dtype=jnp.float32, mesh=mesh)
+      >>> cache = cache.append(jnp.ones((1, 8, 1, 4)), jnp.ones((1, 8, 1, 4)))
+      >>> left = jax.sharding.Mesh(mesh.devices[: -(-mesh.size // 2)], ("x",))  # half of the devices
+      >>> cache, lost = cache.recover(left)
+      >>> sorted([*lost[0].tolist(), *(p for p in cache.positions[0].tolist() if p >= 0)])
+      [0, 1, 2, 3, 4, 5, 6, 7]
     """
     if isinstance(self.positions, Tracer):
         raise ValueError("recover was called under a trace of the cache; call it outside of jit")
@@ -99,8 +109,7 @@ def _what_is_left(layout: Layout, mesh: Mesh) -> tuple[str, list[int]]:
         raise ValueError("recover is for a cache on a mesh, and this one lies on one device")
     if mesh.axis_names == old.axis_names:
         for number, axis in enumerate(old.axis_names):
-            slabs = [list(slab.flat) for slab in np.moveaxis(old.devices, number, 0)]
-            left = [list(slab.flat) for slab in np.moveaxis(mesh.devices, number, 0)]
+            slabs, left = _slabs(old, number), _slabs(mesh, number)
             kept = [index for index, slab in enumerate(slabs) if slab in left]
             if len(kept) == len(left) and [slabs[index] for index in kept] == left:
                 if axis in (*layout.batch, *layout.heads):
@@ -114,6 +123,12 @@ def _what_is_left(layout: Layout, mesh: Mesh) -> tuple[str, list[int]]:
         "some indices along one axis left out, in the same order, as distattn.distributed.all_or_none "
         "gives it"
     )
+
+
+def _slabs(mesh: Mesh, number: int) -> list[list[Any]]:
+    """The devices at each index along an axis."""
+    slabs = np.moveaxis(mesh.devices, number, 0)
+    return [list(slab) for slab in slabs.reshape(len(slabs), -1)]
 
 
 def _shares_left(layout: Layout, axis: str, kept: list[int]) -> list[int]:
@@ -180,7 +195,7 @@ def _promote(
     letters: tuple[tuple[str, str], ...],
     promoted: tuple[bool, ...],
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Own share and copy, one behind the other; the copy free where its owner is there."""
     half = len(letters)
     mine = jnp.asarray(promoted)[layout.rank()]

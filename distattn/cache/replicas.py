@@ -9,7 +9,7 @@ the owner's share is attended to, so every key counts once.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -111,7 +111,7 @@ def with_replica(cache: "KVCache", replicas: int) -> "KVCache":
 
 
 def retagged(
-    cache: "KVCache", letters: list[str], kept: Callable, *numbers: jax.Array
+    cache: "KVCache", letters: list[str], kept: Callable[..., Any], *numbers: jax.Array
 ) -> "KVCache":
     """The cache whose copies, if there are any, have the tags kept(tags, *numbers)."""
     if cache.replica is None:
@@ -141,9 +141,11 @@ def sent_to_replica(layout: Layout, x: jax.Array) -> jax.Array:
     return lax.ppermute(x, layout.slots, pairs)
 
 
-def _copy_of_ward(layout: Layout, *arrays: jax.Array) -> tuple:
+def _copy_of_ward(layout: Layout, *arrays: jax.Array) -> tuple[Any, ...]:
     return tuple(sent_to_replica(layout, x) for x in arrays)
 
 
-def _retag(layout: Layout, kept: Callable, tags: jax.Array, *numbers: jax.Array) -> tuple:
+def _retag(
+    layout: Layout, kept: Callable[..., Any], tags: jax.Array, *numbers: jax.Array
+) -> tuple[Any, ...]:
     return (kept(tags, *numbers),)

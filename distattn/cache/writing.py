@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
+from distattn._manual import axes_of
 from distattn.cache import storage
 from distattn.cache.arguments import check_new, known, token_numbers, up_to_lengths
 from distattn.cache.layout import Layout, letters_of
@@ -50,6 +51,13 @@ def reserve(
 
     Raises:
       ValueError: a wrong shape. Outside of jit also a row in which the tokens have no place.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> cache, slots = cache.reserve(3, lengths=jnp.array([3, 1]))
+      >>> slots.positions.tolist(), cache.next_position.tolist()
+      ([[0, 1, 2], [0, -1, -1]], [3, 1])
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; a reservation is for at least 1")
@@ -77,7 +85,7 @@ def reserve(
         new = token_numbers("positions", positions, batch, tokens)
     new = up_to_lengths(new, lengths)
 
-    def take(layout: Layout, tags: jax.Array) -> tuple:
+    def take(layout: Layout, tags: jax.Array) -> tuple[Any, ...]:
         return layout.run(
             take_slots,
             ("BS", "B.", "B", "B.", None if devices is None else "B."),
@@ -126,6 +134,20 @@ def write(
 
     Returns:
       The cache with them.
+
+    Raises:
+      ValueError: keys or values of another shape than the slots have, or no floating-point numbers; a layer
+        for a cache without layers.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(1, 8, 1, 4, layers=2, dtype=jnp.float32)
+      >>> cache, slots = cache.reserve(3)
+      >>> for layer in range(2):
+      ...     new = jnp.full((1, 3, 1, 4), 1.0 + layer)
+      ...     cache = cache.write(new, new, slots, layer=layer)
+      >>> cache.key[:, 0, :4, 0, 0].tolist()
+      [[1.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0, 0.0]]
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     if layer is not None and self.layers is None:
@@ -191,6 +213,14 @@ def append(
     Raises:
       ValueError: a wrong shape or dtype. Outside of jit also a row in which the tokens have no place:
         nothing is written then.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
+      >>> new = jnp.ones((2, 3, 1, 4))
+      >>> cache = cache.append(new, new, lengths=jnp.array([3, 1]))
+      >>> cache.positions.tolist()
+      [[0, 1, 2, -1, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1, -1, -1]]
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     sizes = (self.positions.shape[0], key.shape[-3] if key.ndim > 2 else 0, self.key.shape[-2])
@@ -209,7 +239,7 @@ def _write(
     index: jax.Array,
     layer: jax.Array | None,
     *arrays: jax.Array,
-) -> tuple:
+) -> tuple[Any, ...]:
     """What one device does, in `Layout.run`: the second half of the arrays at their slots of the first."""
     stored, new = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
     if layout.wards and local:  # only its owner has the part of the new tokens
@@ -241,12 +271,6 @@ def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
 def _lies_along(x: jax.Array, layout: Layout) -> bool:
     """Whether x [..., T, K, H] is seen to be sharded along T over the axes of the slots."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
-    if (
-        not layout.slots
-        or not isinstance(sharding, NamedSharding)
-        or len(sharding.spec) < x.ndim - 2
-    ):
+    if not layout.slots or not isinstance(sharding, NamedSharding):
         return False
-    entry = sharding.spec[x.ndim - 3]
-    axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return axes == layout.slots
+    return axes_of(sharding.spec, x.ndim - 3) == layout.slots

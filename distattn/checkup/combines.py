@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -116,7 +117,7 @@ def _arrays(mesh: Mesh, workload: Workload) -> tuple[jax.Array, ...]:
     )
 
 
-def _run(mesh: Mesh, workload: Workload, combine: str) -> Callable:
+def _run(mesh: Mesh, workload: Workload, combine: str) -> Callable[..., Any]:
     axes = wide_axes(mesh)
     rows = axes if workload.query_sharded else None
     options = {"mesh": mesh, "axis_name": axes, "query_axis_name": rows, "combine": combine}

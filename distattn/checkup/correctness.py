@@ -199,12 +199,18 @@ def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]
     """The results on the devices, by name."""
     replicated = subject.combine in BY_NAME
 
-    def run(query, key, value, query_positions, key_positions, d_out, d_lse):
-        def attention(query, key, value):
+    def run(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        query_positions: jax.Array,
+        key_positions: jax.Array,
+        d_out: jax.Array,
+        d_lse: jax.Array,
+    ) -> dict[str, jax.Array]:
+        def attention(*arrays: jax.Array) -> Any:
             return dot_product_attention(
-                query,
-                key,
-                value,
+                *arrays,
                 is_causal=True,
                 return_residual=True,
                 # What is checked is the movement, not with how few bits a device multiplies.
@@ -267,7 +273,9 @@ def _check(subject: Subject, found: list[dict[str, Any]]) -> Check:
     return Check(subject.name, subject.combine, most["error"], most["where"], unequal)
 
 
-def _piece(name: str, own: tuple, whole: tuple, index: tuple[slice, ...]) -> str:
+def _piece(
+    name: str, own: tuple[Any, ...], whole: tuple[Any, ...], index: tuple[slice, ...]
+) -> str:
     """The name of a result, and which part of it this is."""
     cut = (
         f"{part.start or 0}:{part.stop or size}" for part, size in zip(index, whole, strict=True)

@@ -20,7 +20,7 @@ class DoesNotCompile(Exception):
     """A program that JAX or XLA refuses, in one process or all; all are told."""
 
 
-def prepare(name: str, f: Callable, *arguments: jax.Array) -> Callable:
+def prepare(name: str, f: Callable[..., Any], *arguments: jax.Array) -> Callable[..., Any]:
     """`f`, compiled for these arguments, when all processes have compiled the same.
 
     So they come to its first collective, which waits for the others for 30 s at most, together.
@@ -66,7 +66,9 @@ def on_mesh(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     return make(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
 
-def medians(programs: Mapping[str, tuple[Callable, tuple]], repeats: int) -> dict[str, float]:
+def medians(
+    programs: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int
+) -> dict[str, float]:
     """Seconds of each program: the median of interleaved runs, in the process where it takes longest.
 
     Args:

@@ -2,21 +2,21 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from distattn import kernels
-from distattn.cli.arguments import CommandError, at_least, refuse
+from distattn.cli.arguments import CommandError, Subparsers, at_least, refuse
 from distattn.kernels.tuned import VARIABLE, Measured, read, write
 from distattn.tuning import Workload, tune
 
 KINDS = ("decode", "prefill", "gradient")
 
 
-def add(subparsers: "argparse._SubParsersAction") -> None:
+def add(subparsers: Subparsers) -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "bench",
@@ -27,7 +27,7 @@ def add(subparsers: "argparse._SubParsersAction") -> None:
     _add_kernels(what)
 
 
-def _add_kernels(subparsers: "argparse._SubParsersAction") -> None:
+def _add_kernels(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "kernels",
         help="block sizes of the attention kernels",
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _mended() -> Iterator[None]:
+def _mended() -> Generator[None, None, None]:
     """What the user can mend, as what the command says."""
     try:
         yield

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import jax
@@ -18,14 +18,14 @@ from distattn.checkup.environment import environment
 from distattn.checkup.examination import Effort, Report, examine
 from distattn.checkup.programs import gathered
 from distattn.checkup.text import text
-from distattn.cli.arguments import CommandError, at_least, mesh_axes, refuse
+from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes, refuse
 from distattn.distributed import initialize, make_mesh
 
 STDOUT = "-"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def add(subparsers: "argparse._SubParsersAction") -> None:
+def add(subparsers: Subparsers) -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "check",
@@ -162,7 +162,7 @@ def _unwritable(path: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _stdout_kept(kept: bool) -> Iterator[None]:
+def _stdout_kept(kept: bool) -> Generator[None, None, None]:
     """What libraries below Python say on stdout (gloo does) goes to stderr."""
     if not kept:
         yield

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from distattn.cli.arguments import CommandError, at_least
+from distattn.cli.arguments import CommandError, Subparsers, at_least
 from distattn.integrations import smollm2
 from distattn.integrations.generation import Completion, Request, TextStream, generate
 from distattn.testing import fake_devices
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m
 LINE = 72  # columns of text, where several answers come at once
 
 
-def add(subparsers: "argparse._SubParsersAction") -> None:
+def add(subparsers: Subparsers) -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "generate",

@@ -8,11 +8,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 
-from distattn.cli.arguments import CommandError, at_least
+from distattn.cli.arguments import CommandError, Subparsers, at_least
 from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
 from distattn.distributed.health import ranks as ranks_text
 from distattn.distributed.launched import Launched
@@ -29,7 +29,7 @@ class Terminated(SystemExit):
     """The launcher has got a SIGTERM."""
 
 
-def add(subparsers: "argparse._SubParsersAction") -> None:
+def add(subparsers: Subparsers) -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "launch",
@@ -183,14 +183,14 @@ def _make(log_dir: str | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def _roll_call(guard: Guard) -> Iterator[str]:
+def _roll_call(guard: Guard) -> Generator[str, None, None]:
     with tempfile.TemporaryDirectory(prefix="distattn-", ignore_cleanup_errors=True) as directory:
         guard.tell(f"directory {directory}")
         yield directory
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Generator[None, None, None]:
     """SIGTERM ends the launcher by an exception, so that it can end the ranks."""
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from distattn.workload import Workload
 COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^vXP*"
 MOST_DRAWN = 64  # devices of an axis, above which a picture of them is a blot
-RC = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "plan"}
+RC: dict[str, Any] = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "plan"}
 STATES = ("butterfly", "fused")  # combines whose rounds are a schedule of ours
 
 
@@ -72,7 +72,7 @@ def draw(
 
 
 def _contexts(
-    workload: Workload, pod: Pod, found: Plan, sharded: dict, links: Any
+    workload: Workload, pod: Pod, found: Plan, sharded: dict[str, Any], links: Any
 ) -> Iterator[tuple[int, Plan]]:
     """Plans for contexts around that of the workload, in factors of 4."""
     for power in range(-4, 4):
@@ -81,7 +81,7 @@ def _contexts(
         yield context, plan(other, pod, sharding=found.axes, links=links, **sharded)
 
 
-def _pods(workload: Workload, pod: Pod, sharded: dict) -> Iterator[tuple[int, Plan]]:
+def _pods(workload: Workload, pod: Pod, sharded: dict[str, Any]) -> Iterator[tuple[int, Plan]]:
     """Plans for the pod, its halves, quarters and so on."""
     while True:
         if pod.devices > 1:
@@ -98,7 +98,7 @@ def _pods(workload: Workload, pod: Pod, sharded: dict) -> Iterator[tuple[int, Pl
 
 
 def _lines(
-    ax: Any, points: Iterator[tuple[int, Plan]], style: dict, found: Plan, here: int
+    ax: Any, points: Iterator[tuple[int, Plan]], style: dict[str, Any], found: Plan, here: int
 ) -> None:
     times: dict[str, list[tuple[int, float]]] = {}
     for x, each in points:

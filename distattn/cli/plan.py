@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from distattn.amounts import bytes_text, seconds_text
 from distattn.chips import CHIPS
-from distattn.cli.arguments import CommandError, at_least, mesh_axes
+from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes
 from distattn.cli.compiled import compiled_layer
 from distattn.cli.picture import draw
 from distattn.cost import Link, links_from
@@ -30,7 +30,7 @@ DTYPES = {
 }
 
 
-def add(subparsers: "argparse._SubParsersAction") -> None:
+def add(subparsers: Subparsers) -> None:
     """The command and its arguments."""
     parser = subparsers.add_parser(
         "plan",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import BinaryIO
@@ -62,7 +62,7 @@ class Guard:
         stdout: int,
         stderr: int,
         variables: Mapping[str, str] = MappingProxyType({}),
-    ) -> subprocess.Popen:
+    ) -> subprocess.Popen[bytes]:
         """A process in a session of its own, which ends when this one does, however that is."""
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", child.__file__, "rank", str(os.getpid()), *command],
@@ -92,9 +92,10 @@ class Guard:
 class Rank:
     """A process of the job, in a session of its own."""
 
-    def __init__(self, number: int, process: subprocess.Popen, log: Path | None) -> None:
-        self.number, self.log = number, log
-        self.ended = 0.0  # when it was noticed, by time.monotonic
+    def __init__(self, number: int, process: subprocess.Popen[bytes], log: Path | None) -> None:
+        self.number: int = number
+        self.log: Path | None = log
+        self.ended: float = 0.0  # when it was noticed, by time.monotonic
         self._process = process
         self._tail: collections.deque[str] = collections.deque(maxlen=LINES)
         self._reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
@@ -173,7 +174,7 @@ def start(place: Launched, command: Sequence[str], log_dir: Path | None, guard: 
 
 
 @contextlib.contextmanager
-def free_port() -> Iterator[int]:
+def free_port() -> Generator[int, None, None]:
     """A free port that nobody else is given while the job runs.
 
     Bound and not listening: JAX's coordinator shares a port with its own user (SO_REUSEPORT), and all

@@ -70,6 +70,15 @@ def from_process_local(
       ValueError: in every process, where one hands in what does not fit: says which, and what; or where
         they differ in shapes, dtypes, mesh or axes.
       TimeoutError, RuntimeError: as `barrier`.
+
+    Example:
+      >>> import numpy as np, distattn
+      >>> key, value = np.ones((1, 5, 2, 8), np.float32), np.ones((1, 5, 2, 8), np.float32)
+      >>> key, value, positions = distattn.distributed.from_process_local(
+      ...     key, value, np.array([4, 2, 0, 3, 1]), mesh=distattn.distributed.make_mesh(), slots=5
+      ... )
+      >>> sorted(int(p) for p in positions if p >= 0), key.shape[1] == positions.size
+      ([0, 1, 2, 3, 4], True)
     """
     key, value, positions = map(_own, (key, value, positions))
     spread = as_axes("axis_name", axis_name)
@@ -122,6 +131,11 @@ def fetch(x: jax.Array, *, to: str | int = "all") -> np.ndarray | None:
 
     Raises:
       ValueError: `to` is no rank.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> distattn.distributed.fetch(jnp.arange(3), to=0)  # in the process of rank 0; None in the others
+      array([0, 1, 2], dtype=int32)
     """
     count = jax.process_count()
     if to != "all" and (isinstance(to, str) or not 0 <= to < count):

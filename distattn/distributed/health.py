@@ -53,6 +53,10 @@ def barrier(name: str, timeout_s: float = TIMEOUT_S) -> None:
     Raises:
       TimeoutError: some have not come; says which.
       RuntimeError: some are at another place, or have failed; says which.
+
+    Example:
+      >>> import distattn
+      >>> distattn.distributed.barrier("weights are loaded", timeout_s=60)
     """
     meet(name, "", timeout_s=timeout_s)
 
@@ -73,6 +77,11 @@ def assert_same(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> None:
     Raises:
       RuntimeError: a difference, by rank; or as `barrier`.
       TimeoutError: as `barrier`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, distattn
+      >>> step = jax.jit(lambda x: 2 * x).lower(jnp.ones(8))
+      >>> distattn.distributed.assert_same("before the first step", {"step": step, "batch": 8})
     """
     texts = meet(name, json.dumps(describe(value)), timeout_s=timeout_s)
     if len(set(texts.values())) > 1:

@@ -30,6 +30,12 @@ def make_mesh(
 
     Raises:
       ValueError: names or types that are not two; processes with different numbers of devices.
+
+    Example:
+      >>> import jax, distattn
+      >>> mesh = distattn.distributed.make_mesh()
+      >>> mesh.axis_names, mesh.size == jax.device_count()
+      (('host', 'device'), True)
     """
     types = (AxisType.Auto,) * 2 if axis_types is None else tuple(axis_types)
     for argument, given in (("axis_names", tuple(axis_names)), ("axis_types", types)):

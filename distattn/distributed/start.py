@@ -92,6 +92,15 @@ def initialize(
         processes differ in the size of the job, in versions, or in devices; an MPI that JAX does not detect
         has started several.
       TimeoutError: nobody answers at `coordinator_address`.
+
+    Example:
+      >>> import subprocess, sys
+      >>> program = (
+      ...     "import jax, distattn; distattn.distributed.initialize(cpu_devices=2);"
+      ...     "print(jax.process_count(), jax.device_count())"
+      ... )
+      >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split()
+      ['1', '2']
     """
     job = launched.read(os.environ)
     given = Place(coordinator_address, num_processes, process_id, cpu_devices)

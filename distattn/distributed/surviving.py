@@ -5,7 +5,7 @@ says that it may still change), and makes all of them wait for the same answer.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -21,7 +21,15 @@ class HostsLost(RuntimeError):
 
     Attributes:
       ranks: of the processes that ended.
+
+    Example:
+      >>> import distattn
+      >>> lost = distattn.distributed.HostsLost(distattn.distributed.make_mesh(), {2, 3})
+      >>> lost.ranks, str(lost).partition(";")[0]
+      ((2, 3), 'lost ranks 2-3')
     """
+
+    ranks: tuple[int, ...]
 
     def __init__(self, mesh: Mesh, lost: Collection[int]):
         super().__init__(
@@ -38,7 +46,7 @@ class HostsLost(RuntimeError):
 
 
 @contextlib.contextmanager
-def all_or_none(mesh: Mesh) -> Iterator[None]:
+def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
     """What is computed in the block counts in all processes or in none, even where some of them end.
 
     The process needs to have been started with `initialize(recoverable=True)`. Every process of the mesh
@@ -64,8 +72,18 @@ def all_or_none(mesh: Mesh) -> Iterator[None]:
     Args:
       mesh: of the devices that compute.
 
+    Returns:
+      A context manager, of nothing.
+
     Raises:
       HostsLost: processes have ended. It takes up to `heartbeat_timeout_s` until that is known.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> with distattn.distributed.all_or_none(distattn.distributed.make_mesh()):
+      ...     total = int(jnp.arange(4).sum())
+      >>> total
+      6
     """
     if coordination()[0] is None:
         yield

@@ -6,6 +6,7 @@ the first messages leave when the last block of keys has been.
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +81,9 @@ def attend(
 
 
 def _kernel(
-    plan: Plan, call: Call, wire: Wire, route: Route, has_sinks: bool, counts, order, layer, *refs
+    plan: Plan, call: Call, wire: Wire, route: Route, has_sinks: bool, counts: Any, *refs: Any
 ) -> None:
-    cut, step, parts = plan.cut, call.step(counts), iter(refs)
+    cut, step, parts = plan.cut, call.step(counts), iter(refs[2:])  # behind the order and the layer
     index = plan.index(parts)
     operands = [*itertools.islice(parts, 3)]
     scales = plan.scales(parts)

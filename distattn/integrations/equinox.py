@@ -145,7 +145,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         key: jax.Array | None = None,
         inference: bool | None = None,
         deterministic: bool | None = None,
-        process_heads: Callable | None = None,
+        process_heads: Callable[..., Any] | None = None,
         is_causal: bool = False,
         local_window_size: Window = None,
         query_positions: ArrayLike | None = None,

@@ -121,13 +121,13 @@ def attention_fn(
         precision: Any = None,
         module: Any = None,
         *,
-        promote_dtype: Callable | None = None,
+        promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
         input_positions: ArrayLike | None = None,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general: Callable | None = None,
-        qk_attn_weights_einsum: Callable | None = None,
-        attn_weights_value_einsum: Callable | None = None,
+        einsum_dot_general: Callable[..., Any] | None = None,
+        qk_attn_weights_einsum: Callable[..., Any] | None = None,
+        attn_weights_value_einsum: Callable[..., Any] | None = None,
     ) -> jax.Array:
         del broadcast_dropout, dropout_rng
         _check_dropout(dropout_rate, deterministic)
@@ -193,7 +193,7 @@ def _check_dropout(rate: float, deterministic: bool) -> None:
         )
 
 
-def _check_built(module: Any, input_positions: Any, **einsums: Callable | None) -> None:
+def _check_built(module: Any, input_positions: Any, **einsums: Callable[..., Any] | None) -> None:
     """The arguments that would change the result, or what is kept of it, and cannot."""
     if module is not None:
         raise NotImplementedError(

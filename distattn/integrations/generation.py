@@ -34,7 +34,7 @@ class Request:
     top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
     seed: int = 0  # in 0 .. 2^32 - 1; same seed, same tokens
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Checks the numbers, each alone."""
         if not len(self.prompt):
             raise ValueError("prompt has no tokens; a request needs at least one")

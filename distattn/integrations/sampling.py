@@ -4,6 +4,8 @@ The n-th token of a request is drawn with a key made of the request's seed and n
 the same tokens whichever row it runs in, whatever its neighbours are, and with drafts or without.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(probabilities, jnp.int32)
 
-    def halve(_: int, bounds: tuple) -> tuple:
+    def halve(_: int, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
         low, high = bounds  # at low the mass suffices, at high it does not
         middle = low + (high - low) // 2
         mass = jnp.where(bits >= middle[..., None], probabilities, 0).sum(axis=-1)

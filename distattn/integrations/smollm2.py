@@ -232,7 +232,7 @@ def forward(
     else:
         cache, slots = cache.reserve(count, positions=positions, owner=owner)
 
-    def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+    def layer(carry: tuple[Any, ...], scanned: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
         # The cache of all layers is carried, and written at T slots, each by the device that has the
         # slot: nothing moves. As scanned input and output all of it would be copied at every token.
         x, cache = carry

@@ -9,6 +9,8 @@ are merged.
 
 import functools
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +97,16 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
             numbers[0, head] = numbers_of(highest[head], sums[head])
 
 
-def fold_step(plan: Plan, step: Step, index, operands, scales, state, row_index, scratch) -> None:
+def fold_step(
+    plan: Plan,
+    step: Step,
+    index: list[Any],
+    operands: Any,
+    scales: Any,
+    state: Any,
+    row_index: Any,
+    scratch: Iterator[Any],
+) -> None:
     """One step of the fold, in a kernel: a block of keys folded into the state of a block of rows.
 
     Args:
