@@ -21,16 +21,11 @@ class AsWritten(griffe.Extension):
             attr.docstring = griffe.Docstring(" ".join(comments), parent=attr)
 
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
-        """`append = writing.append` in a class is the function, where that is one of the package's."""
+        """What a class imports in its body are methods of it, as if they were written there."""
         for cls in list(_classes(pkg)):
-            for name, member in list(cls.members.items()):
-                if not isinstance(member, griffe.Attribute) or member.value is None:
-                    continue
-                inner = str(member.value).removeprefix("classmethod(").removesuffix(")")
-                target = cls.module.resolve(inner.split(".")[0]) if _is_dotted(inner) else ""
-                if target.startswith(f"{pkg.path}."):
-                    path = ".".join([target, *inner.split(".")[1:]])
-                    cls.set_member(name, griffe.Alias(name, path))
+            for name in [name for name, member in cls.members.items() if member.is_alias]:
+                target = cls.imports.pop(name)
+                cls.set_member(name, griffe.Alias(name, target))
 
 
 def _classes(module: griffe.Module):  # noqa: ANN202
@@ -39,8 +34,3 @@ def _classes(module: griffe.Module):  # noqa: ANN202
             yield member
         elif isinstance(member, griffe.Module):
             yield from _classes(member)
-
-
-def _is_dotted(text: str) -> bool:
-    parts = text.split(".")
-    return len(parts) > 1 and all(part.isidentifier() for part in parts)
