@@ -174,16 +174,17 @@ def inside(check_vma: bool) -> Callable:
 
 
 def cache() -> None:
-    """A token at a time, in a cache of two layers."""
+    """A token at a time, in caches of two layers, one of bytes with scales."""
     rng = np.random.default_rng(0)
     options = {"batch": 1, "capacity": 32, "num_kv_heads": 2, "head_dim": 8, "layers": 2}
-    held = distattn.KVCache.create(
-        **options, dtype=jnp.float32, mesh=mesh_of(4), axis_name="kv"
-    ).append(*jnp.asarray(rng.normal(size=(2, 2, 1, 20, 2, 8)), jnp.float32))
+    new = jnp.asarray(rng.normal(size=(2, 2, 1, 20, 2, 8)), jnp.float32)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
-    got = held.attend(query, layer=1, combine="fused", **KERNEL)
-    want = held.attend(query, layer=1, combine="butterfly")
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for dtype in (jnp.float32, jnp.int8):
+        held = distattn.KVCache.create(**options, dtype=dtype, mesh=mesh_of(4), axis_name="kv")
+        held = held.append(*new)
+        got = held.attend(query, layer=1, combine="fused", **KERNEL)
+        want = held.attend(query, layer=1, combine="butterfly")
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def told() -> None:

@@ -152,7 +152,12 @@ CACHE_SLOTS = 50_000  # of a device, for each of 2 rows of the batch
 
 
 def decode_of_a_cache(
-    target: str, dtype: Any, width: int, kv_heads: int, layers: int | None
+    target: str,
+    dtype: Any,
+    width: int,
+    kv_heads: int,
+    layers: int | None,
+    combine: str = "butterfly",
 ) -> Report:
     """`KVCache.attend` of one bfloat16 query, the slots over the devices of a target."""
     devices = pod(target).devices
@@ -182,7 +187,7 @@ def decode_of_a_cache(
             query,
             layer=None if layers is None else layer,
             implementation="pallas_tpu",
-            combine="butterfly",
+            combine=combine,
         )
 
     struct = jax.ShapeDtypeStruct

@@ -29,7 +29,15 @@ from distattn.workload import Workload
 from tests import fused_job
 from tests.cases import mesh_of
 from tests.jobs import ROOT
-from tests.kernel_calls import CALLS, arrays_like_keys, key_bytes, launches
+from tests.kernel_calls import (
+    CACHE_SLOTS,
+    CALLS,
+    arrays_like_keys,
+    arrays_of_size,
+    decode_of_a_cache,
+    key_bytes,
+    launches,
+)
 
 SECONDS = 300  # for what takes one minute on two cores
 
@@ -168,6 +176,13 @@ def test_decode_is_one_launch(topology, width, dtype, more):
     assert report.collectives == {}
     assert arrays_like_keys(report, "decode", width) == []
     assert report.temp_bytes < key_bytes("decode", width, dtype) / 50
+
+
+def test_decode_of_a_quantised_cache_is_one_launch():
+    report = decode_of_a_cache("v5p:2x2x1", jnp.int8, 128, 8, 3, combine="fused")
+    assert launches(report) == 1
+    assert report.collectives == {}
+    assert arrays_of_size(report, 2 * CACHE_SLOTS * 8 * 128) == []
 
 
 def test_otherwise_fold_and_exchange_are_two_launches():
