@@ -92,7 +92,7 @@ def caches() -> list[tuple[str, Any, int, int, int | None]]:
     few = ((8, None), (2, None), (3, None), (8, 3))
     return [
         (target, dtype, width, *more)
-        for target, dtype, width, more in itertools.product(TARGETS, QUANTISED, WIDTHS, few)
+        for target, dtype, width, more in itertools.product(TPU_TARGETS, QUANTISED, WIDTHS, few)
     ]
 
 

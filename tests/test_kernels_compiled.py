@@ -11,6 +11,7 @@ from distattn.kernels import gpu_blocks, tpu_blocks
 from distattn.testing import compile_for
 from tests.kernel_calls import (
     DTYPES,
+    GPU_TARGETS,
     TPU_TARGETS,
     WIDTHS,
     arrays_like_keys,
@@ -20,16 +21,17 @@ from tests.kernel_calls import (
     launches,
 )
 
-# Every target, width and dtype; all of them together are in scripts/bench/kernels.py.
-THINNED = [
-    (TPU_TARGETS[1:][n % 4], ("decode", "prefill", "decode_3_heads")[n % 3], width, dtype)
-    for n, (width, dtype) in enumerate(list(itertools.product(WIDTHS, DTYPES))[::2])
+# Every width and dtype on every target decodes; other calls are thinned out, and all together are in
+# scripts/bench/kernels.py.
+DECODES = [
+    (target, ("decode", "decode_3_heads")[n % 2], width, dtype)
+    for target in (*TPU_TARGETS[1:], *GPU_TARGETS)
+    for n, (width, dtype) in enumerate(itertools.product(WIDTHS, DTYPES))
 ]
-THINNED += [
-    ("h100:1x4", "decode", 128, jnp.bfloat16),
-    ("h100:1x4", "decode_3_heads", 80, jnp.float16),
-    ("h100:1x4", "prefill", 192, jnp.float32),
+PREFILLS = [
+    (TPU_TARGETS[1:][n % 4], "prefill", width, DTYPES[n % 3]) for n, width in enumerate(WIDTHS[::2])
 ]
+PREFILLS += [("h100:1x4", "prefill", 192, jnp.float32)]
 GRADIENTS = [
     ("v5e:2x2", 128, jnp.bfloat16),
     ("tpu7x:2x2x1", 64, jnp.bfloat16),
@@ -43,7 +45,7 @@ def check_compiled(report, call, width, dtype, count):
     assert report.temp_bytes < key_bytes(call, width, dtype) / 2
 
 
-@pytest.mark.parametrize(("target", "call", "width", "dtype"), THINNED)
+@pytest.mark.parametrize(("target", "call", "width", "dtype"), DECODES + PREFILLS)
 def test_compiled_for(target, call, width, dtype):
     check_compiled(compiled(target, call, width, dtype), call, width, dtype, 1)
 
