@@ -17,14 +17,12 @@ from distattn.block import Scoring
 from distattn.fused.exchange import Exchange, barrier_of, rows_spec, scratch_of
 from distattn.fused.route import Route
 from distattn.fused.wire import Wire
-from distattn.kernels.rows import by_key_heads, by_queries, index_of
-from distattn.kernels.table import tables
-from distattn.kernels.tpu_block import Plan, plan_of
+from distattn.kernels.rows import by_key_heads, by_queries
+from distattn.kernels.tpu_block import Plan
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, launch
-from distattn.kernels.tpu_forward import fold_step, numbers_of
-from distattn.kernels.tpu_layout import Cut, as_stored
-from distattn.kernels.tpu_scales import scales_of
+from distattn.kernels.tpu_forward import fold_step, numbers_of, prepared
+from distattn.kernels.tpu_layout import Cut
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, finalize
 
@@ -33,19 +31,7 @@ def attend(
     operands: Operands, scoring: Scoring, cut: Cut, wire: Wire, route: Route
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse f32[B, T, N]; see `distattn.fused.attend`."""
-    index = index_of(operands.mask, cut)
-    table, _ = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, masked=index is not None)
-    call = Call(cut, table, operands.layer, "keys")
-    key, value = as_stored(operands.key), as_stored(operands.value)
-    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    inputs = [
-        *call.index(index),
-        call.by_rows(query),
-        call.by_keys(key, plan.key.order),
-        call.by_keys(value, plan.value.order),
-        *(call.by_scales(x) for x in scales_of(operands, cut)),
-    ]
+    plan, call, inputs, scratch = prepared(operands, scoring, cut)
     if operands.sinks is not None:
         inputs.append(_whole(_by_blocks(operands.sinks, cut, wire)))
     if route.has_rows:
@@ -67,8 +53,7 @@ def attend(
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
             pltpu.VMEM((cut.rows, LANES), jnp.int32),
             *scratch_of(route, wire),
-            *plan.key.scratch(cut, key.dtype),
-            *plan.value.scratch(cut, value.dtype),
+            *scratch,
         ],
         width=cut.width + cut.value_width,
         collective_id=barrier_of(route),

@@ -24,8 +24,8 @@ from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables
 from distattn.kernels.tpu_block import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
-from distattn.kernels.tpu_call import Call, Step, launch
-from distattn.kernels.tpu_layout import as_stored, cut_of
+from distattn.kernels.tpu_call import Call, Part, Step, launch
+from distattn.kernels.tpu_layout import Cut, as_stored, cut_of
 from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, merge, softmax_weights
@@ -35,19 +35,7 @@ from distattn.tiles import Machine
 def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
     """As `distattn.local.fold`; of operands that the kernel takes, see `distattn.kernels`."""
     cut = cut_of(operands, machine)
-    index = index_of(operands.mask, cut)
-    table, _ = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, masked=index is not None)
-    call = Call(cut, table, operands.layer, "keys")
-    key, value = as_stored(operands.key), as_stored(operands.value)
-    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    inputs = [
-        *call.index(index),
-        call.by_rows(query),
-        call.by_keys(key, plan.key.order),
-        call.by_keys(value, plan.value.order),
-        *(call.by_scales(x) for x in scales_of(operands, cut)),
-    ]
+    plan, call, inputs, scratch = prepared(operands, scoring, cut)
     rows = (cut.parts * cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
@@ -61,8 +49,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
             pltpu.VMEM((cut.rows, LANES), jnp.int32),
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
-            *plan.key.scratch(cut, key.dtype),
-            *plan.value.scratch(cut, value.dtype),
+            *scratch,
         ],
         width=cut.width + cut.value_width,
     )
@@ -75,6 +62,27 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         )
     ]
     return functools.reduce(merge, parts)
+
+
+def prepared(
+    operands: Operands, scoring: Scoring, cut: Cut
+) -> tuple[Plan, Call, list[Part], list[Any]]:
+    """Of a kernel that folds: plan and call, its inputs, and the scratch of its keys and values."""
+    index = index_of(operands.mask, cut)
+    table, _ = tables(operands.mask, cut)
+    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    call = Call(cut, table, operands.layer, "keys")
+    key, value = as_stored(operands.key), as_stored(operands.value)
+    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
+    inputs = [
+        *call.index(index),
+        call.by_rows(query),
+        call.by_keys(key, plan.key.order),
+        call.by_keys(value, plan.value.order),
+        *(call.by_scales(x) for x in scales_of(operands, cut)),
+    ]
+    scratch = [*plan.key.scratch(cut, key.dtype), *plan.value.scratch(cut, value.dtype)]
+    return plan, call, inputs, scratch
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
