@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+from jax.core import Tracer
 from jax.sharding import AbstractDevice, Mesh
 
 # Of the job that a program is compiled for, where that is another than the one that compiles it.
@@ -17,6 +18,11 @@ traced_processes: ContextVar[int | None] = ContextVar("traced_processes", defaul
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes over which any of the arrays is typed as varying (empty outside `check_vma=True`)."""
     return frozenset().union(*(_varying(jax.typeof(x)) for x in arrays))
+
+
+def concrete(x: Any) -> Any:
+    """The array, also where it is what `jax.grad` outside jit differentiates; None: it has no value yet."""
+    return x.to_concrete_value() if isinstance(x, Tracer) else x
 
 
 def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:

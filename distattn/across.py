@@ -29,7 +29,8 @@ from distattn.completion import (
     sink_gradient,
     sum_over,
 )
-from distattn.local import local_fold, local_gradients, refuse_second_derivative
+from distattn.derivatives import refuse_second_derivative
+from distattn.local import local_fold, local_gradients
 from distattn.movement import Movement
 from distattn.operands import (
     Operands,

@@ -21,7 +21,8 @@ from distattn._compat import vary, varying_axes
 from distattn._manual import manual, place
 from distattn.axes import mesh_order
 from distattn.exchange import exchange, pair
-from distattn.placement import Axes, AxisNames, Placement, read_placement
+from distattn.placement import Axes, AxisNames, Placement
+from distattn.read_placement import read_placement
 
 
 def align(
@@ -47,8 +48,8 @@ def align(
       value_positions: int32[S] or int32[B, S], the position of each value.
       key_positions: int32[S'] or int32[B, S'], the position of each key; S' may differ from S.
       mesh: where the arrays lie; None: read from them. Without any mesh nothing is exchanged.
-      axis_name: the axis, or the axes, over which keys and values are sharded; None: read from
-        them. Under an Auto mesh and inside jit that cannot be read: say it.
+      axis_name: the axis, or the axes, over which keys and values are sharded, () = none; None: read
+        from them. Under an Auto mesh and inside jit that cannot be read: say it.
 
     Returns:
       value_aligned [B, S', K, V], zero in slots without a unique partner; key_positions int32[S'],
@@ -145,11 +146,6 @@ class _Run:
         placement = read_placement(
             value, value, value, mesh=mesh, axis_name=axis_name, query_axis_name=None
         )
-        if mesh is not None and axis_name is None and not placement.key:
-            raise ValueError(
-                f"mesh is given and axis_name is None, but value (shape {value.shape}) does not "
-                f"tell over which axes S is sharded; pass axis_name, of {list(mesh.axis_names)}"
-            )
         devices = placement.size(placement.key)
         for name, x in zip(("value_positions", "key_positions"), rows, strict=True):
             if x.shape[1] % devices:

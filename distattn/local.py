@@ -9,7 +9,7 @@ all keys and values.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from distattn import kernels, reproducible
 from distattn._compat import vary, varying_axes
 from distattn.block import Block, Scoring, block_gradients, block_state
+from distattn.derivatives import refuse_second_derivative
 from distattn.mask import Mask, split_heads
 from distattn.operands import Operands, plain
 from distattn.state import SoftmaxState, merge, state_dtype
@@ -280,17 +281,3 @@ def with_gradients(
 
     state.defvjp(forward, backward)
     return state(operands.query, operands.key, operands.value, operands.bias, operands.mask)
-
-
-def refuse_second_derivative(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, which says what to do instead of being differentiated: it is a gradient already."""
-    guarded = jax.custom_jvp(f)
-
-    @guarded.defjvp
-    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> NoReturn:
-        raise NotImplementedError(
-            "a second derivative, or forward mode, of blocked attention is not built; "
-            "pass implementation='dense', which JAX differentiates to any order"
-        )
-
-    return guarded

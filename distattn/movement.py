@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import jax
+
 from distattn import cost, planner
 from distattn.collectives import BY_NAME
 from distattn.cost import Shape, Topology
@@ -47,6 +49,33 @@ def check_combine(combine: Combine) -> None:
         )
 
 
+def check_exchange(placement: Placement, combine: Combine) -> None:
+    """That a combine that is named has devices to combine.
+
+    Raises:
+      ValueError: key is sharded over no axis, or it is not known over which.
+    """
+    if combine == "auto" or placement.key:
+        return
+    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    if manual:
+        remedy = (
+            f"the call is inside a shard_map over {manual}, and sees what one device has: call "
+            "distattn.sharded_attention there, with axis_name"
+        )
+    elif placement.compiler_sharded:
+        remedy = (
+            "how key is sharded along S cannot be read here, inside jit and under Auto axes: pass "
+            "axis_name, the axes of S"
+        )
+    else:
+        remedy = (
+            "key is sharded along S over no axis: pass mesh= and axis_name=, or sharded arrays, or "
+            "combine='auto'"
+        )
+    raise ValueError(f"combine={combine!r} says how the devices of the keys exchange, and {remedy}")
+
+
 def choose_movement(
     placement: Placement,
     operands: Operands,
@@ -70,11 +99,6 @@ def choose_movement(
       ValueError: a combine that does not fit where the query lies, or heads that do not divide.
     """
     devices, cuts_rows = placement.size(placement.key), False
-    if not placement.key_known and combine != "auto":
-        raise ValueError(
-            f"combine={combine!r} says how the devices of the keys exchange, and how key is sharded cannot "
-            "be read here, inside jit and under Auto axes: pass axis_name (and mesh), the axes of S"
-        )
     if devices > 1 and placement.sized(placement.query) == placement.sized(placement.key):
         placement = dataclasses.replace(placement, query=placement.key)
     shared = tuple(axis for axis in placement.query if axis in placement.key)

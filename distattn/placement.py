@@ -1,15 +1,13 @@
-"""Where the arrays of a call lie: read from meshes and shardings, or said by the caller."""
+"""Which axes of a mesh shard which dimension of a call's arrays."""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
-from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from distattn._compat import platform_of
-from distattn._manual import axes_of
 from distattn.axes import topology_on
 from distattn.cost import Topology
 
@@ -69,7 +67,7 @@ class Placement:
 
     def sized(self, axes: Axes) -> Axes:
         """The axes of more than one device."""
-        return _sized(axes, self.mesh)
+        return sized(axes, self.mesh)
 
     def topology(self, axes: Axes) -> Topology:
         """The devices along the axes, in the order of the mesh."""
@@ -80,141 +78,6 @@ class Placement:
     def platform(self) -> str:
         """'cpu', 'gpu' or 'tpu'."""
         return platform_of(self.mesh)
-
-
-def read_placement(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    mesh: Mesh | AbstractMesh | None,
-    axis_name: AxisNames,
-    query_axis_name: AxisNames,
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
-    leave_none: bool = False,
-) -> Placement:
-    """Where the arrays lie.
-
-    Args:
-      query: [B, T, N, H] or [T, N, H], array or tracer.
-      key: [B, S, K, H] or [S, K, H].
-      value: [B, S, K, V] or [S, K, V].
-      mesh: said by the caller, or None.
-      axis_name: axes of S said by the caller, or None.
-      query_axis_name: axes of T said by the caller, None for replicated, 'auto' to read them.
-      batch_axis_name: axes of B said by the caller, or None.
-      heads_axis_name: axes of N and K said by the caller, or None.
-      leave_none: leave no axis to the compiler: what it may have sharded unseen is gathered.
-
-    Returns:
-      Placement.
-
-    Raises:
-      ValueError: no mesh, another mesh, an axis that is not there, is manual, or is used twice; key and
-        value sharded differently; B or N that the devices do not divide.
-    """
-    mesh = _find_mesh(query, key, value, mesh)
-    said = as_axes("axis_name", axis_name)
-    query_said = () if query_axis_name == "auto" else as_axes("query_axis_name", query_axis_name)
-    batch = as_axes("batch_axis_name", batch_axis_name)
-    heads = as_axes("heads_axis_name", heads_axis_name)
-    names = ("axis_name", "query_axis_name", "batch_axis_name", "heads_axis_name")
-    all_said = dict(zip(names, (said, query_said, batch, heads), strict=True))
-    if mesh is None:
-        for name, axes in all_said.items():
-            if axes:
-                raise ValueError(
-                    f"{name} is {axes[0] if len(axes) == 1 else axes}, but there is no mesh; pass mesh=, "
-                    "or enter jax.set_mesh(mesh), or pass arrays that lie on one"
-                )
-        return Placement()
-    free = free_axes(mesh)
-    for name, axes in all_said.items():
-        _check_axes(name, axes, mesh, free)
-    _check_divisible("batch_axis_name", batch, mesh, "B", query.shape[0] if query.ndim == 4 else 1)
-    _check_divisible("heads_axis_name", heads, mesh, "N", query.shape[-2])
-
-    dims = {"query": "BTNH", "key": "BSKH", "value": "BSKV"}
-    read, known = {}, set(free)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        read[name], readable = _layout(x, dims[name][-x.ndim :], mesh, free)
-        known &= readable
-    key_axes = said
-    for name in ("key", "value"):
-        found = read[name].get("S", ())
-        if said and found and _sized(found, mesh) != _sized(said, mesh):
-            raise ValueError(
-                f"axis_name is {said}, but {name} is sharded over {found} along S; pass "
-                f"axis_name={found if len(found) > 1 else found[0]!r}, or reshard {name} first"
-            )
-    if not said:
-        key_axes = read["key"].get("S", ())
-        if key_axes != read["value"].get("S", ()):
-            raise ValueError(
-                f"key is sharded over {key_axes} along S and value over {read['value'].get('S', ())}; a "
-                "key and its value must lie on one device: reshard one of them, or pass axis_name"
-            )
-    query_axes = read["query"].get("T", ()) if query_axis_name == "auto" else query_said
-    placement = Placement(
-        mesh=mesh,
-        batch=batch or read["key"].get("B", ()) or read["query"].get("B", ()),
-        heads=heads or read["query"].get("N", ()) or read["key"].get("K", ()),
-        query=query_axes,
-        key=key_axes,
-        query_known=query_axis_name != "auto" or known == set(free),
-    )
-    _check_disjoint(placement)
-    used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
-    manual = tuple(axis for axis in free if axis in used)
-    unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
-    if leave_none and unseen:
-        return dataclasses.replace(placement, manual=free)
-    if not (placement.batch or placement.heads or query_axes or key_axes):
-        return Placement(compiler_sharded=bool(unseen))
-    return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
-
-
-def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:
-    context = jax.sharding.get_abstract_mesh()
-    found, owner = mesh, "mesh"
-    for name, x in (("key", key), ("value", value), ("query", query)):
-        sharding = _sharding(x)
-        other = getattr(sharding, "mesh", None)
-        if other is None or other.empty:
-            continue
-        if found is None:
-            found, owner = other, name
-        elif _axes_of(found) != _axes_of(other) and not context.manual_axes:
-            raise ValueError(
-                f"{name} lies on the mesh {_describe(other)}, but {owner} is "
-                f"{'' if owner == 'mesh' else 'on '}{_describe(found)}; use one mesh, with the same axis "
-                "types (Auto or Explicit): jax.device_put or jax.reshard the arrays to it"
-            )
-    if found is None and not context.empty:
-        found = context
-    return None if found is None or found.empty else found
-
-
-def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes], set[str]]:
-    """The axes of each dimension, and the axes of the mesh of which that is the whole truth."""
-    sharding = _sharding(x)
-    spec = sharding.spec if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else ()
-    axes = {
-        letter: tuple(axis for axis in axes_of(spec, dimension) if axis in free)
-        for dimension, letter in enumerate(letters)
-        if axes_of(spec, dimension)
-    }
-    if not isinstance(x, Tracer):
-        return axes, set(free)
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return axes, {name for name, kind in kinds if kind == AxisType.Explicit}
-
-
-def _sharding(x: Any) -> Any:
-    if isinstance(x, Tracer):
-        return jax.typeof(x).sharding
-    return x.sharding if isinstance(x, jax.Array) else None
 
 
 def free_axes(mesh: Mesh | AbstractMesh) -> Axes:
@@ -233,56 +96,18 @@ def as_axes(argument: str, axes: AxisNames) -> Axes:
     return tuple(names)
 
 
-def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:
-    for axis in axes:
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"{argument} {axis!r} is not an axis of the mesh {_describe(mesh)}; use one of "
-                f"{list(mesh.axis_names)}"
-            )
-        if axis not in free:
-            raise ValueError(
-                f"{argument} {axis!r} is manual here: the call is inside a shard_map over it; use "
-                "distattn.sharded_attention inside, or call dot_product_attention outside"
-            )
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{argument} {axes} names an axis twice; name each axis once")
-
-
-def _check_divisible(argument: str, axes: Axes, mesh: Any, letter: str, size: int) -> None:
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    if size % devices:
-        raise ValueError(
-            f"{argument} is {axes}, {devices} devices, and {letter}={size} is no multiple of that; pass "
-            f"axes that divide it, or a multiple of {devices}"
-        )
-
-
-def _check_disjoint(placement: Placement) -> None:
-    dims = {"B": placement.batch, "heads": placement.heads, "S": placement.key}
-    for first, second in (("B", "heads"), ("B", "S"), ("heads", "S")):
-        if shared := set(dims[first]) & set(dims[second]):
-            raise ValueError(
-                f"axis {sorted(shared)[0]!r} shards both {first} and {second} among query, key and "
-                "value; an axis can shard one of them: reshard the arrays, or pass another axis_name"
-            )
-    if shared := set(placement.query) & ({*placement.batch, *placement.heads}):
-        raise ValueError(
-            f"axis {sorted(shared)[0]!r} shards T and also B or heads; reshard query, or pass another "
-            "query_axis_name"
-        )
-
-
-def _sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
+def sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
+    """The axes of more than one device."""
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def _axes_of(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
+def identity_of(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
     """What two meshes must have in common to be one."""
     return mesh.axis_names, mesh.axis_sizes, mesh.axis_types
 
 
-def _describe(mesh: Mesh | AbstractMesh) -> str:
+def described(mesh: Mesh | AbstractMesh) -> str:
+    """A mesh in an error: its axes with their sizes and kinds."""
     kinds = [str(kind).rpartition(".")[2] for kind in mesh.axis_types]
     return ", ".join(
         f"{name}={size} ({kind})"

@@ -7,9 +7,11 @@ from jax.typing import ArrayLike
 
 from distattn.across import attend
 from distattn.call import Call
-from distattn.movement import Combine, check_combine, choose_movement
+from distattn.derivatives import forward_mode_refused
+from distattn.movement import Combine, check_combine, check_exchange, choose_movement
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
-from distattn.placement import AxisNames, read_placement
+from distattn.placement import AxisNames
+from distattn.read_placement import read_placement
 from distattn.units import units_of
 
 
@@ -84,9 +86,12 @@ def dot_product_attention(
       query_segment_ids: int32[T] or int32[B, T]; attend iff equal.
       key_value_segment_ids: int32[S] or int32[B, S].
       mesh: the mesh; None: that of the arrays, or of `jax.set_mesh`.
-      axis_name: axis or tuple of axes over which key and value are sharded along S; None: read from
-        key, which is possible outside jit, and under Explicit axes. Axes that replicate key and value
-        take no part. S need not be a multiple of the devices: it is padded inside.
+      axis_name: axis or tuple of axes over which key and value are sharded along S; () = none. None: read
+        from key, which is possible outside jit, and under Explicit axes; elsewhere the only axis of mesh
+        if that is passed, else the compiler decides what moves, with a warning. Axes that replicate key
+        and value take no part. S need not be a multiple of the devices: it is padded inside. Inside a
+        `jax.shard_map` of one's own, key and value are one device's, and this attends to these alone:
+        call `distattn.sharded_attention` there.
       query_axis_name: axes over which query is sharded along T; None = replicated; 'auto' = read, or,
         where it cannot be read, by cost.
       batch_axis_name: axes over which B is sharded; None: read, which inside jit and under Auto axes is not
@@ -115,12 +120,16 @@ def dot_product_attention(
       log, f32[B, T, N] (float64 if an input is), differentiable.
 
     Raises:
-      ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard; the
-        message says what to do.
+      ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard, a
+        combine by name where key is sharded over no axis; the message says what to do.
       NotImplementedError: an implementation that cannot do the call, saying which argument it is;
         reproducible for float64, or for key heads that the devices of the heads do not divide; 'fused' on
         another platform, in float64, with axes that are left to the compiler, for states that do not fit
-        VMEM, or where slices are not known.
+        VMEM, or where slices are not known; forward mode and second derivatives, but by 'dense'.
+
+    Warns:
+      UserWarning: inside jit, vmap or `jax.checkpoint`, under Auto axes of more than one device, without
+        axis_name: how key is sharded cannot be read there.
 
     Example:
       >>> import jax, jax.numpy as jnp, distattn
@@ -160,10 +169,12 @@ def dot_product_attention(
         heads_axis_name=heads_axis_name,
         leave_none=reproducible,
     )
+    check_exchange(placement, combine)
     units = units_of(operands, implementation) if reproducible else None
     placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
     call = Call(scoring, implementation, placement, movement, units)
-    out, lse = attend(call, operands)
+    with forward_mode_refused():
+        out, lse = attend(call, operands)
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out

@@ -26,7 +26,8 @@ from distattn.completion import (
     sink_gradient,
     sum_over,
 )
-from distattn.local import local_fold, local_gradients, refuse_second_derivative
+from distattn.derivatives import refuse_second_derivative
+from distattn.local import local_fold, local_gradients
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, padded, with_repeated_heads
 from distattn.placement import Axes

@@ -194,7 +194,11 @@ def test_a_combine_that_could_not_be_obeyed(combine):
     mesh = mesh_of(4, "auto")
     f = jax.jit(functools.partial(distattn.dot_product_attention, combine=combine))
     key = placed(mesh, KEY, None, "kv")
-    with jax.set_mesh(mesh), raises(ValueError, [repr(combine), "inside jit", "pass axis_name"]):
+    with (
+        jax.set_mesh(mesh),
+        raises(ValueError, [repr(combine), "inside jit", "pass axis_name"]),
+        pytest.warns(UserWarning, match="pass axis_name="),
+    ):
         f(placed(mesh, QUERY), key, key)
 
 

@@ -20,7 +20,9 @@ def arrays(case=CASE):
 
 
 def attention(mesh, implementation=None, combine="butterfly"):
-    where = {} if mesh is None else {"mesh": mesh, "axis_name": "kv", "combine": combine}
+    where = (
+        {"axis_name": ()} if mesh is None else {"mesh": mesh, "axis_name": "kv", "combine": combine}
+    )
     return functools.partial(
         distattn.dot_product_attention, is_causal=True, implementation=implementation, **where
     )
@@ -186,9 +188,18 @@ def test_dense_against_jax_nn_to_second_order():
     close(second_order_of_dense(), second_order(theirs), "jvp and hessian")
 
 
-def test_forward_mode_of_blocked_is_refused():
-    with pytest.raises(TypeError, match="custom_vjp"):  # JAX's own words
-        jax.jvp(attention(None), arrays(), arrays())
+@pytest.mark.parametrize("forward", [jax.jacfwd, jax.hessian])
+def test_forward_mode_of_blocked_names_the_implementation_to_pass(forward):
+    with pytest.raises(NotImplementedError, match="forward mode.*implementation='dense'"):
+        forward(loss_of(attention(None)))(*arrays())
+
+
+def test_forward_mode_inside_jit_is_refused():
+    run = jax.jit(lambda *x: jax.jvp(attention(None), x, x)[1])
+    with pytest.raises(
+        TypeError, match="custom_vjp"
+    ):  # JAX's own words: it is found after our call
+        run(*arrays())
 
 
 def test_a_second_derivative_names_the_implementation_to_pass():

@@ -13,7 +13,8 @@ from distattn.call import Call
 from distattn.checks import Window
 from distattn.movement import QUERY_SHARDED, Combine, check_combine, choose_movement
 from distattn.operands import check_implementation, make_operands, make_scoring
-from distattn.placement import AxisNames, Placement, read_placement
+from distattn.placement import AxisNames, Placement
+from distattn.read_placement import read_placement
 from distattn.units import units_of
 
 if TYPE_CHECKING:
