@@ -1,7 +1,7 @@
 """What is not differentiated, and says what to do instead: gradients, and what has only these."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 import jax
@@ -13,7 +13,7 @@ _FORWARD_MODE = (
 
 
 @contextlib.contextmanager
-def forward_mode_refused() -> Iterator[None]:
+def forward_mode_refused() -> Generator[None]:
     """Says what to do instead of forward mode, outside jit; inside, JAX finds it when we have returned."""
     try:
         yield
