@@ -12,9 +12,7 @@ from distattn._compat import platform_of
 from distattn._manual import axes_of
 from distattn.axes import topology_on
 from distattn.cost import Topology
-
-Axes = tuple[str, ...]
-AxisNames = str | tuple[str, ...] | None
+from distattn.division import Axes, AxisNames, as_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,16 +219,6 @@ def free_axes(mesh: Mesh | AbstractMesh) -> Axes:
     """The axes that no shard_map around has taken."""
     taken = set(jax.sharding.get_abstract_mesh().manual_axes)
     return tuple(name for name in mesh.axis_names if name not in taken)
-
-
-def as_axes(argument: str, axes: AxisNames) -> Axes:
-    """The axes that a caller names: one, several or none, as a tuple."""
-    names = axes if isinstance(axes, tuple | list) else () if axes is None else (axes,)
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names"
-        )
-    return tuple(names)
 
 
 def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:

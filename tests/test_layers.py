@@ -46,8 +46,11 @@ LAYERS = (
     "planner",
     "pods",
     "workload",
+    "division",
     "roofline",
     "memory",
+    "remedies",
+    "backward",
     "plan",
     "monoid",
     "axes",
@@ -97,7 +100,7 @@ PURE = {  # run, and tested, without jax
         "traffic",
         "planner",
     ),
-    *("pods", "workload", "roofline", "memory", "plan"),
+    *("pods", "workload", "division", "roofline", "memory", "remedies", "backward", "plan"),
 }
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 
