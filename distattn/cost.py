@@ -8,7 +8,8 @@ messages where devices are threads:
            + merges * merge_s + merged_bytes / merge_bytes_per_s - hidden_s - nearer_s
 
 The attention itself is not in it: whether the query or the keys are gathered, each of the D devices
-multiplies T * S / D pairs. It only hides messages that are on their way meanwhile, those of a ring.
+multiplies one D-th of the pairs of a query and a key. It only hides messages that are on their way
+meanwhile, those of a ring.
 """
 
 import dataclasses
@@ -153,6 +154,8 @@ class Shape:
     value_dim: int
     itemsize: int  # bytes of an item of query, key and value
     words: int = 1  # of a number of a state: in fixed point it has several, of int32
+    # The queries are the last of the sequence, in an order in which all devices have the same work.
+    causal: bool = False
 
     @property
     def payload_bytes(self) -> int:
@@ -179,10 +182,17 @@ class Shape:
         return self.itemsize * rows * (self.head_dim + self.value_dim)
 
     @property
+    def pairs(self) -> int:
+        """Of a query and a key that it attends to, in one head: T S, and if causal T (T - 1) / 2 fewer."""
+        if not self.causal:
+            return self.query_length * self.key_length
+        rows = min(self.query_length, self.key_length)  # queries before the first key see none
+        return rows * self.key_length - rows * (rows - 1) // 2
+
+    @property
     def flops(self) -> int:
-        """Of the two products, 2 B T S N (H + V), without regard to masks."""
-        pairs = self.batch * self.query_length * self.key_length * self.num_heads
-        return 2 * pairs * (self.head_dim + self.value_dim)
+        """Of the two products, 2 B N (H + V) for each pair, without regard to other masks."""
+        return 2 * self.batch * self.num_heads * self.pairs * (self.head_dim + self.value_dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,10 @@ def sharded_attention(
     rank = lax.axis_index(names)
     rows, keys = jnp.shape(query)[-3], jnp.shape(key)[-3]
     several = axes_size(axes) > 1
-    movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask))
+    balanced = (
+        is_causal and query_positions is not None
+    )  # else the last device works as if not causal
+    movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask), balanced)
     operands = make_operands(
         query,
         key,
@@ -199,6 +202,7 @@ def _choose(
     key: jax.Array,
     value: jax.Array,
     dense: tuple[jax.Array | None, ...],
+    causal: bool,
 ) -> Movement:
     """What moves; ValueError where the combine that is named does not fit the query."""
     fitting = QUERY_SHARDED if query_sharded else BY_NAME
@@ -215,7 +219,7 @@ def _choose(
         return Movement(all_reduce=names, schedule=combine)
     sizes = {axis: axes_size((axis,)) for axis in names}
     if combine == "auto":
-        combine = _by_cost(sizes, query, key, value, dense)
+        combine = _by_cost(sizes, query, key, value, dense, causal)
     return movement_of(combine, names, sizes, query.shape[-2])
 
 
@@ -225,6 +229,7 @@ def _by_cost(
     key: jax.Array,
     value: jax.Array,
     dense: tuple[jax.Array | None, ...],
+    causal: bool,
 ) -> str:
     size, rows, keys = math.prod(sizes.values()), query.shape[-3], key.shape[-3]
     shape = Shape(
@@ -236,6 +241,7 @@ def _by_cost(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         itemsize=key.dtype.itemsize,
+        causal=causal,
     )
     # A bias or a mask is cut for one or the other: it has all rows and these keys, or all keys.
     cuts = [(1, *jnp.shape(x))[-2:] for x in dense if x is not None and jnp.ndim(x)]

@@ -1,6 +1,7 @@
 """The memory of a device that attention takes, in whole bytes; and the largest context that fits."""
 
 import math
+from collections.abc import Callable
 
 from distattn.traffic import QUERY_SHARDED
 from distattn.workload import Workload
@@ -18,12 +19,11 @@ def bytes_per_device(combine: str, workload: Workload, sizes: tuple[int, ...]) -
       sizes: of the mesh axes over which keys (and, as the combine needs it, queries) are sharded.
     """
     devices, w = math.prod(sizes), workload
-    keys = -(-w.context // devices)
+    keys = _shard(w, devices)
     rows = -(-w.queries // devices) if combine in QUERY_SHARDED else w.queries
-    shard = keys * _key_bytes(w, w.dtype_bytes)
     each_row = w.batch * w.heads
     row_bytes = each_row * (w.head_dim + w.values) * w.dtype_bytes  # query and output
-    total = w.layers * shard + rows * row_bytes
+    total = key_value_bytes(w, sizes) + rows * row_bytes
     total += _exchanged(combine, w, sizes, keys, rows, w.dtype_bytes)
     if w.training:
         total += (w.layers - 1) * rows * row_bytes + w.layers * rows * each_row * 4
@@ -31,6 +31,13 @@ def bytes_per_device(combine: str, workload: Workload, sizes: tuple[int, ...]) -
         total += keys * _key_bytes(w, 4) + rows * each_row * (w.head_dim + w.values) * 4
         total += _keys_held(combine, w, sizes, keys, 4)
     return total
+
+
+def key_value_bytes(workload: Workload, sizes: tuple[int, ...], key_overhead: int = 0) -> int:
+    """Keys and values of all layers on a device, and so many bytes beside each: those of scales."""
+    w = workload
+    each = _key_bytes(w, w.dtype_bytes) + w.batch * w.kv_heads * key_overhead
+    return w.layers * _shard(w, math.prod(sizes)) * each
 
 
 def largest_context(combine: str, workload: Workload, sizes: tuple[int, ...], limit: int) -> int:
@@ -42,6 +49,11 @@ def largest_context(combine: str, workload: Workload, sizes: tuple[int, ...], li
     def fits(context: int) -> bool:
         return bytes_per_device(combine, workload.with_context(context), sizes) <= limit
 
+    return largest(fits)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number for which it holds, and 0 if not even for 1; it holds for all below that."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -51,6 +63,11 @@ def largest_context(combine: str, workload: Workload, sizes: tuple[int, ...], li
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _shard(w: Workload, devices: int) -> int:
+    """Keys of a device, padded to as many on each."""
+    return -(-w.context // devices)
 
 
 def _key_bytes(w: Workload, itemsize: int) -> int:

@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from distattn._compat import platform_of
 from distattn.axes import topology_on
 from distattn.cost import Topology
+from distattn.division import Axes, AxisNames
 
-Axes = tuple[str, ...]
-AxisNames = str | tuple[str, ...] | None
+__all__ = ["Axes", "AxisNames", "Placement", "described", "free_axes", "identity_of", "sized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +84,6 @@ def free_axes(mesh: Mesh | AbstractMesh) -> Axes:
     """The axes that no shard_map around has taken."""
     taken = set(jax.sharding.get_abstract_mesh().manual_axes)
     return tuple(name for name in mesh.axis_names if name not in taken)
-
-
-def as_axes(argument: str, axes: AxisNames) -> Axes:
-    """The axes that a caller names: one, several or none, as a tuple."""
-    names = axes if isinstance(axes, tuple | list) else () if axes is None else (axes,)
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"{argument} is {axes!r}; it must be an axis name or a tuple of axis names"
-        )
-    return tuple(names)
 
 
 def sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:

@@ -30,7 +30,7 @@ def choose(
     """The fastest combine by `cost.time_s`; of equals the first.
 
     Only movement and merges are compared, because the attention is the same work under all: whether
-    queries or keys are gathered, D devices share T * S pairs. Memory is not compared: 'gather_kv'
+    queries or keys are gathered, D devices share its pairs. Memory is not compared: 'gather_kv'
     holds all keys and values on every device.
 
     Args:

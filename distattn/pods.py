@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from distattn.chips import CHIPS, Chip
 from distattn.cost import Topology
@@ -104,16 +104,20 @@ class Pod:
         return axes or {self.dimensions[-1].name: 1}
 
     def topology(
-        self, sharding: Mapping[str, int] | None = None, links: Mapping[str, Link] | None = None
+        self,
+        sharding: Mapping[str, int] | None = None,
+        links: Mapping[str, Link] | None = None,
+        key_axes: Collection[str] | None = None,
     ) -> Topology:
         """The devices along mesh axes.
 
         Args:
           sharding: sizes of the axes by name, slowest first; their product is `devices`. None: `axes`.
           links: measured, by name of axis, for each axis of more than one device; None: of the table.
+          key_axes: those of the axes that are to be taken; None: all.
 
         Returns:
-          Topology, with the wiring; or with the links.
+          Topology of these, with the wiring; or with the links.
 
         Raises:
           ValueError: axes that do not lie along the dimensions, or one without a link.
@@ -125,10 +129,9 @@ class Pod:
                 f"sharding is {dict(sharding)}, {math.prod(sizes)} devices, and {self.name} has "
                 f"{self.devices}; pass axes whose product is that, as {self.axes}"
             )
-        wiring = along(self.dimensions, sizes)
-        missing = [
-            name for name, size in sharding.items() if size > 1 and name not in (links or {})
-        ]
+        wiring = dict(zip(sharding, along(self.dimensions, sizes), strict=True))
+        taken = {x: n for x, n in sharding.items() if key_axes is None or x in key_axes}
+        missing = [name for name, size in taken.items() if size > 1 and name not in (links or {})]
         if links is not None and missing:
             raise ValueError(
                 f"links is of {tuple(links)}, and the mesh axes are {dict(sharding)}: {missing} are not "
@@ -136,9 +139,14 @@ class Pod:
             )
         own = None
         if links is not None:
-            own = tuple(links.get(name, self.chip.link) for name in sharding)
+            own = tuple(links.get(name, self.chip.link) for name in taken)
         return Topology(
-            self.chip.platform, sizes, self.hosts, links=own, chip=self.chip, wiring=wiring
+            self.chip.platform,
+            tuple(taken.values()),
+            self.hosts,
+            links=own,
+            chip=self.chip,
+            wiring=tuple(wiring[name] for name in taken),
         )
 
 

@@ -11,11 +11,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from distattn._compat import concrete
 from distattn._manual import axes_of
+from distattn.division import as_axes
 from distattn.placement import (
     Axes,
     AxisNames,
     Placement,
-    as_axes,
     described,
     free_axes,
     identity_of,

@@ -20,11 +20,12 @@ def local_s(
     """Seconds of a call's products and reads on each device: the longer of the two.
 
     Keys and values are read once, which holds for one query and, in blocks, nearly so for many; each
-    device multiplies its equal part, T S / D pairs. Memory at its full bandwidth, products at the rate
-    that attention attains. The backward pass multiplies 2.5 times as much, and reads and writes twice.
+    device multiplies its equal part of the pairs, which a causal mask halves where T = S. Memory at its
+    full bandwidth, products at the rate that attention attains. The backward pass multiplies 2.5 times as
+    much, and reads and writes twice.
 
     Args:
-      shape: sizes over all devices.
+      shape: sizes over all of these devices.
       devices: over which keys, or keys and queries, are sharded.
       chip: what they are.
       query_sharded: whether each reads its part of the queries, or all.

@@ -1,6 +1,7 @@
 """What is to be computed: one step of a model's attention, over all of its layers."""
 
 import dataclasses
+import math
 
 from distattn.cost import Shape
 
@@ -20,6 +21,9 @@ class Workload:
       layers: of the model.
       dtype_bytes: of an item of query, key and value.
       training: the backward pass too.
+      causal: each query attends to its own key and those before it, as in a language model; the queries
+        are the last of the sequence. Keys are supposed to lie so that all devices have the same work, as
+        `layouts.zigzag` has them. With T = S that is half of the products, and of one query it is all.
     """
 
     context: int
@@ -32,12 +36,13 @@ class Workload:
     layers: int = 1
     dtype_bytes: int = 2
     training: bool = False
+    causal: bool = True
 
     def __post_init__(self) -> None:
         """Check the sizes."""
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if field.name == "training" or size is None:
+            if field.name in ("training", "causal") or size is None:
                 continue
             if not (size == int(size) and size >= 1):
                 raise ValueError(
@@ -67,6 +72,19 @@ class Workload:
             head_dim=self.head_dim,
             value_dim=self.values,
             itemsize=self.dtype_bytes,
+            causal=self.causal,
+        )
+
+    def of_group(self, batch: int, heads: int) -> "Workload":
+        """What is left for each group of devices where so many divide sequences, and so many heads.
+
+        Where heads of key and value do not divide, they are repeated until they do, as in a call.
+        """
+        return dataclasses.replace(
+            self,
+            batch=self.batch // batch,
+            heads=self.heads // heads,
+            kv_heads=math.lcm(self.kv_heads, heads) // heads,
         )
 
     def with_context(self, context: int) -> "Workload":

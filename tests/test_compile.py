@@ -267,6 +267,26 @@ def test_the_command_compiles_what_it_plans(capsys):
     assert 80 * compiled["argument_bytes"] == pytest.approx(found["bytes_per_device"], rel=0.02)
     assert {"temp_bytes", "optimal_s"} <= set(compiled)
 
+    groups = [
+        "--mesh",
+        "dp=4,tp=4,sp=4",
+        "--batch-axis",
+        "dp",
+        "--heads-axis",
+        "tp",
+        "--batch",
+        "4",
+    ]
+    assert main([*command, *groups, "--combine", "butterfly", "--compile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Each group has a sequence of its own and a quarter of the heads, and sends along sp alone.
+    sent = {"collective-permute": {"count": 2, "bytes": 2 * STATE // 4}}
+    assert found["compiled"]["collectives"] == sent
+    assert {x for y in found["compiled"]["exchanges"] for x in y["axes"]} == {"sp"}
+    assert found["bytes_sent_per_device"] == 80 * 2 * STATE // 4
+    held = found["bytes_per_device"]
+    assert 80 * found["compiled"]["argument_bytes"] == pytest.approx(held, rel=0.02)
+
     assert main([*command, "--training", "--queries", "64", "--compile"]) == 0
     text = capsys.readouterr().out
     assert "one layer, compiled for v5p:4x4x4 in" in text
@@ -280,6 +300,20 @@ def test_the_command_compiles_what_it_plans(capsys):
             "v5p:4x4x4",
             ("--combine", "butterfly"),
             ["butterfly (taken)", "z=4, round 2", "x=4, round 1"],
+        ),
+        (
+            "v5p:4x4x4",
+            (
+                "--mesh",
+                "dp=4,tp=4,sp=4",
+                "--batch-axis",
+                "dp",
+                "--heads-axis",
+                "tp",
+                "--batch",
+                "4",
+            ),
+            ["sp=4", "psum"],
         ),
         ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
         ("h100:6", ("--combine", "psum"), ["XLA's own psum"]),
@@ -298,6 +332,15 @@ def test_the_command_draws_what_it_plans(topology, more, labels, tmp_path, monke
     assert all(label in first for label in [*labels, "predicted time of a step (s)"])
     assert main([*command, "--plot", str(tmp_path / "absent" / "one.png")]) == 2
     assert "--plot" in capsys.readouterr().err
+
+
+def test_a_picture_takes_nothing_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "RC", picture.RC | {"svg.fonttype": "none"})
+    command = ["plan", "--topology", "v5p:2x1x1", "--context", "4M", *MODEL]
+    assert main([*command, "--plot", str(tmp_path / "one.svg")]) == 1
+    text = (tmp_path / "one.svg").read_text()
+    assert "butterfly" in text
+    assert "taken" not in text
 
 
 def test_a_picture_has_a_format(capsys):

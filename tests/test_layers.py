@@ -47,8 +47,11 @@ LAYERS = (
     "planner",
     "pods",
     "workload",
+    "division",
     "roofline",
     "memory",
+    "remedies",
+    "backward",
     "plan",
     "monoid",
     "axes",
@@ -99,7 +102,7 @@ PURE = {  # run, and tested, without jax
         "traffic",
         "planner",
     ),
-    *("pods", "workload", "roofline", "memory", "plan"),
+    *("pods", "workload", "division", "roofline", "memory", "remedies", "backward", "plan"),
 }
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 

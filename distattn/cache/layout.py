@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._manual import manual
-from distattn.placement import Axes, AxisNames, as_axes, free_axes
+from distattn.division import as_axes
+from distattn.placement import Axes, AxisNames, free_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

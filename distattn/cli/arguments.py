@@ -1,11 +1,16 @@
 """What all commands need to read their arguments."""
 
 import argparse
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NoReturn, TypeAlias
 
 # argparse has no public name for what `add_subparsers` gives.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
+
+# 131072, 131_072, 131,072, 128k, 128Ki, 1.5M
+AMOUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d[\d_]*(?:\.\d+)?)(?:([kmgt])i?)?", re.IGNORECASE)
 
 
 class CommandError(Exception):
@@ -25,6 +30,34 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def amount_at_least(least: int) -> Callable[[str], int]:
+    """The same, and with k, M, G or T for powers of 1024, as lengths of contexts are: 128k is 131072."""
+
+    def amount(text: str) -> int:
+        found = AMOUNT.fullmatch(text)
+        number = Fraction(least) - 1
+        if found:
+            digits, suffix = re.sub("[,_]", "", found[1]), (found[2] or " ").lower()
+            number = Fraction(digits) * 1024 ** " kmgt".index(suffix)
+        if number < least or number.denominator > 1:
+            refuse(
+                text,
+                f"a whole number of at least {least}; with k, M, G or T it is so many times 1024, "
+                "1024^2 and so on, as 128k (131072) or 1.5M",
+            )
+        return int(number)
+
+    return amount
+
+
+def axis_names(value: str) -> tuple[str, ...]:
+    """Names of mesh axes, of text as data,fsdp: a `type` of argparse."""
+    names = tuple(value.split(","))
+    if not all(name.isidentifier() for name in names):
+        refuse(value, "names of mesh axes, as data or data,fsdp")
+    return names
 
 
 def mesh_axes(value: str) -> dict[str, int]:

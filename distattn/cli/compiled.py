@@ -1,6 +1,7 @@
 """One layer of a planned step, compiled by the real compiler of the pod."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,15 +11,13 @@ from jax.sharding import PartitionSpec
 from distattn.plan import Plan
 from distattn.sharded import dot_product_attention
 from distattn.testing import Report, compile_for
-from distattn.workload import Workload
 
 
-def compiled_layer(plan: Plan, workload: Workload, dtype: jnp.dtype) -> Report:
+def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:
     """The attention of one layer, on the mesh and by the combine of the plan; its gradient in training.
 
     Args:
-      plan: for the workload.
-      workload: of which lengths are rounded up to multiples of the devices.
+      plan: of whose workload lengths are rounded up to multiples of the devices.
       dtype: of query, key and value.
 
     Raises:
@@ -31,10 +30,13 @@ def compiled_layer(plan: Plan, workload: Workload, dtype: jnp.dtype) -> Report:
     )  # nothing runs, and no other device is to be looked for
     if dtype == jnp.float64:
         jax.config.update("jax_enable_x64", True)
-    names = tuple(plan.axes)
+    workload = plan.workload
+    devices, heads_devices = (
+        math.prod(plan.axes[name] for name in names) for names in (plan.key_axes, plan.heads_axes)
+    )
 
     def shape(length: int, heads: int, width: int, *, sharded: bool) -> jax.ShapeDtypeStruct:
-        length += -length % (plan.devices if sharded else 1)
+        length += -length % (devices if sharded else 1)
         return jax.ShapeDtypeStruct((workload.batch, length, heads, width), dtype)
 
     arrays = (
@@ -42,10 +44,18 @@ def compiled_layer(plan: Plan, workload: Workload, dtype: jnp.dtype) -> Report:
         shape(workload.context, workload.kv_heads, workload.head_dim, sharded=True),
         shape(workload.context, workload.kv_heads, workload.values, sharded=True),
     )
-    along = PartitionSpec(None, names)
-    specs = (along if plan.query_sharded else PartitionSpec(), along, along)
+    batch, keys, heads = (
+        names or None for names in (plan.batch_axes, plan.key_axes, plan.heads_axes)
+    )
+    query = PartitionSpec(batch, keys if plan.query_sharded else None, heads)
+    # Heads of keys that do not divide are repeated by the call.
+    along = PartitionSpec(batch, keys, None if workload.kv_heads % heads_devices else heads)
+    specs = (query, along, along)
+    # One query is the last and sees all keys; of several the mask is compiled, whatever their positions.
     attention = functools.partial(
-        dot_product_attention, combine=plan.combine, is_causal=workload.training
+        dot_product_attention,
+        combine=plan.combine,
+        is_causal=workload.causal and workload.queries > 1,
     )
 
     def loss(*arrays: jax.Array) -> Any:

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distattn.amounts import seconds_text
-from distattn.link import Link
 from distattn.plan import Plan, plan
 from distattn.pods import Pod
 from distattn.schedule import butterfly
-from distattn.workload import Workload
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -21,22 +19,13 @@ RC: dict[str, Any] = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "
 STATES = ("butterfly", "fused")  # combines whose rounds are a schedule of ours
 
 
-def draw(
-    found: Plan,
-    workload: Workload,
-    pod: Pod,
-    path: Path,
-    *,
-    links: Mapping[str, Link] | None = None,
-) -> None:
+def draw(found: Plan, pod: Pod, path: Path) -> None:
     """Writes the picture.
 
     Args:
       found: the plan.
-      workload: of which the plan is.
-      pod: the same.
+      pod: of which the plan is.
       path: where to; its suffix says in which format.
-      links: measured, as for `plan`.
     """
     import matplotlib as mpl
 
@@ -44,7 +33,7 @@ def draw(
     mpl.rcParams |= RC
     from matplotlib import pyplot as plt
 
-    axes = {name: size for name, size in found.axes.items() if size > 1}
+    axes = {name: found.axes[name] for name in found.key_axes if found.axes[name] > 1}
     rounds = max((len(butterfly(size).rounds) for size in axes.values()), default=0)
     figure = plt.figure(figsize=(12, 4.6 + 1.9 * len(axes)), layout="constrained")
     above, below = figure.subfigures(
@@ -53,11 +42,10 @@ def draw(
     left, right = above.subplots(1, 2)
     names = (found.combine, *sorted(x.combine for x in found.alternatives))
     style = {name: (COLOURS[k % 8], MARKERS[k % 8]) for k, name in enumerate(names)}
-    sharded = {"query_sharded": found.query_sharded}
-    _lines(left, _contexts(workload, pod, found, sharded, links), style, found, workload.context)
+    _lines(left, _contexts(found, pod), style, found, found.workload.context)
     left.set_xlabel("context (keys of a sequence)")
-    _lines(right, _pods(workload, pod, sharded), style, found, found.devices)
-    right.set_xlabel(f"{pod.chip.name} devices, for a context of {workload.context:,}")
+    _lines(right, _pods(found, pod), style, found, found.devices)
+    right.set_xlabel(f"{pod.chip.name} devices, for a context of {found.workload.context:,}")
     for ax in (left, right):
         ax.set_ylabel("predicted time of a step (s)")
     handles, labels = left.get_legend_handles_labels()
@@ -71,21 +59,41 @@ def draw(
     plt.close(figure)
 
 
-def _contexts(
-    workload: Workload, pod: Pod, found: Plan, sharded: dict[str, Any], links: Any
-) -> Iterator[tuple[int, Plan]]:
+def _as_in(found: Plan) -> dict[str, Any]:
+    """What other plans in the picture have in common with this one."""
+    return {
+        "query_sharded": found.query_sharded,
+        "batch_axis_name": found.batch_axes,
+        "heads_axis_name": found.heads_axes,
+    }
+
+
+def _contexts(found: Plan, pod: Pod) -> Iterator[tuple[int, Plan]]:
     """Plans for contexts around that of the workload, in factors of 4."""
+    same = _as_in(found) | {"sharding": found.axes, "links": found.links}
     for power in range(-4, 4):
-        context = max(int(workload.context * 4.0**power), pod.devices)
-        other = workload.with_context(context)
-        yield context, plan(other, pod, sharding=found.axes, links=links, **sharded)
+        context = max(int(found.workload.context * 4.0**power), pod.devices)
+        yield context, plan(found.workload.with_context(context), pod, **same)
 
 
-def _pods(workload: Workload, pod: Pod, sharded: dict[str, Any]) -> Iterator[tuple[int, Plan]]:
-    """Plans for the pod, its halves, quarters and so on."""
+def _pods(found: Plan, pod: Pod) -> Iterator[tuple[int, Plan]]:
+    """Plans for the pod, its halves, quarters and so on.
+
+    Where axes divide sequences or heads they stay, and the axes of the keys are halved, as long as these
+    can be and all lie along the pod.
+    """
+    axes = dict(found.axes) if found.batch_axes or found.heads_axes else None
     while True:
         if pod.devices > 1:
-            yield pod.devices, plan(workload, pod, **sharded)
+            try:
+                yield pod.devices, plan(found.workload, pod, sharding=axes, **_as_in(found))
+            except ValueError:  # the first is the plan itself, so it is the axes
+                return
+        if axes is not None:
+            longest = max(found.key_axes, key=axes.__getitem__, default=None)
+            if longest is None or axes[longest] % 2:
+                return
+            axes[longest] //= 2
         if pod.slices > 1:
             pod = dataclasses.replace(pod, slices=pod.slices // 2)
             continue
@@ -113,7 +121,7 @@ def _lines(
         ax.plot(
             xs,
             ys,
-            label=f"{name} (taken)" if wide else name,
+            label=f"{name} (taken)" if wide and found.fits else name,
             color=colour,
             marker=marker,
             linewidth=3 if wide else 1.5,

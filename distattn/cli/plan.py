@@ -8,15 +8,21 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from distattn.amounts import bytes_text, seconds_text
 from distattn.chips import CHIPS
-from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes
+from distattn.cli.arguments import (
+    CommandError,
+    Subparsers,
+    amount_at_least,
+    at_least,
+    axis_names,
+    mesh_axes,
+)
 from distattn.cli.compiled import compiled_layer
 from distattn.cli.picture import draw
+from distattn.cli.plan_text import compiled_text, plan_text
 from distattn.cost import Link, links_from
-from distattn.plan import Plan, plan
+from distattn.plan import plan
 from distattn.pods import FORM, Pod, pod
-from distattn.testing import Report
 from distattn.traffic import FORMULAS
 from distattn.workload import Workload
 
@@ -28,6 +34,16 @@ DTYPES = {
     "f32": jnp.dtype(jnp.float32),
     "f64": jnp.dtype(jnp.float64),
 }
+# Of what may be left out; an argument of None is one that was.
+DEFAULTS = {
+    "batch": 1,
+    "head_dim": 128,
+    "layers": 1,
+    "dtype": "bf16",
+    "training": False,
+    "causal": True,
+    "reserved_bytes": 0,
+}
 
 
 def add(subparsers: Subparsers) -> None:
@@ -37,29 +53,38 @@ def add(subparsers: Subparsers) -> None:
         help="predicts memory, traffic and time of attention on a pod of any size, without one",
         description="By formula, from data sheets: which combine to take on a pod for one step over all "
         "layers, what each device holds and sends, how long it takes, the largest context that fits, and "
-        "why the other combines lose. It starts no device.",
+        "why the other combines lose. It starts no device. Lengths may be written as 128k (131072) or 1M "
+        "(1048576).",
+        epilog="exit code: 0, it fits; 1, it does not; 2, an argument is wrong",
     )
-    whole, argument = at_least(1), parser.add_argument
+    whole, length, argument = at_least(1), amount_at_least(1), parser.add_argument
     argument(
         "--topology",
         required=True,
         metavar="NAME",
         help=f"{FORM}; chips: {', '.join(CHIPS)}",
     )
-    argument("--context", type=whole, required=True, metavar="S", help="keys of a sequence")
+    argument("--context", type=length, required=True, metavar="S", help="keys of a sequence")
     argument(
-        "--queries", type=whole, metavar="T", help="of a sequence (default 1; in training, as keys)"
+        "--queries",
+        type=length,
+        metavar="T",
+        help="of a sequence: 1 for decoding, as keys for a prompt (default 1; in training, as keys)",
     )
-    argument("--batch", type=whole, default=1, metavar="B", help="sequences (default %(default)s)")
+    argument("--batch", type=whole, metavar="B", help="sequences (default 1)")
     argument("--heads", type=whole, required=True, metavar="N", help="of the query")
     argument("--kv-heads", type=whole, metavar="K", help="of key and value (default: --heads)")
-    argument("--head-dim", type=whole, default=128, metavar="H", help="(default %(default)s)")
+    argument("--head-dim", type=whole, metavar="H", help="(default 128)")
     argument("--value-dim", type=whole, metavar="V", help="of value (default: --head-dim)")
-    argument("--layers", type=whole, default=1, metavar="N", help="(default %(default)s)")
+    argument("--layers", type=whole, metavar="N", help="(default 1)")
+    argument("--dtype", choices=DTYPES, help="of query, key and value (default bf16)")
+    argument("--training", action="store_true", default=None, help="the backward pass too")
     argument(
-        "--dtype", choices=DTYPES, default="bf16", help="of key and value (default %(default)s)"
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        help="each query attends to its own key and those before it, which of a prompt is half of all "
+        "pairs, shared equally (a layout such as zigzag); default yes. It changes nothing for one query",
     )
-    argument("--training", action="store_true", help="the backward pass too")
     argument(
         "--combine",
         choices=FORMULAS,
@@ -70,8 +95,13 @@ def add(subparsers: Subparsers) -> None:
         "--mesh",
         type=mesh_axes,
         metavar="AXIS=N,...",
-        help="axes that shard the keys, slow axis first (default: one for each dimension of the network)",
+        help="axes of the mesh, slow axis first (default: one for each dimension of the network); keys are "
+        "sharded over those that shard nothing else",
     )
+    argument(
+        "--batch-axis", type=axis_names, metavar="AXIS,...", help="axes of the mesh that shard B"
+    )
+    argument("--heads-axis", type=axis_names, metavar="AXIS,...", help="those that shard N and K")
     argument(
         "--check",
         metavar="FILE",
@@ -79,10 +109,9 @@ def add(subparsers: Subparsers) -> None:
     )
     argument(
         "--reserved-bytes",
-        type=at_least(0),
-        default=0,
+        type=amount_at_least(0),
         metavar="N",
-        help="of a device's memory, for weights and all else (default %(default)s)",
+        help="of a device's memory, for weights and all else, as 4G (default 0)",
     )
     argument(
         "--compile",
@@ -109,35 +138,40 @@ def _picture(value: str) -> Path:
     return Path(value)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    given = {name for name, value in vars(options).items() if value is not None}
+    for name, value in DEFAULTS.items():
+        if name not in given:
+            setattr(options, name, value)
     dtype = DTYPES[options.dtype]
     queries = options.queries or (options.context if options.training else 1)
     try:
         where = pod(options.topology)
-        links = _measured(options.check, where)
-        workload = Workload(
-            context=options.context,
-            queries=queries,
-            batch=options.batch,
-            heads=options.heads,
-            kv_heads=options.kv_heads or options.heads,
-            head_dim=options.head_dim,
-            value_dim=options.value_dim,
-            layers=options.layers,
-            dtype_bytes=dtype.itemsize,
-            training=options.training,
-        )
         found = plan(
-            workload,
+            Workload(
+                context=options.context,
+                queries=queries,
+                batch=options.batch,
+                heads=options.heads,
+                kv_heads=options.kv_heads or options.heads,
+                head_dim=options.head_dim,
+                value_dim=options.value_dim,
+                layers=options.layers,
+                dtype_bytes=dtype.itemsize,
+                training=options.training,
+                causal=options.causal,
+            ),
             where,
             sharding=options.mesh,
+            batch_axis_name=options.batch_axis,
+            heads_axis_name=options.heads_axis,
             combine=options.combine,
-            links=links,
+            links=_measured(options.check, where),
             reserved_bytes=options.reserved_bytes,
         )
-        report = compiled_layer(found, workload, dtype) if options.compile else None
+        report = compiled_layer(found, dtype) if options.compile else None
         if options.plot:
-            draw(found, workload, where, options.plot, links=links)
+            draw(found, where, options.plot)
     except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
@@ -146,9 +180,10 @@ def _run(options: argparse.Namespace) -> None:
         more = {} if report is None else {"compiled": report.as_json()}
         print(json.dumps(found.as_json() | more, indent=2, allow_nan=False))
     else:
-        print(_text(found))
+        print(plan_text(found, options.dtype, given))
         if report is not None:
-            print(f"\n{_compiled_text(report)}")
+            print(f"\n{compiled_text(report)}")
+    return 0 if found.fits else 1
 
 
 def _measured(path: str | None, where: Pod) -> Mapping[str, Link] | None:
@@ -169,62 +204,3 @@ def _measured(path: str | None, where: Pod) -> Mapping[str, Link] | None:
             f"{where.chip.platform} of {where.hosts} host(s); measure on hosts like those"
         )
     return links
-
-
-def _text(found: Plan) -> str:
-    axes = ", ".join(f"{name}={size}" for name, size in found.axes.items())
-    queries = "sharded like keys" if found.query_sharded else "whole on each device"
-    share = "" if found.memory_bytes is None else f" of {bytes_text(found.memory_bytes)}"
-    fits = "" if found.fits else ", DOES NOT FIT"
-    times = {name: seconds_text(s) for name, s in found.breakdown.items()}
-    facts = {
-        "topology": f"{found.topology}, {found.devices} devices ({axes})",
-        "queries": queries,
-        "combine": f"{found.combine}, over {', then '.join(found.axis_order)}",
-        "a step": f"{seconds_text(found.predicted_s)} (attention {times['local_s']}, exchange "
-        f"{times['exchange_s']})",
-        "memory a device": f"{bytes_text(found.bytes_per_device)}{share}{fits}",
-        "sent by a device": f"{bytes_text(found.bytes_sent_per_device)} a step",
-        "rounds a layer": str(found.rounds),
-        "keys of a block": str(found.block_size),
-        "largest context": _number(found.largest_context),
-    }
-    width = max(map(len, facts))
-    lines = [f"{name.ljust(width)}  {fact}" for name, fact in facts.items()]
-    header = ("combine", "a step", "memory", "sent", "rounds", "largest context", "")
-    rows = [header]
-    for x in (found, *found.alternatives):
-        amounts = seconds_text(x.predicted_s), bytes_text(x.bytes_per_device)
-        sent = bytes_text(x.bytes_sent_per_device)
-        why = "taken" if isinstance(x, Plan) else x.why
-        rows.append((x.combine, *amounts, sent, str(x.rounds), _number(x.largest_context), why))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    table = (
-        "  ".join(
-            cell.ljust(size) if k in (0, len(header) - 1) else cell.rjust(size)
-            for k, (cell, size) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-    return "\n".join([*lines, "", *table, "", found.reason])
-
-
-def _compiled_text(report: Report) -> str:
-    lines = [f"one layer, compiled for {report.target} in {report.seconds:.1f} s"]
-    for x in report.exchanges:
-        size = bytes_text(x.bytes)
-        lines.append(f"  {x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}: {size} a device")
-    lines.append(f"  {report.rounds} one after another")
-    sizes = {
-        "arguments": report.argument_bytes,
-        "temporary": report.temp_bytes,
-        "results": report.output_bytes,
-    }
-    lines.append("  " + ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items()))
-    if report.optimal_s is not None:
-        lines.append(f"  XLA's own estimate {seconds_text(report.optimal_s)}, each loop once")
-    return "\n".join(lines)
-
-
-def _number(count: int | None) -> str:
-    return "memory not known" if count is None else f"{count:,}"

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn.distributed.health import TIMEOUT_S, describe, differences, fail_together, meet, ranks
-from distattn.placement import AxisNames, as_axes
+from distattn.division import AxisNames, as_axes
 
 EMPTY = -1  # the position of a slot that holds no key
 
