@@ -80,7 +80,9 @@ def cotangents_of(case: Case, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.cache
 def on_one_device(case: Case, dtype: Any) -> dict[str, np.ndarray]:
-    result = program(case, dtype)(arguments_of(case, dtype)[0], *cotangents_of(case, dtype))
+    result = program(case, dtype, axis_name=())(
+        arguments_of(case, dtype)[0], *cotangents_of(case, dtype)
+    )
     return jax.tree.map(np.asarray, result)
 
 
