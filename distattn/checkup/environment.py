@@ -94,7 +94,7 @@ def _started_with() -> dict[str, str] | None:
     if not STARTED_WITH.exists():
         return None
     entries = os.fsdecode(STARTED_WITH.read_bytes()).split("\0")
-    return dict(entry.partition("=")[::2] for entry in entries if "=" in entry)
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
 
 
 def _version(package: str) -> str | None:
