@@ -1,5 +1,7 @@
 """What is known of a program that was compiled, or lowered, for devices that are not here."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections import Counter

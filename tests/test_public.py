@@ -7,10 +7,12 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import jax
 import pytest
 
 import distattn
@@ -102,4 +104,55 @@ def test_help_tells_of_every_argument_and_of_the_result(name):
         untold = [x for x in signature.parameters if x != "self" and f"\n  {x}: " not in text]
         assert untold == []
     result = signature.return_annotation
-    assert (result in (None, inspect.Signature.empty)) or "Returns:" in text
+    assert (result in (None, "None", inspect.Signature.empty)) or "Returns:" in text
+
+
+# Modules that are public besides those that `distattn` itself names.
+BESIDE = (
+    *("fixed_point", "planner", "report", "streaming", "testing"),
+    *(f"integrations.{name}" for name in ("equinox", "flax", "generation", "jax_nn", "sampling")),
+    *("integrations.drafts", "integrations.smollm2"),
+)
+
+
+def defined(module: str) -> Iterator[tuple[str, Any]]:
+    """The public functions and classes of a module, and the methods that its classes define."""
+    for name, given in vars(importlib.import_module(f"distattn.{module}")).items():
+        if name.startswith("_") or getattr(given, "__module__", None) != f"distattn.{module}":
+            continue
+        yield f"{module}.{name}", given
+        methods = vars(given).items() if inspect.isclass(given) else ()
+        yield from (
+            (f"{module}.{name}.{method}", x)
+            for method, x in methods
+            if inspect.isfunction(x) and not method.startswith("_")
+        )
+
+
+SHOWN = {
+    name: given
+    for name, given in (*EVERY.items(), *(x for module in BESIDE for x in defined(module)))
+    if callable(given)
+    and (inspect.isfunction(given) or inspect.ismethod(given) or inspect.isclass(given))
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_help_shows_types_by_their_names(name):
+    """As they are written, `ArrayLike`: spelt out, the union of it takes half a screen."""
+    signature = str(inspect.signature(SHOWN[name]))
+    assert "Union[" not in signature
+    assert "jaxlib" not in signature
+    assert "_src" not in signature
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_types_that_are_shown_by_name_are_there(name):
+    given = SHOWN[name]
+    called = given.__init__ if inspect.isclass(given) else given
+    # Files of KVCache's methods cannot import it: it imports them.
+    hints = typing.get_type_hints(called, localns={"KVCache": distattn.KVCache})
+    assert not any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values())
+    if name.endswith("dot_product_attention"):
+        assert hints["query"] == typing.get_type_hints(distattn.partial_attention)["query"]
+        assert jax.Array in typing.get_args(hints["query"])

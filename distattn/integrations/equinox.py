@@ -1,5 +1,7 @@
 """distattn as the attention of Equinox, whose `MultiheadAttention` has no place to put one in."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any, Self

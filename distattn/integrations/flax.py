@@ -5,6 +5,8 @@ pass to it differs. linen passes only what is named in its signature, so every k
 passes all that it has.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable

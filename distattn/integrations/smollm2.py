@@ -7,6 +7,8 @@ layer is one call to a cache of all layers, a `distattn.KVCache` or anything wit
 Letters beside those of the package: L layers, E embedding, A vocabulary.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib.metadata
