@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -269,8 +270,10 @@ def test_the_command_compiles_what_it_plans(capsys):
 
     assert main([*command, "--training", "--queries", "64", "--compile"]) == 0
     text = capsys.readouterr().out
-    assert "one layer, compiled for v5p:4x4x4 in" in text
-    assert "one after another" in text
+    layer = text.partition("one layer, compiled for ")[2].splitlines()
+    assert layer[0] == "v5p:4x4x4: 64 devices, sizes of one"
+    assert "not known" not in "".join(line for line in layer if "estimate" not in line)
+    assert re.fullmatch(r"  wait for one another +\d+", next(x for x in layer if " wait" in x))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from distattn.cli.picture import draw
 from distattn.cost import Link, links_from
 from distattn.plan import Plan, plan
 from distattn.pods import FORM, Pod, pod
-from distattn.testing import Report
 from distattn.traffic import FORMULAS
 from distattn.workload import Workload
 
@@ -148,7 +147,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         print(_text(found))
         if report is not None:
-            print(f"\n{_compiled_text(report)}")
+            print(f"\none layer, compiled for {report}")
 
 
 def _measured(path: str | None, where: Pod) -> Mapping[str, Link] | None:
@@ -207,23 +206,6 @@ def _text(found: Plan) -> str:
         for row in rows
     )
     return "\n".join([*lines, "", *table, "", found.reason])
-
-
-def _compiled_text(report: Report) -> str:
-    lines = [f"one layer, compiled for {report.target} in {report.seconds:.1f} s"]
-    for x in report.exchanges:
-        size = bytes_text(x.bytes)
-        lines.append(f"  {x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}: {size} a device")
-    lines.append(f"  {report.rounds} one after another")
-    sizes = {
-        "arguments": report.argument_bytes,
-        "temporary": report.temp_bytes,
-        "results": report.output_bytes,
-    }
-    lines.append("  " + ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items()))
-    if report.optimal_s is not None:
-        lines.append(f"  XLA's own estimate {seconds_text(report.optimal_s)}, each loop once")
-    return "\n".join(lines)
 
 
 def _number(count: int | None) -> str:
