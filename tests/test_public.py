@@ -16,6 +16,7 @@ import jax
 import pytest
 
 import distattn
+from distattn.extras import needed
 
 PUBLIC = [
     "KVCache",
@@ -57,6 +58,39 @@ print(*sorted({OPTIONAL} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+LOAD = "from distattn.integrations import smollm2; smollm2."
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "who", "extra"),
+    [
+        *(
+            (name, f"import distattn.integrations.{name}", f"distattn.integrations.{name}", name)
+            for name in ("flax", "equinox")
+        ),
+        ("gguf", f"{LOAD}load('nowhere')", "the language model", "demo"),
+        ("tokenizers", f"{LOAD}_tokenizer(dict)", "the language model", "demo"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_what_brings_it(package, use, who, extra):
+    """As orbax is: tests/test_cache_moves.py."""
+    code = f"import sys; sys.modules[{package!r}] = None; {use}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"ModuleNotFoundError: {who} needs {package}, which is not installed: "
+        f"pip install -e '.[{extra}]' in a clone of distattn"
+    )
+
+
+def test_what_an_optional_package_itself_lacks_is_said_as_it_is():
+    with (
+        pytest.raises(ModuleNotFoundError, match="No module named 'of_nobody'"),
+        needed("flax", by="x", extra="flax"),
+    ):
+        import of_nobody  # noqa: F401
 
 
 def callables(holder: Any) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from distattn.cache.manifest import read_manifest, sync, write_manifest
 from distattn.cache.moving import context_of, sharding_of
 from distattn.cache.replicas import check_replicas
 from distattn.distributed.health import fail_together, from_first, meet, present, ranks
+from distattn.extras import needed
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
@@ -192,16 +193,8 @@ def _free_from(tags: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def _orbax() -> ModuleType:
-    try:
+    with needed("orbax", by="saving or restoring a cache", extra="checkpoint"):
         import orbax.checkpoint
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("orbax"):
-            raise
-        raise ModuleNotFoundError(
-            "a cache is saved and restored with Orbax, which is not installed: "
-            "pip install 'distattn[checkpoint]'",
-            name=error.name,
-        ) from error
     return orbax.checkpoint
 
 

@@ -14,14 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen import dtypes
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.checks import Window, window_sides
+from distattn.extras import needed
 from distattn.movement import Combine
 from distattn.placement import AxisNames
 from distattn.sharded import dot_product_attention
+
+with needed("flax", by=__name__, extra="flax"):
+    from flax.linen import dtypes
 
 
 @jax.tree_util.register_dataclass
