@@ -66,7 +66,9 @@ def attention_fn(
 
     * `mask` is boolean or, as `make_causal_mask` makes it, of numbers: nonzero = attend. Or it is an
       `AttentionMask`, whose labels take no memory of size [T, S]. A row that attends to no key gives 0
-      (in Flax: the mean of all values).
+      (in Flax: the mean of all values). A dense mask goes by slot, and what it forbids is forbidden:
+      beside positions of another order, as of a zigzag layout, pass is_causal=True and no mask of
+      `make_causal_mask`, which would take away keys that a row should see, without an error.
     * `dtype` and `promote_dtype` decide in which dtype query, key and value come in. The softmax is always
       float32, or float64; `force_fp32_for_softmax` makes the output float32, as it does in linen.
     * `broadcast_dropout` and `dropout_rng` only say how to drop, so they matter to nothing here.
