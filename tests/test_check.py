@@ -439,12 +439,12 @@ def test_report_of_what_runs_where(started, monkeypatch, capsys):
         "XLA_FLAGS": "--xla_mine=1",
         "DISTATTN_PROCESS_ID": "0",
         "DISTATTN_BLOCK_SIZES": "sizes.json",
+        "TPU_SKIP_MDS_QUERY": "1",  # JAX's, in the launcher, since there is one
     }
     monkeypatch.setattr(reported, "_started_with", lambda: before)
     for name, value in before.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1 --xla_ours=2")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert main(["check", "--report", "--mesh", "host=2,device=4"]) == 0
     text = capsys.readouterr().out
     for part in (

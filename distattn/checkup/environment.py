@@ -27,6 +27,7 @@ CONFIG = (
     "jax_disable_jit",
     "jax_compilation_cache_dir",
 )
+IMPORTED = ("TPU_SKIP_MDS_QUERY", "1")  # JAX sets it as it is imported, where there is no TPU
 STARTED_WITH = Path("/proc/self/environ")  # Linux keeps it; os.environ is what became of it
 
 
@@ -73,6 +74,8 @@ def _variables(
             yield "set", f"{name}={value} (by whom, this system does not tell)"
         return
     first = _known(before)
+    if NAMES & first.keys():  # the launcher hands on what JAX has set in it
+        first = {name: x for name, x in first.items() if (name, x) != IMPORTED}
     own = {name: value for name, value in first.items() if name not in NAMES}
     for name, value in own.items():
         yield "set by you", f"{name}={value}"
