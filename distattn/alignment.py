@@ -5,6 +5,8 @@ exchange makes them pairs: the positions go round the devices once (`pair`), the
 the device of its key (`exchange`). No device holds more than its share of either, at any time.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -117,8 +119,6 @@ def align_shards(
       >>> value, positions = jnp.arange(8.0).reshape(1, 8, 1, 1), jnp.arange(8)
       >>> run(value, positions, positions[::-1]).ravel().tolist()
       [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
-
-    Reference: as `align`.
     """
     _check(value, value_positions, key_positions)
     run = _Run(mesh_order(axis_name))
@@ -137,7 +137,7 @@ class _Run:
     placement: Placement = Placement()
 
     @classmethod
-    def read(cls, value: jax.Array, rows: Any, mesh: Any, axis_name: AxisNames) -> "_Run":
+    def read(cls, value: jax.Array, rows: Any, mesh: Any, axis_name: AxisNames) -> _Run:
         """Where value lies; the positions are taken there."""
         manual_axes = jax.sharding.get_abstract_mesh().manual_axes
         names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from distattn.extras import command
 from distattn.pods import Pod
 
 # What XLA:GPU asks of a device, as an H100 SXM with 80 GB answers (GpuTargetConfigProto of OpenXLA).
@@ -135,9 +136,9 @@ def _require(module: str, extra: str, pod: Pod) -> None:
         found = None
     if found is None:
         raise ModuleNotFoundError(
-            f"topology {pod.name!r}: {module} is not installed, which brings the compiler; run pip install "
-            f"'distattn[{extra}]', in an environment of its own since JAX then looks for such devices, or "
-            "use distattn.testing.lower, which needs none",
+            f"topology {pod.name!r}: {module} is not installed, which brings the compiler: "
+            f"{command(extra)}, in an environment of its own since JAX then looks for such devices; or use "
+            "distattn.testing.lower, which needs none",
             name=module,
         )
 

@@ -31,6 +31,8 @@ the monoid is exact, carries included; 2. the exponent of softmax weights is par
 pass over the keys has to find the maximum first.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """The public call inside a `shard_map` of one's own: what one device does, collectives included."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 

@@ -6,6 +6,8 @@ and `query_positions` take. `reorder` puts an array into a layout, `restore` put
 `align` brings values to keys where both have come in orders of their own.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable
 from typing import Any

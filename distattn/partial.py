@@ -1,5 +1,7 @@
 """The public call for one device's part: a state that is not divided yet."""
 
+from __future__ import annotations
+
 import jax
 from jax.typing import ArrayLike
 

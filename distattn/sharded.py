@@ -1,5 +1,7 @@
 """The public call on global arrays: the boundary, then one call over the mesh."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh

@@ -11,6 +11,8 @@ same state. Its gradient is therefore zero by definition, and gradients travel i
 `weighted_sum` alone.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax

@@ -6,6 +6,8 @@ index: the set of positions that are done, kept as runs, two integers of log n b
 it.
 """
 
+from __future__ import annotations
+
 import bisect
 import functools
 import operator

@@ -1,5 +1,7 @@
 """Many devices on a laptop: fake ones, or a pod to compile for; and what a program sends between them."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import time

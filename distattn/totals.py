@@ -1,5 +1,7 @@
 """Sums of arrays whose bits do not depend on how the arrays are cut, nor on where the pieces lie."""
 
+from __future__ import annotations
+
 import functools
 import math
 

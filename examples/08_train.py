@@ -15,6 +15,7 @@ What one learns:
 6. Bits that do not depend on the mesh: `--reproducible`. `order_free.py` says what that takes besides
    attention. Then what was resumed on another mesh is not close to the run that was not, but equal to it.
 
+    pip install -e '.[train]'
     python examples/08_train.py
     python examples/08_train.py --length 512 --steps 20 --combine gather_kv --compare
     python examples/08_train.py --length 2048 --mesh 2x2x2 --combine auto --resume-mesh 1x4

@@ -10,7 +10,7 @@ devices, and saves its cache, and what it has said so far, every few tokens. The
 
 What was saved is never lost, and the tokens are those of the run that nobody disturbed.
 
-    pip install 'distattn[checkpoint]'
+    pip install -e '.[checkpoint]'
     python examples/10_restart_on_fewer.py
 """
 

@@ -398,9 +398,9 @@ def test_a_step_of_another_format_is_refused(tmp_path, monkeypatch):
 
 def test_without_orbax_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'distattn\[checkpoint\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"orbax.*pip install -e '\.\[checkpoint\]'"):
         filled("one").save(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'distattn\[checkpoint\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"orbax.*pip install -e '\.\[checkpoint\]'"):
         distattn.KVCache.restore(tmp_path)
 
 

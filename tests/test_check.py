@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distattn import completion, cost
 from distattn.checkup import correctness
+from distattn.checkup import environment as reported
 from distattn.checkup.combines import measure_combines, workloads
 from distattn.checkup.correctness import NAMED, Problem, Subject, subjects
 from distattn.checkup.examination import Effort, examine
@@ -37,6 +39,7 @@ KEYS = {
     "mesh",
     "checks",
     "not_checked",
+    "between_devices_checked",
     "replicas_equal",
     "axes",
     "combine_s",
@@ -151,7 +154,10 @@ def test_a_report_of_what_is_well(started, capfd, tmp_path):
     assert (report["platform"], report["devices"], report["processes"]) == ("cpu", 8, 1)
     assert report["mesh"] == {"host": 2, "device": 4}
     assert report["versions"]["jax"] == jax.__version__
+    assert report["between_devices_checked"] is True
     assert report["replicas_equal"] is True
+    assert re.search(r"^  combine over axes +worst error +in result +verdict$", captured.out, re.M)
+    assert re.search(r"^  psum over host, device +0\.\d+ +\w+ +ok$", captured.out, re.M)
     assert report["verdict"] == "passed"
     for found in report["checks"]:
         assert set(found) >= {"name", "combine", "pass", "error_fraction"}
@@ -265,7 +271,16 @@ def test_one_device_moves_nothing():
     assert report.passed
     assert report.axes == {}
     assert report.timings == []
-    assert "one device: nothing moves; --cpu-devices 8" in text(report)
+    assert "one device: nothing is exchanged" in text(report)
+    assert "replicas: none on one device, nothing was compared" in text(report)
+    verdict = text(report).partition("verdict: ")[2]
+    assert verdict.startswith(
+        "the one check passed on one device; NOTHING BETWEEN DEVICES WAS CHECK"
+    )
+    assert "pass --cpu-devices 8" in verdict
+    found = report.as_json()
+    assert (found["between_devices_checked"], found["replicas_equal"]) == (False, None)
+    assert found["verdict"] == "passed"
 
 
 def test_only_json_is_on_stdout_whatever_libraries_say_there(started, monkeypatch, capfd):
@@ -281,7 +296,7 @@ def test_only_json_is_on_stdout_whatever_libraries_say_there(started, monkeypatc
         captured = capfd.readouterr()
         assert json.loads(captured.out) == report.as_json()
         assert "Rank 0 is connected" in captured.err
-        assert "verdict: the one check passed" in captured.err
+        assert "verdict: the one check passed on one device; NOTHING BETWEEN" in captured.err
 
 
 def test_times_are_of_one_hop(monkeypatch):
@@ -418,8 +433,18 @@ def test_two_processes(tmp_path):
 
 
 def test_report_of_what_runs_where(started, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_TRACEBACK_FILTERING", "off")
-    monkeypatch.setenv("SOME_TOKEN", "secret")
+    before = {
+        "JAX_TRACEBACK_FILTERING": "off",
+        "SOME_TOKEN": "secret",
+        "XLA_FLAGS": "--xla_mine=1",
+        "DISTATTN_PROCESS_ID": "0",
+        "DISTATTN_BLOCK_SIZES": "sizes.json",
+        "TPU_SKIP_MDS_QUERY": "1",  # JAX's, in the launcher, since there is one
+    }
+    monkeypatch.setattr(reported, "_started_with", lambda: before)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1 --xla_ours=2")
     assert main(["check", "--report", "--mesh", "host=2,device=4"]) == 0
     text = capsys.readouterr().out
     for part in (
@@ -428,8 +453,52 @@ def test_report_of_what_runs_where(started, monkeypatch, capsys):
         "8 cpu (cpu) in 1 of 1 processes",
         "host=2 Auto, device=4 Auto",
         "jax_numpy_dtype_promotion=strict",
-        "JAX_TRACEBACK_FILTERING=off",
-        "XLA_FLAGS=",
     ):
         assert part in text
     assert "secret" not in text
+    lines = text.splitlines()
+    assert (lines[0], lines[-1]) == ("```text", "```")  # one block for an issue
+    assert "" not in lines
+    told = [re.split(r"  +", line, maxsplit=1) for line in lines if line.startswith("set")]
+    assert told == [
+        ["set by you", "DISTATTN_BLOCK_SIZES=sizes.json"],
+        ["set by you", "JAX_TRACEBACK_FILTERING=off"],
+        ["set by you", "XLA_FLAGS=--xla_mine=1"],
+        ["set by distattn launch", "DISTATTN_PROCESS_ID=0"],
+        ["set by JAX or distattn", "TPU_SKIP_MDS_QUERY=1"],
+        ["set by JAX or distattn", "XLA_FLAGS=--xla_mine=1 --xla_ours=2"],
+    ]
+
+
+def test_a_report_without_variables_or_packages_says_where_it_has_looked(monkeypatch):
+    monkeypatch.setattr(reported, "_started_with", dict)
+    monkeypatch.setattr(reported, "PACKAGES", ("nobodys-package", "another-of-nobody"))
+    text = reported.environment(mesh_of(x=2))
+    assert re.search(r"^also installed +none of nobodys-package, another-of-nobody$", text, re.M)
+    assert re.search(r"^set by you +no variable that begins with JAX_, XLA_, ", text, re.M)
+
+
+def test_where_the_system_does_not_keep_the_first_variables_that_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(reported, "STARTED_WITH", tmp_path / "no such file")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    text = reported.environment(mesh_of(x=2))
+    assert "TPU_SKIP_MDS_QUERY=1 (by whom, this system does not tell)" in text
+    assert "set by" not in text
+
+
+def test_the_first_variables_are_those_of_the_start():
+    code = """
+import os
+from distattn.checkup.environment import _started_with
+os.environ["XLA_LATER"] = "1"
+print(_started_with()["XLA_FIRST"], "XLA_LATER" in _started_with())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FIRST": "a=b c", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "a=b c False\n"

@@ -205,8 +205,8 @@ printf '<%s>' "$@" && echo"""
     where = "<--zone=zone><--worker=all><--tunnel-through-iap>"
     ssh = f"<compute><tpus><tpu-vm><ssh><slice>{where}"
     assert text.splitlines() == [
-        f"{ssh}<--command=py -m pip install --quiet 'jax[tpu]' distattn>",
-        f"<compute><tpus><tpu-vm><scp><some/program.py><slice:>{where}",
+        f"{ssh}<--command=py -m pip install --quiet 'jax[tpu]' absl-py>",
+        f"<compute><tpus><tpu-vm><scp><--recurse><{ROOT / 'distattn'}><some/program.py><slice:>{where}",
         rf"{ssh}<--command=py program.py two\ words >",
     ]
     codes, text = run(["bash", *script], env=[env | {"ZONE": ""}])

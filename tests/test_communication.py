@@ -1,6 +1,7 @@
 """What crosses between devices, counted in the compiled program; and what memory that program takes."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,30 @@ def test_a_ring_makes_a_hop_less_than_there_are_devices(devices, is_causal):
     both = collectives(hlo(gradient(attention), mesh, *arguments), executed=True)
     again = (2 * there,) if devices > 2 else (there, 2 * there)
     assert both in [{"collective-permute": count + 2 * hops} for count in again]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("combine", "merge"),
+    [
+        ("butterfly", {"collective-permute": 3}),
+        ("psum", {"all-reduce": 2}),
+        ("all_gather", {"all-gather": 1}),
+    ],
+)
+def test_where_states_are_merged_whole_the_rows_of_a_sharded_query_are_gathered(
+    combine, merge, kind
+):
+    mesh = mesh_of(8, kind)
+    arguments = shapes(mesh, 64, 320, rows="kv")
+    with jax.set_mesh(mesh):
+        program = jax.jit(call(mesh, combine)).lower(*arguments).compile()
+    assert collectives(program.as_text()) == Counter(merge) + Counter({"all-gather": 1})
+    # Every device has all rows; Explicit axes cut them again as the query is, which sends nothing.
+    assert program.output_shardings.is_fully_replicated == (kind == "auto")
+    back = Counter(collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)))
+    # Where rows of the result are cut, its gradient has to be gathered as the query has.
+    assert back - Counter(merge) == {"all-gather": 1 if kind == "auto" else 2, "all-reduce": 1}
 
 
 def loops_with_permutes(jaxpr):

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +247,7 @@ def test_a_compiler_that_is_not_here(monkeypatch):
         compile_for(f, *arrays, topology="a100:2x8")
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
     for topology, extra in (("v5e:4x4", "tpu"), ("h100:2x8", "cuda-aot")):
-        with pytest.raises(ModuleNotFoundError, match=rf"pip install 'distattn\[{extra}\]'.*lower"):
+        with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{extra}\]'.*lower"):
             compile_for(f, *arrays, topology=topology)
 
 
@@ -289,8 +290,10 @@ def test_the_command_compiles_what_it_plans(capsys):
 
     assert main([*command, "--training", "--queries", "64", "--compile"]) == 0
     text = capsys.readouterr().out
-    assert "one layer, compiled for v5p:4x4x4 in" in text
-    assert "one after another" in text
+    layer = text.partition("one layer, compiled for ")[2].splitlines()
+    assert layer[0] == "v5p:4x4x4: 64 devices, sizes of one"
+    assert "not known" not in "".join(line for line in layer if "estimate" not in line)
+    assert re.fullmatch(r"  wait for one another +\d+", next(x for x in layer if " wait" in x))
 
 
 @pytest.mark.parametrize(

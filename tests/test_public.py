@@ -7,13 +7,16 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import jax
 import pytest
 
 import distattn
+from distattn.extras import needed
 
 PUBLIC = [
     "KVCache",
@@ -55,6 +58,39 @@ print(*sorted({OPTIONAL} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+LOAD = "from distattn.integrations import smollm2; smollm2."
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "who", "extra"),
+    [
+        *(
+            (name, f"import distattn.integrations.{name}", f"distattn.integrations.{name}", name)
+            for name in ("flax", "equinox")
+        ),
+        ("gguf", f"{LOAD}load('nowhere')", "the language model", "demo"),
+        ("tokenizers", f"{LOAD}_tokenizer(dict)", "the language model", "demo"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_what_brings_it(package, use, who, extra):
+    """As orbax is: tests/test_cache_moves.py."""
+    code = f"import sys; sys.modules[{package!r}] = None; {use}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"ModuleNotFoundError: {who} needs {package}, which is not installed: "
+        f"pip install -e '.[{extra}]' in a clone of distattn"
+    )
+
+
+def test_what_an_optional_package_itself_lacks_is_said_as_it_is():
+    with (
+        pytest.raises(ModuleNotFoundError, match="No module named 'of_nobody'"),
+        needed("flax", by="x", extra="flax"),
+    ):
+        import of_nobody  # noqa: F401
 
 
 def callables(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -102,4 +138,55 @@ def test_help_tells_of_every_argument_and_of_the_result(name):
         untold = [x for x in signature.parameters if x != "self" and f"\n  {x}: " not in text]
         assert untold == []
     result = signature.return_annotation
-    assert (result in (None, inspect.Signature.empty)) or "Returns:" in text
+    assert (result in (None, "None", inspect.Signature.empty)) or "Returns:" in text
+
+
+# Modules that are public besides those that `distattn` itself names.
+BESIDE = (
+    *("fixed_point", "planner", "report", "streaming", "testing"),
+    *(f"integrations.{name}" for name in ("equinox", "flax", "generation", "jax_nn", "sampling")),
+    *("integrations.drafts", "integrations.smollm2"),
+)
+
+
+def defined(module: str) -> Iterator[tuple[str, Any]]:
+    """The public functions and classes of a module, and the methods that its classes define."""
+    for name, given in vars(importlib.import_module(f"distattn.{module}")).items():
+        if name.startswith("_") or getattr(given, "__module__", None) != f"distattn.{module}":
+            continue
+        yield f"{module}.{name}", given
+        methods = vars(given).items() if inspect.isclass(given) else ()
+        yield from (
+            (f"{module}.{name}.{method}", x)
+            for method, x in methods
+            if inspect.isfunction(x) and not method.startswith("_")
+        )
+
+
+SHOWN = {
+    name: given
+    for name, given in (*EVERY.items(), *(x for module in BESIDE for x in defined(module)))
+    if callable(given)
+    and (inspect.isfunction(given) or inspect.ismethod(given) or inspect.isclass(given))
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_help_shows_types_by_their_names(name):
+    """As they are written, `ArrayLike`: spelt out, the union of it takes half a screen."""
+    signature = str(inspect.signature(SHOWN[name]))
+    assert "Union[" not in signature
+    assert "jaxlib" not in signature
+    assert "_src" not in signature
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_types_that_are_shown_by_name_are_there(name):
+    given = SHOWN[name]
+    called = given.__init__ if inspect.isclass(given) else given
+    # Files of KVCache's methods cannot import it: it imports them.
+    hints = typing.get_type_hints(called, localns={"KVCache": distattn.KVCache})
+    assert not any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values())
+    if name.endswith("dot_product_attention"):
+        assert hints["query"] == typing.get_type_hints(distattn.partial_attention)["query"]
+        assert jax.Array in typing.get_args(hints["query"])

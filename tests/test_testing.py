@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from distattn.report import Exchange, Report
 from distattn.testing import collective_bytes, collectives, fake_devices
 
 DEVICES = 8
@@ -166,3 +167,39 @@ def test_fake_devices_too_late():
 def test_fake_devices_of_no_number(count):
     with pytest.raises(ValueError, match=f"count={count} .*positive"):
         fake_devices(count)
+
+
+def test_a_report_is_printed_with_units():
+    exchanges = (
+        Exchange("all-reduce", ("host", "kv"), 1, 8192),
+        Exchange("collective-permute", (), 12, 3 * 2**20),
+    )
+    report = Report(
+        "v5e:1x1",
+        1,
+        exchanges,
+        rounds=13,
+        argument_bytes=2**30,
+        output_bytes=512,
+        temp_bytes=0,
+        flops=1.5e9,
+        accessed_bytes=2**31,
+        optimal_s=12.5e-6,
+        seconds=2.5,
+    )
+    assert str(report).splitlines() == [
+        "v5e:1x1: 1 device, sizes of one",
+        "  collectives             1 all-reduce over host, kv, 8 KiB",
+        "                          12 collective-permute over no axis, 3 MiB",
+        "  wait for one another    13",
+        "  arguments               1 GiB",
+        "  results                 512 B",
+        "  temporary               0 B",
+        "  flops, loops once       1.5e+09",
+        "  accessed, loops once    2 GiB",
+        "  estimate, loops once    12.5 us",
+        "  made in                 2.5 s",
+    ]
+    alone = str(Report("cpu, kv=1", 1, (), rounds=0))
+    assert "  collectives             none\n" in alone
+    assert alone.count("not known") == 6

@@ -7,6 +7,8 @@ Orbax itself notices files that are cut short, but not numbers that have changed
 compared before anything is read.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from distattn.cache.manifest import read_manifest, sync, write_manifest
 from distattn.cache.moving import context_of, sharding_of
 from distattn.cache.replicas import check_replicas
 from distattn.distributed.health import fail_together, from_first, meet, present, ranks
+from distattn.extras import needed
 from distattn.placement import AxisNames
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ ARRAYS = "arrays"
 TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
 
 
-def save(self: "KVCache", directory: str | os.PathLike[str], step: int | None = None) -> int:
+def save(self: KVCache, directory: str | os.PathLike[str], step: int | None = None) -> int:
     """Writes the cache to disk, as a step of its own; returns when all of it is there.
 
     Args:
@@ -89,7 +92,7 @@ def save(self: "KVCache", directory: str | os.PathLike[str], step: int | None = 
 
 @classmethod  # of KVCache, which imports it
 def restore(
-    cls: type["KVCache"],
+    cls: type[KVCache],
     directory: str | os.PathLike[str],
     step: int | None = None,
     *,
@@ -100,7 +103,7 @@ def restore(
     heads_axis_name: AxisNames = None,
     placement: str | None = None,
     replicas: int = 1,
-) -> "KVCache":
+) -> KVCache:
     """A cache that was saved, on these devices, whatever they were when it was saved.
 
     Each device reads its own share of the slots.
@@ -160,8 +163,8 @@ def restore(
 
 
 def _read(
-    orbax: ModuleType, cls: type["KVCache"], folder: Path, saved: dict[str, Any], layout: Layout
-) -> "KVCache":
+    orbax: ModuleType, cls: type[KVCache], folder: Path, saved: dict[str, Any], layout: Layout
+) -> KVCache:
     """The cache, with its slots over the devices of the layout."""
     blank = jax.eval_shape(
         lambda: cls.create(
@@ -190,16 +193,8 @@ def _free_from(tags: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def _orbax() -> ModuleType:
-    try:
+    with needed("orbax", by="saving or restoring a cache", extra="checkpoint"):
         import orbax.checkpoint
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("orbax"):
-            raise
-        raise ModuleNotFoundError(
-            "a cache is saved and restored with Orbax, which is not installed: "
-            "pip install 'distattn[checkpoint]'",
-            name=error.name,
-        ) from error
     return orbax.checkpoint
 
 
@@ -248,7 +243,7 @@ def _check_shared(folder: Path) -> None:
         )
 
 
-def _description(cache: "KVCache") -> dict[str, Any]:
+def _description(cache: KVCache) -> dict[str, Any]:
     """The format, and what `create` needs to be told for such a cache, but for where it lies."""
     return {
         "format": FORMAT,

@@ -4,6 +4,8 @@ A slot whose tag is negative is free, whatever key and value it still holds. But
 rows, all that is sent between devices is the number of occupied slots, one integer a row.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 FREE = -1
 
 
-def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
+def reset(self: KVCache, rows: ArrayLike) -> KVCache:
     """Empties rows: the next requests take their place while the others go on.
 
     Args:
@@ -59,7 +61,7 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
     return retagged(cache, ["B"], _unless, gone)
 
 
-def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
+def rewind(self: KVCache, lengths: ArrayLike) -> KVCache:
     """Frees all positions from a length on: what a rejected draft wrote, say.
 
     Args:
@@ -88,7 +90,7 @@ def rewind(self: "KVCache", lengths: ArrayLike) -> "KVCache":
     )
 
 
-def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "KVCache":
+def evict(self: KVCache, window: ArrayLike, *, keep_first: ArrayLike = 0) -> KVCache:
     """Frees old positions: the last `window` of a row stay, and the first `keep_first`.
 
     With keep_first > 0 these are the attention sinks of Xiao et al., "Efficient Streaming Language Models
@@ -119,7 +121,7 @@ def evict(self: "KVCache", window: ArrayLike, *, keep_first: ArrayLike = 0) -> "
     return _retag(self, _from_or_below, first, keep_first)
 
 
-def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) -> "KVCache":
+def accept(self: KVCache, nodes: ArrayLike, lengths: ArrayLike | None = None) -> KVCache:
     """Keeps of the last append, the nodes of a token tree, those on one path, and frees the others.
 
     The nodes of the path get the positions start, start + 1, ..., where start is the position of the first
@@ -157,7 +159,7 @@ def accept(self: "KVCache", nodes: ArrayLike, lengths: ArrayLike | None = None) 
     return dataclasses.replace(cache, next_position=start + count, appended=count)
 
 
-def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
+def fork(self: KVCache, source: ArrayLike, target: ArrayLike) -> KVCache:
     """Copies rows over others, keys and values included: for beams.
 
     The slots of a row keep their devices. Where rows are sharded, a row is sent to all of those devices.
@@ -209,7 +211,7 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
     return dataclasses.replace(cache, replica=replica)
 
 
-def _retag(cache: "KVCache", kept: Callable[..., Any], *numbers: jax.Array) -> "KVCache":
+def _retag(cache: KVCache, kept: Callable[..., Any], *numbers: jax.Array) -> KVCache:
     """The cache with tags = kept(tags, *numbers), on the devices that hold them, and its counts."""
     letters = ["B" + "." * (x.ndim - 1) for x in numbers]
     tags, counts = cache.layout.run(

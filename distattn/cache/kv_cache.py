@@ -1,5 +1,7 @@
 """`KVCache`: keys and values of the tokens so far, on many devices, in any order."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -85,7 +87,7 @@ class KVCache:
         heads_axis_name: AxisNames = None,
         placement: str = "least_loaded",
         replicas: int = 1,
-    ) -> "KVCache":
+    ) -> KVCache:
         """An empty cache.
 
         Args:

@@ -9,6 +9,8 @@ out where it changes nothing:
 3. on the new devices, S' slots.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -33,7 +35,7 @@ KEEP = "keep"
 
 
 def resize(
-    self: "KVCache",
+    self: KVCache,
     capacity: int | None = None,
     *,
     mesh: Mesh | str | None = KEEP,
@@ -42,7 +44,7 @@ def resize(
     heads_axis_name: AxisNames = None,
     placement: str | None = None,
     replicas: int | None = None,
-) -> "KVCache":
+) -> KVCache:
     """The same tokens in a cache of another capacity, on another mesh, or both. Not under jit.
 
     On the same mesh no key and no value leaves its device, unless the cache shrinks and a device holds
@@ -123,8 +125,8 @@ def context_of(layout: Layout) -> AbstractContextManager[Any]:
 
 
 def blank_like(
-    cache: "KVCache", capacity: int, layout: Layout, placement: str | None = None
-) -> "KVCache":
+    cache: KVCache, capacity: int, layout: Layout, placement: str | None = None
+) -> KVCache:
     """An empty cache for the same kind of tokens, as shapes: what `create` would make, or its error."""
     create = functools.partial(
         type(cache).create,
@@ -151,7 +153,7 @@ def sharding_of(layout: Layout, letters: str) -> Sharding:
     return layout.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
 
 
-def moved(cache: "KVCache", layout: Layout) -> "KVCache":
+def moved(cache: KVCache, layout: Layout) -> KVCache:
     """The cache with its slots cut over other devices, in order; the devices must divide them."""
     letters = letters_of(cache)
     arrays = {
@@ -162,7 +164,7 @@ def moved(cache: "KVCache", layout: Layout) -> "KVCache":
     return counted(dataclasses.replace(cache, **arrays, layout=layout))
 
 
-def _check_fit(cache: "KVCache", slots: int) -> None:
+def _check_fit(cache: KVCache, slots: int) -> None:
     counts = cache.layout.numbers(cache.counts)
     held = counts.sum(axis=1)
     if held.max() <= slots:

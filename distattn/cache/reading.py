@@ -1,5 +1,7 @@
 """Attention to what a cache holds."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def attend(
-    self: "KVCache",
+    self: KVCache,
     query: ArrayLike,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
@@ -153,7 +155,7 @@ def attend(
     return (out, lse) if return_residual else out
 
 
-def _placement(cache: "KVCache", query: jax.Array, query_axis_name: AxisNames) -> Placement:
+def _placement(cache: KVCache, query: jax.Array, query_axis_name: AxisNames) -> Placement:
     layout = cache.layout
     if layout.mesh is None:
         return Placement()
@@ -180,7 +182,7 @@ def _placement(cache: "KVCache", query: jax.Array, query_axis_name: AxisNames) -
 
 
 def _with_tree(
-    cache: "KVCache", start: jax.Array, tree: ArrayLike, mask: Any, tokens: int
+    cache: KVCache, start: jax.Array, tree: ArrayLike, mask: Any, tokens: int
 ) -> jax.Array:
     """The mask bool[B, N|1, T, S] in which the last append is a token tree."""
     batch = cache.positions.shape[0]

@@ -5,6 +5,8 @@ that of its ward where the ward is gone. Then the tokens are spread evenly again
 copy anew.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,12 +35,12 @@ if TYPE_CHECKING:
 
 
 def recover(
-    self: "KVCache",
+    self: KVCache,
     mesh: Mesh,
     *,
     expected: Sequence[ArrayLike] | None = None,
     replicas: int | None = None,
-) -> tuple["KVCache", tuple[np.ndarray, ...]]:
+) -> tuple[KVCache, tuple[np.ndarray, ...]]:
     """The cache on those of its devices that are left, and the positions that are lost.
 
     With two replicas no position is lost with one host. The capacity stays, and the tokens are spread
@@ -139,7 +141,7 @@ def _shares_left(layout: Layout, axis: str, kept: list[int]) -> list[int]:
     return [int(share) for share in shares.flat]
 
 
-def _fate(cache: "KVCache", own: list[int]) -> tuple[tuple[bool, ...], list[int]]:
+def _fate(cache: KVCache, own: list[int]) -> tuple[tuple[bool, ...], list[int]]:
     """Of which devices the ward is gone, so that its copy takes its place; and the shares that are lost."""
     gone = set(range(cache.layout.devices)) - set(own)
     if cache.replica is None:
@@ -161,7 +163,7 @@ def _carry(x: jax.Array, layout: Layout, letters: str) -> jax.Array:
 
 
 def _lost_positions(
-    cache: "KVCache", lost: np.ndarray, expected: Sequence[ArrayLike] | None
+    cache: KVCache, lost: np.ndarray, expected: Sequence[ArrayLike] | None
 ) -> tuple[np.ndarray, ...]:
     """Of each row the positions that are lost, of which the numbers are known."""
     if not lost.any():

@@ -1,5 +1,7 @@
 """New tokens: slots are reserved once for all layers, then each layer writes its keys and values there."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +26,13 @@ LOCAL = "local"
 
 
 def reserve(
-    self: "KVCache",
+    self: KVCache,
     tokens: int,
     *,
     positions: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     owner: ArrayLike | str | None = None,
-) -> tuple["KVCache", Slots]:
+) -> tuple[KVCache, Slots]:
     """Slots for new tokens, tagged with their positions, in every row: the first half of an append.
 
     The second half is `write`, once for each layer, before anything attends to the cache: until then the
@@ -115,13 +117,13 @@ def reserve(
 
 
 def write(
-    self: "KVCache",
+    self: KVCache,
     key: jax.Array,
     value: jax.Array,
     slots: Slots,
     *,
     layer: ArrayLike | None = None,
-) -> "KVCache":
+) -> KVCache:
     """Keys and values in the slots that were reserved for them. Only owners write; nothing is sent.
 
     In a scan over layers carry the cache and write one layer at a time: that happens in place.
@@ -170,7 +172,7 @@ def write(
     if layer is not None:
         arriving = [x.removeprefix("L") for x in arriving]
 
-    def put(layout: Layout, holder: "KVCache | Replica", index: jax.Array) -> Any:
+    def put(layout: Layout, holder: KVCache | Replica, index: jax.Array) -> Any:
         written = layout.run(
             _write,
             ("DB.", None if layer is None else "", *at_rest, *arriving),
@@ -189,13 +191,13 @@ def write(
 
 
 def append(
-    self: "KVCache",
+    self: KVCache,
     key: jax.Array,
     value: jax.Array,
     positions: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     owner: ArrayLike | str | None = None,
-) -> "KVCache":
+) -> KVCache:
     """New tokens in every row: `reserve` and `write`.
 
     Args:
@@ -252,7 +254,7 @@ def _write(
     return tuple(storage.write(old, new[None], index[0], layer) for old, new in pairs)
 
 
-def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
+def _refuse(cache: KVCache, new: jax.Array, overflow: jax.Array) -> None:
     """Outside of jit, an error for the rows that overflow."""
     refused = known(overflow)
     if refused is None or not refused.any():

@@ -8,6 +8,7 @@ from distattn.checkup.correctness import Check
 from distattn.checkup.examination import Report
 
 SHOWN = 4  # differing replicas of a combine
+HEADINGS = ("combine over axes", "worst error", "in result", "verdict")
 
 
 def text(report: Report) -> str:
@@ -16,8 +17,8 @@ def text(report: Report) -> str:
         (
             *_machine(report),
             "",
-            "correctness, forward and gradient, against float64 (worst error in units of the tolerance):",
-            *_table([_check_row(check) for check in report.checks]),
+            "correctness, forward and gradient, against float64; errors in units of the tolerance:",
+            *_table([HEADINGS, *(_check_row(check) for check in report.checks)]),
             *(f"  not checked: {reason}" for reason in report.left_out),
             "",
             *_replicas(report),
@@ -38,7 +39,7 @@ def _machine(report: Report) -> Iterable[str]:
     devices = f"{report.devices} {report.platform} device" + "s" * (report.devices > 1)
     yield f"  {devices}{kind} in {processes}, as a mesh of {mesh}"
     if report.devices == 1:
-        yield "  one device: nothing moves; --cpu-devices 8 takes as many fake ones"
+        yield "  one device: nothing is exchanged"
 
 
 def _check_row(check: Check) -> tuple[str, ...]:
@@ -51,6 +52,9 @@ def _check_row(check: Check) -> tuple[str, ...]:
 
 
 def _replicas(report: Report) -> Iterable[str]:
+    if report.devices == 1:
+        yield "replicas: none on one device, nothing was compared"
+        return
     if report.replicas_equal:
         yield "replicas: equal bit for bit on all devices"
         return
@@ -101,7 +105,13 @@ def _verdict(report: Report) -> Iterable[str]:
     failed = [check for check in report.checks if not check.passed]
     count = len(report.checks)
     if report.passed:
-        yield f"verdict: {'the one check' if count == 1 else f'all {count} checks'} passed"
+        passed = f"{'the one check' if count == 1 else f'all {count} checks'} passed"
+        if report.devices > 1:
+            yield f"verdict: {passed}"
+        else:
+            yield f"verdict: {passed} on one device; NOTHING BETWEEN DEVICES WAS CHECKED"
+            yield "  to check that too pass --cpu-devices 8 (fake ones, on this machine), or start it where"
+            yield "  there are more"
         return
     unequal = [check for check in report.checks if check.unequal]
     wrong = [f"{len(failed)} of {count} checks failed"] if failed else []

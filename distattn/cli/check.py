@@ -34,14 +34,16 @@ def add(subparsers: Subparsers) -> None:
         "that all devices hold the same bits; latency and bandwidth along each axis of the mesh; the time "
         "of each combine. In one process on its devices, or in every process of a job, as by: distattn "
         "launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. Rank 0 prints. "
-        "The exit code is 1 where something is wrong, in every process.",
+        "The exit code is 1 where something is wrong, in every process. On one device nothing is "
+        "exchanged: the code is 0 where its own results are right, and the verdict says that no more was "
+        "checked.",
     )
     whole, number = at_least(1), at_least(0)
     argument = parser.add_argument
     argument(
         "--report",
         action="store_true",
-        help="only print versions, devices, mesh and flags, to be pasted into a bug report",
+        help="only print versions, devices, mesh and flags: one block, to be pasted into an issue",
     )
     argument("--quick", action="store_true", help="less of everything: under a minute")
     argument(
@@ -100,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
     mesh = _mesh(options.mesh)
     if options.report:
         if jax.process_index() == 0:
-            print(environment(mesh), flush=True)
+            print(f"```text\n{environment(mesh)}\n```", flush=True)  # an issue keeps its columns
         return 0
     effort = Effort(options.quick, options.sizes, options.repeats, options.combines, options.seed)
     chosen, left_out = subjects(mesh, effort.combines, quick=effort.quick)

@@ -35,7 +35,7 @@ def add(subparsers: Subparsers) -> None:
         "launch",
         help="runs a script as several processes on this machine, each with its own CPU devices",
         usage="distattn launch [-h] -n N [--devices-per-process N] [--may-fail N] [--timeout S] "
-        "[--grace S] [--log-dir DIR] -- COMMAND ...",
+        "[--grace S] [--log-dir DIR] [--show-gloo] -- COMMAND ...",
         description="Starts a command N times, as the ranks of one job. A script that calls "
         "distattn.distributed.initialize() without arguments becomes one of N processes of a JAX program. "
         "What the ranks print comes out line by line as [rank] line. When a rank fails the others are "
@@ -66,6 +66,12 @@ def add(subparsers: Subparsers) -> None:
     )
     argument("--timeout", type=_seconds, metavar="S", help="end the job after so many seconds")
     argument("--log-dir", metavar="DIR", help="also write what each rank prints to DIR/rank-N.log")
+    argument(
+        "--show-gloo",
+        action="store_true",
+        help="also show the lines in which Gloo says that a device is connected to its peers; without it "
+        "they are in the files of --log-dir alone",
+    )
     argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each rank runs")
     parser.set_defaults(run=_run)
 
@@ -99,7 +105,8 @@ def _run(options: argparse.Namespace) -> int:
                     cpu_devices=options.devices_per_process,
                     roll_call=roll_call,
                 )
-                ranks.append(start(place, command, log_dir, guard))
+                rank = start(place, command, log_dir, guard, show_gloo=options.show_gloo)
+                ranks.append(rank)
             failed = _watch(ranks, options.may_fail, options.timeout and began + options.timeout)
         except Terminated:
             _give_notice(ranks, options.grace)

@@ -19,7 +19,7 @@ from distattn.cli.arguments import (
 )
 from distattn.cli.compiled import compiled_layer
 from distattn.cli.picture import draw
-from distattn.cli.plan_text import compiled_text, plan_text
+from distattn.cli.plan_text import plan_text
 from distattn.cost import Link, links_from
 from distattn.plan import plan
 from distattn.pods import FORM, Pod, pod
@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(plan_text(found, options.dtype, given))
         if report is not None:
-            print(f"\n{compiled_text(report)}")
+            print(f"\none layer, compiled for {report}")
     return 0 if found.fits else 1
 
 

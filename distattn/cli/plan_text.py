@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from distattn.amounts import bytes_text, count_text, seconds_text
 from distattn.plan import Plan
-from distattn.report import Report
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -219,21 +218,3 @@ def _block(title: str, rows: Rows) -> str:
 def _list(names: tuple[str, ...]) -> str:
     """x, y and z."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def compiled_text(report: Report) -> str:
-    """What the compiler says of one layer."""
-    lines = [f"one layer, compiled for {report.target} in {report.seconds:.1f} s"]
-    for x in report.exchanges:
-        size = bytes_text(x.bytes)
-        lines.append(f"  {x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}: {size} a device")
-    lines.append(f"  {count_text(report.rounds, 'collective')} one after another")
-    sizes = {
-        "arguments": report.argument_bytes,
-        "temporary": report.temp_bytes,
-        "results": report.output_bytes,
-    }
-    lines.append("  " + ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items()))
-    if report.optimal_s is not None:
-        lines.append(f"  XLA's own estimate {seconds_text(report.optimal_s)}, each loop once")
-    return "\n".join(lines)

@@ -28,8 +28,10 @@ SECONDARY = (
     ),
     re.compile(r"detected fatal errors(?!.*(INVALID_ARGUMENT|ALREADY_EXISTS))|heartbeat timeout"),
 )
-# What Gloo says of each of its connections: a screen of it, and nothing of how a rank ended.
-GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks")
+# What Gloo says of each device that has its connections: a screen of it, in which a job's output drowns.
+# Threads may tear it to pieces; a line that has anything else is none.
+_PIECES = (r"\[Gloo\] Rank ", r" peer ranks\. Expected number of connected peer ranks is : ")
+GREETING = re.compile(rf"(?=.*({'|'.join(_PIECES)}))({'|'.join(_PIECES)}| is connected to |\d)+")
 
 _output = threading.Lock()  # lines of different ranks do not mix
 
@@ -92,9 +94,12 @@ class Guard:
 class Rank:
     """A process of the job, in a session of its own."""
 
-    def __init__(self, number: int, process: subprocess.Popen[bytes], log: Path | None) -> None:
+    def __init__(
+        self, number: int, process: subprocess.Popen[bytes], log: Path | None, show_gloo: bool
+    ) -> None:
         self.number: int = number
         self.log: Path | None = log
+        self.show_gloo: bool = show_gloo
         self.ended: float = 0.0  # when it was noticed, by time.monotonic
         self._process = process
         self._tail: collections.deque[str] = collections.deque(maxlen=LINES)
@@ -154,13 +159,18 @@ class Rank:
                 if log is not None:
                     log.write(raw)
                 line = raw.decode(errors="replace").rstrip("\r\n")
-                if not GREETING.match(line):
+                greeting = GREETING.fullmatch(line) is not None
+                if not greeting:
                     self._tail.append(line)
+                elif not self.show_gloo:
+                    continue
                 with _output, contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
                     print(f"[{self.number}] {line}", flush=True)
 
 
-def start(place: Launched, command: Sequence[str], log_dir: Path | None, guard: Guard) -> Rank:
+def start(
+    place: Launched, command: Sequence[str], log_dir: Path | None, guard: Guard, *, show_gloo: bool
+) -> Rank:
     """Starts a rank."""
     process = guard.spawn(
         command,
@@ -170,7 +180,7 @@ def start(place: Launched, command: Sequence[str], log_dir: Path | None, guard: 
         variables={"PYTHONUNBUFFERED": "1"} | place.variables(),
     )
     log = None if log_dir is None else log_dir / f"rank-{place.process_id}.log"
-    return Rank(place.process_id, process, log)
+    return Rank(place.process_id, process, log, show_gloo)
 
 
 @contextlib.contextmanager

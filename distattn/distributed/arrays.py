@@ -1,5 +1,7 @@
 """Global arrays from what each process has, and back."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Callable

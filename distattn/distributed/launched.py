@@ -38,6 +38,9 @@ class Launched:
         return [rank for rank in range(self.num_processes) if str(rank) not in there]
 
 
+NAMES = frozenset(f"{PREFIX}{field.name.upper()}" for field in dataclasses.fields(Launched))
+
+
 def read(environment: Mapping[str, str]) -> Launched | None:
     """What the launcher has set, or None where there is no launcher.
 

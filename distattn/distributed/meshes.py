@@ -1,5 +1,7 @@
 """Meshes whose slow axis comes first."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 
 import jax

@@ -4,6 +4,8 @@ JAX finds out who is alive (`jax.experimental.multihost_utils.live_devices`, of 
 says that it may still change), and makes all of them wait for the same answer.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Collection, Generator
 from typing import Any

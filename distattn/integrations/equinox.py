@@ -1,19 +1,24 @@
 """distattn as the attention of Equinox, whose `MultiheadAttention` has no place to put one in."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.checks import Window
+from distattn.extras import needed
 from distattn.movement import Combine
 from distattn.placement import AxisNames
 from distattn.sharded import dot_product_attention
+
+with needed("equinox", by=__name__, extra="equinox"):
+    import equinox as eqx
 
 
 class MultiheadAttention(eqx.nn.MultiheadAttention):

@@ -5,6 +5,8 @@ pass to it differs. linen passes only what is named in its signature, so every k
 passes all that it has.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -12,14 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen import dtypes
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.checks import Window, window_sides
+from distattn.extras import needed
 from distattn.movement import Combine
 from distattn.placement import AxisNames
 from distattn.sharded import dot_product_attention
+
+with needed("flax", by=__name__, extra="flax"):
+    from flax.linen import dtypes
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +66,9 @@ def attention_fn(
 
     * `mask` is boolean or, as `make_causal_mask` makes it, of numbers: nonzero = attend. Or it is an
       `AttentionMask`, whose labels take no memory of size [T, S]. A row that attends to no key gives 0
-      (in Flax: the mean of all values).
+      (in Flax: the mean of all values). A dense mask goes by slot, and what it forbids is forbidden:
+      beside positions of another order, as of a zigzag layout, pass is_causal=True and no mask of
+      `make_causal_mask`, which would take away keys that a row should see, without an error.
     * `dtype` and `promote_dtype` decide in which dtype query, key and value come in. The softmax is always
       float32, or float64; `force_fp32_for_softmax` makes the output float32, as it does in linen.
     * `broadcast_dropout` and `dropout_rng` only say how to drop, so they matter to nothing here.

@@ -6,6 +6,8 @@ last and the drafts behind it. It has one of two lengths, `chunk` while a row ha
 reset in the step that begins the next one, while the others go on; tags are all that is edited.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections import deque

@@ -1,5 +1,7 @@
 """distattn with the signature of `jax.nn.dot_product_attention`, for code that is given its attention."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -4,6 +4,8 @@ The n-th token of a request is drawn with a key made of the request's seed and n
 the same tokens whichever row it runs in, whatever its neighbours are, and with drafts or without.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

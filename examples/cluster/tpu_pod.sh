@@ -7,7 +7,8 @@
 #   TPU, ZONE  of a slice that is running (gcloud compute tpus tpu-vm create ...)
 #   PROJECT    where it is not gcloud's default
 #   PYTHON     on each host, 3.11 or later: that of an image with Ubuntu 22.04 is 3.10, and does not do
-#   INSTALL    what its pip installs there, or an empty string: nothing
+#   INSTALL    what its pip installs there, or an empty string: nothing. distattn itself is not released: this
+#              clone of it is copied beside the script
 # and the script with its arguments behind them: examples/cluster/job.py, or another that calls
 # distattn.distributed.initialize() without arguments.
 #
@@ -28,7 +29,7 @@ set -euo pipefail
 
 : "${TPU:?the name of the slice}" "${ZONE:?the zone of the slice}"
 (($#)) || set -- examples/cluster/job.py
-script=$1
+script=$1 library=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../distattn" && pwd)
 shift
 where=("--zone=$ZONE" --worker=all)
 [[ -z ${PROJECT:-} ]] || where+=("--project=$PROJECT")
@@ -36,7 +37,7 @@ where=("--zone=$ZONE" --worker=all)
 
 everywhere() { gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$1"; }
 
-python=${PYTHON:-python3} install=${INSTALL-"'jax[tpu]' distattn"}
+python=${PYTHON:-python3} install=${INSTALL-"'jax[tpu]' absl-py"}
 [[ -z $install ]] || everywhere "$python -m pip install --quiet $install"
-gcloud compute tpus tpu-vm scp "$script" "$TPU:" "${where[@]}"
+gcloud compute tpus tpu-vm scp --recurse "$library" "$script" "$TPU:" "${where[@]}"
 everywhere "$python $(printf '%q ' "$(basename "$script")" "$@")"

@@ -5,6 +5,7 @@
     python scripts/bench/attention.py compile   # seconds to trace and compile, eight devices
     python scripts/bench/attention.py devices   # eight fake devices, beside XLA's partitioning
     python scripts/bench/attention.py reproducible  # the same bits beside the ordinary ones, eight devices
+    python scripts/bench/attention.py reproducible_compile  # seconds to compile these, medians by turns
 
 PyTorch's scaled_dot_product_attention takes part in `speed` where it is installed.
 """
@@ -224,11 +225,42 @@ def reproducible(repeats):
         )
 
 
+def reproducible_compile(repeats):
+    """Seconds to trace and compile a gradient, T = S = 1024, on eight fake devices, by turns."""
+    mesh = on_mesh()
+    print(f"{'gradient, T = S = 1024':26}{'ratio':>7}{'s':>9}{'ordinary s':>13}")
+    for combine in ("psum", "gather_kv", "ring"):
+        times = {True: [], False: []}
+        rows = "kv" if combine != "psum" else None
+        specs = P(None, rows), P(None, "kv"), P(None, "kv")
+        arrays = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(inputs(1, 1024, 1024, 8, 2, 64, "float32"), specs, strict=True)
+        ]
+        for turn in range(repeats + 1):  # the first of each imports and sets up: it does not count
+            for exact, seconds in times.items():
+                f = functools.partial(
+                    ours(True),
+                    mesh=mesh,
+                    axis_name="kv",
+                    query_axis_name=rows,
+                    combine=combine,
+                    reproducible=exact,
+                )
+                jax.clear_caches()
+                start = time.perf_counter()
+                jax.jit(gradient(f)).lower(*arrays).compile()
+                if turn:
+                    seconds.append(time.perf_counter() - start)
+        exact, ordinary = (statistics.median(times[name]) for name in (True, False))
+        print(f"{combine:26}{exact / ordinary:7.2f}{exact:9.2f}{ordinary:13.2f}", flush=True)
+
+
 def run_and_wait(compiled, arrays):
     jax.block_until_ready(compiled(*arrays))
 
 
-MODES = ("speed", "memory", "compile", "devices", "reproducible")
+MODES = ("speed", "memory", "compile", "devices", "reproducible", "reproducible_compile")
 
 
 def main():
@@ -251,6 +283,8 @@ def main():
             devices(arguments.repeats)
         case "reproducible":
             reproducible(arguments.repeats)
+        case "reproducible_compile":
+            reproducible_compile(arguments.repeats)
 
 
 if __name__ == "__main__":
