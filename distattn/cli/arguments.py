@@ -1,7 +1,7 @@
 """What all commands need to read their arguments."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeAlias
 
 # argparse has no public name for what `add_subparsers` gives.
@@ -25,6 +25,18 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of some of the names, with commas between them: a `type` of argparse."""
+
+    def chosen(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(text.split(",")))
+        if not set(found) <= set(names):
+            refuse(text, f"some of {', '.join(names)}, with commas between them")
+        return found
+
+    return chosen
 
 
 def mesh_axes(value: str) -> dict[str, int]:
