@@ -18,11 +18,11 @@ from distattn.fused.exchange import Exchange, barrier_of, rows_spec, scratch_of
 from distattn.fused.route import Route
 from distattn.fused.wire import Wire
 from distattn.kernels.rows import by_key_heads, by_queries
-from distattn.kernels.tpu_block import Plan
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, launch
 from distattn.kernels.tpu_forward import fold_step, numbers_of, prepared
 from distattn.kernels.tpu_layout import TpuCut
+from distattn.kernels.tpu_plan import Plan
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, finalize
 

@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 
 from distattn.block import Cotangents, Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Piece, Pieces, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, Part, launch
 from distattn.kernels.gpu_forward import layered
 from distattn.kernels.gpu_layout import cut_of
+from distattn.kernels.gpu_plan import Piece, Pieces, Plan, plan_of, unless_finite
 from distattn.kernels.rows import by_key_heads, by_queries, index_of, numbers_of_rows
 from distattn.kernels.scores import gradients_of
 from distattn.kernels.table import Table, tables

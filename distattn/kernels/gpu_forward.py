@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 
 from distattn.block import Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Piece, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, launch
 from distattn.kernels.gpu_layout import cut_of
+from distattn.kernels.gpu_plan import Piece, Plan, plan_of, unless_finite
 from distattn.kernels.rows import by_key_heads, by_queries, index_of
 from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables

@@ -19,10 +19,10 @@ from distattn.block import Cotangents, Scoring
 from distattn.kernels.rows import Index, by_key_heads, by_queries, index_of, numbers_of_rows
 from distattn.kernels.scores import gradients_of
 from distattn.kernels.table import tables
-from distattn.kernels.tpu_block import Plan, Side, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, launch
 from distattn.kernels.tpu_layout import as_given, as_stored, cut_of
+from distattn.kernels.tpu_plan import Plan, Side, each, guarded, loaded, plan_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
 

@@ -22,10 +22,10 @@ from distattn.block import Scoring
 from distattn.kernels.rows import by_key_heads, by_queries, index_of
 from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables
-from distattn.kernels.tpu_block import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, Step, launch
 from distattn.kernels.tpu_layout import TpuCut, as_stored, cut_of
+from distattn.kernels.tpu_plan import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, merge, softmax_weights
