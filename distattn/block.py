@@ -113,9 +113,8 @@ def block_gradients(
     d_logits = weights * d_weights
     if slope is not None:
         d_logits = d_logits * slope
-    if (
-        block.allowed is not None
-    ):  # the weights are 0 there, but keys and values may be anything: 0 * nan
+    # The weights are 0 there, but keys and values may be anything: 0 * nan.
+    if block.allowed is not None:
         d_logits = jnp.where(block.allowed, d_logits, 0.0)
     d_query = attended_sum(
         lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, block

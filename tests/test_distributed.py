@@ -413,12 +413,8 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("processes", "devices", "kind", "combines"),
     [
-        (
-            3,
-            1,
-            "Auto",
-            ("butterfly", "ring"),
-        ),  # the first: alone on JAX versions that are not the default
+        # The first: alone on JAX versions that are not the default.
+        (3, 1, "Auto", ("butterfly", "ring")),
         (4, 2, "Auto", ("auto", "ulysses_gather_kv")),
         (2, 4, "Explicit", ALL_REDUCES[1:] + QUERY_SHARDED),  # but "auto": one of these
     ],

@@ -11,7 +11,7 @@ _interpret = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def interpreted(params: Any = True) -> Generator[None]:
+def interpreted(params: Any = True) -> Generator[None, None, None]:
     """While it is entered, the kernels that are traced run on a CPU, by Pallas' interpreter.
 
     Args:

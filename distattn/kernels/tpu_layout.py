@@ -131,9 +131,8 @@ def _most_keys(x: jax.Array, heads: int) -> int:
     """Of a block with so many heads."""
     if x.dtype != jnp.float16:
         return MOST_KEYS
-    rows = (
-        HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
-    )  # a tile is one of 8, full or not
+    # A tile is one of 8, full or not.
+    rows = HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
     return min(max(HALF_ITEMS // (rows * x.shape[-1]) // LANES * LANES, LANES), MOST_KEYS)
 
 
