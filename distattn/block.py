@@ -7,7 +7,7 @@ queries, logits are [b, s, K, G, q]: XLA:CPU vectorises no reduction over the mi
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,14 @@ class Block:
     # Whether the program may branch on data. Not where the compiler may have sharded batch or heads:
     # a condition on all of them would be a collective.
     branch: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+class Cotangents(NamedTuple):
+    """What a gradient takes by rows, of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum)."""
+
+    reference: jax.Array  # f32[B, T, N], of the weights: the maximum or the log-sum-exp
+    d_sum: jax.Array  # f32[B, T, N]
+    d_weighted_sum: jax.Array  # f32[B, T, N, V]
 
 
 def block_state(block: Block, scoring: Scoring) -> SoftmaxState:
@@ -77,11 +85,7 @@ def finish_logits(
 
 
 def block_gradients(
-    block: Block,
-    scoring: Scoring,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    block: Block, scoring: Scoring, cotangents: Cotangents
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), for weights exp(s - reference).
 
@@ -94,14 +98,13 @@ def block_gradients(
     Args:
       block: the operands.
       scoring: how logits are made.
-      reference: [b, K, G, q].
-      d_sum: [b, K, G, q].
-      d_weighted_sum: [b, K, G, q, V].
+      cotangents: [b, K, G, q], [b, K, G, q], [b, K, G, q, V].
 
     Returns:
       d_query [b, K, G, q, H] with respect to the scaled query, d_key [b, s, K, H], d_value
       [b, s, K, V], and d_logits before the soft cap [b, K, G, q, s].
     """
+    reference, d_sum, d_weighted_sum = cotangents
     logits, slope = block_logits(block, scoring)
     weights = softmax_weights(logits, reference[..., None])
     einsum = einsum_with(scoring)
@@ -110,9 +113,8 @@ def block_gradients(
     d_logits = weights * d_weights
     if slope is not None:
         d_logits = d_logits * slope
-    if (
-        block.allowed is not None
-    ):  # the weights are 0 there, but keys and values may be anything: 0 * nan
+    # The weights are 0 there, but keys and values may be anything: 0 * nan.
+    if block.allowed is not None:
         d_logits = jnp.where(block.allowed, d_logits, 0.0)
     d_query = attended_sum(
         lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, block

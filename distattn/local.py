@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from distattn import kernels, reproducible
 from distattn._compat import vary, varying_axes
-from distattn.block import Block, Scoring, block_gradients, block_state
+from distattn.block import Block, Cotangents, Scoring, block_gradients, block_state
 from distattn.derivatives import refuse_second_derivative
 from distattn.mask import Mask, split_heads
 from distattn.operands import Operands, plain
@@ -69,9 +69,7 @@ def fold_gradients(
     operands: Operands,
     scoring: Scoring,
     machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    cotangents: Cotangents,
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
@@ -83,9 +81,7 @@ def fold_gradients(
       operands: as in `fold`.
       scoring: as in `fold`.
       machine: as in `fold`.
-      reference: f32[B, T, N], the maximum or the log-sum-exp.
-      d_sum: f32[B, T, N].
-      d_weighted_sum: f32[B, T, N, V].
+      cotangents: f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
       key_dtype: of d_key and d_value; None: those of key and value.
 
     Returns:
@@ -114,8 +110,8 @@ def fold_gradients(
                 fresh_keys=fresh(column, place.key, tiles.keys),
                 fresh_queries=fresh(row, place.query, tiles.queries),
             )
-            rows = (tiles.rows(x, place) for x in (reference, d_sum, d_weighted_sum))
-            dq, dk, dv, d_logits = block_gradients(block, scoring, *rows)
+            rows = Cotangents(*(tiles.rows(x, place) for x in cotangents))
+            dq, dk, dv, d_logits = block_gradients(block, scoring, rows)
             dq = rows_first(dq * scoring.scale)
             d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
             if d_bias is not None:
@@ -205,17 +201,18 @@ def local_gradients(
 ) -> Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]]:
     """The function from operands to their gradients, arrays or, with units, sums in fixed point.
 
-    `rows` and `key_dtype` are the keyword arguments of `fold_gradients`.
+    `rows` are the `Cotangents` by name, and `key_dtype` is that of `fold_gradients`.
     """
+    cotangents = Cotangents(**rows)
     if units is not None:
         return lambda operands: reproducible.fold_gradients(
-            operands, scoring, machine, units, **rows
+            operands, scoring, machine, units, cotangents
         )
 
     def run(operands: Operands) -> tuple[Sum, Sum, Sum, Sum | None]:
         kernel = kernels.chosen(operands, scoring, machine, implementation, backward=True)
         gradients = kernel.fold_gradients if kernel else fold_gradients
-        return gradients(operands, scoring, machine, **rows, key_dtype=key_dtype)
+        return gradients(operands, scoring, machine, cotangents, key_dtype=key_dtype)
 
     return run
 
@@ -247,7 +244,7 @@ def with_gradients(
 
     Args:
       fold: the state, f32[B, T, N] twice and f32[B, T, N, V].
-      gradients: of operands, and by name reference, d_sum and d_weighted_sum, as `fold_gradients`.
+      gradients: of operands, and of `Cotangents` by name.
       operands: all varying over the same axes.
     """
 

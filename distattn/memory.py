@@ -87,9 +87,8 @@ def _exchanged(
         return 2 * state  # one's own, and one that arrives or is summed
     if combine == "all_gather":
         return (1 + devices) * state
-    if (
-        combine == "reduce_scatter"
-    ):  # of all rows: queries and states, of which half arrive at first
+    # Of all rows: queries and states, of which half arrive at first.
+    if combine == "reduce_scatter":
         queries = devices * rows * w.batch * w.heads * w.head_dim * w.dtype_bytes
         return queries + devices * state + -(-devices * state // 2)
     held = state + _keys_held(combine, w, sizes, keys, itemsize)

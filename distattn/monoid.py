@@ -29,9 +29,8 @@ class Monoid:
     gauge: Callable[[State], jax.Array]  # merged by `maximum`
     in_gauge: Callable[[State, jax.Array], State]  # for a gauge that is not below its own
     pack: Callable[[State], jax.Array]
-    unpack: Callable[
-        [jax.Array, State], State
-    ]  # packed, and a state that is like it but for its rows
+    # Packed, and a state that is like it but for its rows.
+    unpack: Callable[[jax.Array, State], State]
     pack_sums: Callable[[State], jax.Array]  # without the gauge
     unpack_sums: Callable[[jax.Array, jax.Array, State], State]  # with the gauge
     finalize: Callable[..., tuple[jax.Array, jax.Array]]  # out [B, T, N, V] and lse [B, T, N]

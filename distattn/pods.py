@@ -73,9 +73,8 @@ class Pod:
         chip = self.chip
         if not self.torus:
             hosts, devices = self.shape
-            sharers = (
-                devices if chip.platform == "cpu" else 1
-            )  # a GPU has a network card of its own
+            # A GPU has a network card of its own.
+            sharers = devices if chip.platform == "cpu" else 1
             return (
                 Dimension(
                     "host",

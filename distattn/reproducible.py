@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from distattn import by_key, elementary, fixed_point, gauge
 from distattn._compat import varying_axes
-from distattn.block import Scoring, attended_sum
+from distattn.block import Cotangents, Scoring, attended_sum
 from distattn.fixed_point import (
     FixedPoint,
     FixedPointState,
@@ -80,9 +80,7 @@ def fold_gradients(
     scoring: Scoring,
     machine: Machine,
     units: Units,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    cotangents: Cotangents,
 ) -> tuple[FixedPoint, FixedPoint, FixedPoint, FixedPoint | None]:
     """`local.fold_gradients` in fixed point.
 
@@ -91,9 +89,7 @@ def fold_gradients(
       scoring: as in `fold`.
       machine: as in `fold`.
       units: as in `fold`.
-      reference: f32[B, T, N], the log-sum-exp.
-      d_sum: f32[B, T, N].
-      d_weighted_sum: f32[B, T, N, V].
+      cotangents: f32[B, T, N], the log-sum-exp, f32[B, T, N], f32[B, T, N, V].
 
     Returns:
       FixedPoint: d_query [H, B, N, T], d_key [H, B, K, S], d_value [V, B, K, S], and d_bias [1, ...] with
@@ -123,10 +119,8 @@ def fold_gradients(
             query = tiles.query(tiles.place(batch, heads, row, column), scoring.scale)
             step = load(tiles, columns, scoring, (batch, heads, row, column), query, sums_rows=True)
             place = step.place
-            rows = (
-                columns.join(tiles.rows(x, place), 2) for x in (reference, d_sum, d_weighted_sum)
-            )
-            dq, d_keys, d_logits = _step_gradients(step, units, d_keys, *rows)
+            rows = Cotangents(*(columns.join(tiles.rows(x, place), 2) for x in cotangents))
+            dq, d_keys, d_logits = _step_gradients(step, units, d_keys, rows)
             dq = _by_heads(dq, columns)
             d_query = add_at(d_query, dq, place.batch, place.query_heads, place.query)
             if d_bias is not None:
@@ -181,12 +175,7 @@ def softmax_weights(logits: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def _step_gradients(
-    step: Step,
-    units: Units,
-    d_keys: list[FixedPoint],
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    step: Step, units: Units, d_keys: list[FixedPoint], cotangents: Cotangents
 ) -> tuple[FixedPoint, list[FixedPoint], jax.Array]:
     """Those of one step (see `block_gradients`).
 
@@ -194,13 +183,12 @@ def _step_gradients(
       step: the step.
       units: as in `fold`.
       d_keys: of key and value [H, b, K, s], [V, b, K, s], from the rows before.
-      reference: f32[b, K, m].
-      d_sum: f32[b, K, m].
-      d_weighted_sum: f32[b, K, m, V].
+      cotangents: f32[b, K, m], f32[b, K, m], f32[b, K, m, V].
 
     Returns:
       d_query [H, b, K, m], d_keys with this step, and d_logits f32[b, s, K, m].
     """
+    reference, d_sum, d_weighted_sum = cotangents
     logits, slope = step.scores()
     weights = elementary.apart(softmax_weights, logits, reference[:, None])
     d_weights = step.with_keys(d_weighted_sum, step.value)

@@ -79,9 +79,8 @@ class Step:
         weights, x = (y.reshape(y.shape[0], -1, keys, *y.shape[2:]) for y in (weights, x))
         over = ((1,), (1,)), ((0,), (0,))
         pairs = [(weights[0, :, :, k], x[0, :, :, k]) for k in range(x.shape[3])]
-        if (
-            weights.shape[-1] <= FEW_COLUMNS
-        ):  # XLA:CPU is twice as fast with the wide operand on the right
+        # XLA:CPU is twice as fast with the wide operand on the right.
+        if weights.shape[-1] <= FEW_COLUMNS:
             parts = jnp.stack([self._dot(w, x, over) for w, x in pairs])
             return parts.transpose(1, 3, 0, 2)[:, :, None]
         return jnp.stack([self._dot(x, w, over) for w, x in pairs], axis=2)[:, :, None]

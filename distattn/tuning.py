@@ -14,7 +14,7 @@ from jax import lax
 
 from distattn import kernels
 from distattn._compat import device_kind_of, platform_of
-from distattn.block import Scoring
+from distattn.block import Cotangents, Scoring
 from distattn.checkup.programs import DoesNotCompile, medians, prepare
 from distattn.kernels.tuned import Kind, Measured, chip_name, kind_of
 from distattn.operands import Operands, make_operands
@@ -24,8 +24,6 @@ from distattn.tiles import Machine
 SAMPLE_S = 0.02
 SCORING = Scoring(1 / 8)
 Program = Callable[..., jax.Array]
-# Reference, d_sum and d_weighted_sum of a gradient; none of a fold.
-Rows = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +131,13 @@ def tune(workload: Workload, repeats: int) -> Finding:
     reason = kernel.refusal(operands, SCORING, machine, backward=backward)
     if reason is not None:
         raise NotImplementedError(f"{kind}: {reason}")
-    rows = _rows_of(operands) if backward else ()
+    cotangents = _cotangents_of(operands) if backward else None
     own = kernel.sizes_of(operands, SCORING, machine, backward=backward)
-    programs, left_out = _programs(workload, operands, rows)
+    programs, left_out = _programs(workload, operands, cotangents)
     if own not in programs:
         raise NotImplementedError("; ".join(left_out))
-    calls = _calls_of_a_sample(programs[own], operands, rows)
-    timed = {f"{x}": (program, (calls, operands, rows)) for x, program in programs.items()}
+    calls = _calls_of_a_sample(programs[own], operands, cotangents)
+    timed = {f"{x}": (program, (calls, operands, cotangents)) for x, program in programs.items()}
     seconds = medians(timed, repeats)
     found = sorted(
         (Candidate(*sizes, seconds[f"{sizes}"] / int(calls)) for sizes in programs),
@@ -150,7 +148,7 @@ def tune(workload: Workload, repeats: int) -> Finding:
 
 
 def _programs(
-    workload: Workload, operands: Operands, rows: Rows
+    workload: Workload, operands: Operands, cotangents: Cotangents | None
 ) -> tuple[dict[tuple[int, int], Program], list[str]]:
     """The compiled program of all sizes that there is room for, by rows and keys; which failed."""
     programs: dict[tuple[int, int], Program] = {}
@@ -168,7 +166,7 @@ def _programs(
         name = f"{workload.kind}, {sizes[0]} rows x {sizes[1]} keys"
         run = functools.partial(_calls, machine)
         try:
-            programs[sizes] = prepare(name, run, jnp.ones((), jnp.int32), operands, rows)
+            programs[sizes] = prepare(name, run, jnp.ones((), jnp.int32), operands, cotangents)
         except DoesNotCompile as error:
             left_out.append(f"{name}: {error}")
     return programs, left_out
@@ -183,15 +181,17 @@ def _machines(
             yield Machine(platform_of(), block_sizes=(-(-rows // groups), keys))
 
 
-def _calls(machine: Machine, count: jax.Array, operands: Operands, rows: Rows) -> jax.Array:
-    """A number that needs `count` calls, one after the other."""
+def _calls(
+    machine: Machine, count: jax.Array, operands: Operands, cotangents: Cotangents | None
+) -> jax.Array:
+    """A number that needs `count` calls, one after the other: of a fold, or of a gradient."""
     kernel = kernels.own(machine.platform)
 
     def call(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         query, seen = carry
         own = dataclasses.replace(operands, query=query)
-        if rows:
-            results = kernel.fold_gradients(own, SCORING, machine, *rows)[:3]
+        if cotangents is not None:
+            results = kernel.fold_gradients(own, SCORING, machine, cotangents)[:3]
         else:
             state = kernel.fold(own, SCORING, machine)
             results = state.sum, state.weighted_sum
@@ -202,20 +202,22 @@ def _calls(machine: Machine, count: jax.Array, operands: Operands, rows: Rows) -
     return lax.fori_loop(0, count, call, (operands.query, jnp.zeros((), jnp.float32)))[1]
 
 
-def _rows_of(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reference, d_sum and d_weighted_sum, as `distattn.local.fold_gradients` wants them."""
+def _cotangents_of(operands: Operands) -> Cotangents:
     shape = operands.query.shape[:3]
     reference = jnp.full(shape, 8.0, jnp.float32)
     width = operands.value.shape[-1]
-    return reference, jnp.ones(shape), _random(3, (*shape, width), jnp.dtype(jnp.float32))
+    d_weighted_sum = _random(3, (*shape, width), jnp.dtype(jnp.float32))
+    return Cotangents(reference, jnp.ones(shape), d_weighted_sum)
 
 
-def _calls_of_a_sample(program: Program, operands: Operands, rows: Rows) -> jax.Array:
+def _calls_of_a_sample(
+    program: Program, operands: Operands, cotangents: Cotangents | None
+) -> jax.Array:
     one = jnp.ones((), jnp.int32)
     seconds = []
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
-        jax.block_until_ready(program(one, operands, rows))
+        jax.block_until_ready(program(one, operands, cotangents))
         seconds.append(time.perf_counter() - began)
     return jnp.asarray(max(math.ceil(SAMPLE_S / seconds[1]), 1), jnp.int32)
 

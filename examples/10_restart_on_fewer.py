@@ -1,7 +1,8 @@
 """A job that dies is started again on fewer machines, and says what it would have said.
 
 A language model (small, of random weights: this is about processes) answers on four processes of two
-devices, and saves its cache, and what it has said so far, every few tokens. Then things go wrong:
+devices, and saves its cache, and what it has said so far, every few tokens. Then things go wrong. What one
+learns:
 
 1. One of the processes is killed (SIGKILL). `distattn launch` says which and ends the others.
 2. The job is started again on two processes of two devices: each device reads its share of the last save.

@@ -1,4 +1,4 @@
-"""A training run on disk, from which any mesh and number of processes goes on, and the notice to end."""
+"""A training run (example 08) on disk, for any mesh and number of processes, and the notice to end."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The command line of a training run."""
+"""The command line of a training run (example 08)."""
 
 import argparse
 import math

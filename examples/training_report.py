@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar, what its program sends, and the curve of its loss."""
+"""What a training run (example 08) shows: its progress, what its program sends, the curve of its loss."""
 
 import re
 import sys

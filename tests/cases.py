@@ -16,9 +16,8 @@ from tests.tolerance import assert_close
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
 QUERY_SHARDED = ("reduce_scatter", "gather_kv", "ring", "ulysses")
-FULLY_OPTIMIZED: dict[str, Any] = {
-    "xla_backend_optimization_level": 3
-}  # XLA's defaults; see conftest.py
+# XLA's defaults; see conftest.py.
+FULLY_OPTIMIZED: dict[str, Any] = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     FULLY_OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}

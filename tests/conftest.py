@@ -7,9 +7,10 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import jax
@@ -135,6 +136,35 @@ def example(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent.parent / "examples")
         yield importlib.import_module(request.module.EXAMPLE)
+
+
+@pytest.fixture
+def elsewhere() -> dict[str, Any]:
+    """Where keys lie and how devices exchange, all otherwise than by default."""
+    return {
+        "mesh": jax.make_mesh((8,), ("kv",)),
+        "axis_name": ("kv",),
+        "query_axis_name": "kv",
+        "combine": "ring",
+    }
+
+
+@pytest.fixture
+def arriving(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], dict[str, Any]]:
+    """arriving(adapter): all that its attention is passed by name, from then on. It gives the query."""
+
+    def record(adapter: ModuleType) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def attention(query: Any, *arrays: Any, **keywords: Any) -> Any:
+            del arrays
+            seen.update(keywords)
+            return query
+
+        monkeypatch.setattr(adapter, "dot_product_attention", attention)
+        return seen
+
+    return record
 
 
 @pytest.fixture(scope="module")

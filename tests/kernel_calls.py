@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,42 @@ def caches() -> list[tuple[str, Any, int, int, int | None]]:
     ]
 
 
+class Given(NamedTuple):
+    """What a call that is compiled is given, over the devices of an axis 'kv': shapes and dtypes."""
+
+    query: jax.ShapeDtypeStruct
+    key: jax.ShapeDtypeStruct
+    value: jax.ShapeDtypeStruct
+    query_positions: jax.ShapeDtypeStruct
+    key_positions: jax.ShapeDtypeStruct
+
+    @classmethod
+    def of(
+        cls,
+        sizes: tuple[int, int, int, int, int],
+        devices: int,
+        width: int,
+        dtype: Any,
+        value_width: int | None = None,
+    ) -> "Given":
+        """Of so many rows of the batch, queries, keys of a device, heads and heads of keys."""
+        batch, queries, keys, heads, kv_heads = sizes
+        struct = jax.ShapeDtypeStruct
+        return cls(
+            struct((batch, queries, heads, width), dtype),
+            struct((batch, devices * keys, kv_heads, width), dtype),
+            struct((batch, devices * keys, kv_heads, value_width or width), dtype),
+            struct((batch, queries), jnp.int32),
+            struct((batch, devices * keys), jnp.int32),
+        )
+
+    @classmethod
+    def specs(cls) -> tuple[P, ...]:
+        """How they lie."""
+        along = P(None, "kv")
+        return P(), along, along, P(), along
+
+
 def compiled(
     target: str,
     call: str,
@@ -111,7 +147,6 @@ def compiled(
 
     `implementation`: None for the kernels of the target.
     """
-    batch, queries, keys, heads, kv_heads = CALLS[call]
     devices = pod(target).devices
     f = functools.partial(
         distattn.dot_product_attention,
@@ -130,19 +165,13 @@ def compiled(
             *x[:3]
         )
 
-    struct = jax.ShapeDtypeStruct
-    along = P(None, "kv")
     run: Callable = gradient if call == "gradient" else attention
     return compile_for(
         run,
-        struct((batch, queries, heads, width), dtype),
-        struct((batch, devices * keys, kv_heads, width), dtype),
-        struct((batch, devices * keys, kv_heads, value_width or width), dtype),
-        struct((batch, queries), jnp.int32),
-        struct((batch, devices * keys), jnp.int32),
+        *Given.of(CALLS[call], devices, width, dtype, value_width),
         topology=target,
         mesh={"kv": devices},
-        specs=(P(), along, along, P(), along),
+        specs=Given.specs(),
     )
 
 

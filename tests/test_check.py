@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,8 +25,8 @@ from distattn.checkup.programs import on_mesh
 from distattn.checkup.text import text
 from distattn.cli import check, main
 from distattn.cost import Link, Topology
+from tests.jobs import ROOT, ended_well
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 200  # of the launched job
 EPS = np.finfo(np.float32).eps
 KEYS = {
@@ -219,10 +218,11 @@ def test_replicas_that_differ_are_found(broken):
     assert "verdict: FAILED: replicas differ in 1" in text(report)
 
 
-def test_a_combine_that_does_not_compile_is_a_failure_and_the_others_go_on(broken):
-    def refuse(state, axes):
-        raise ValueError("there is no such thing")
+def refuse(state, axes):
+    raise ValueError("there is no such thing")
 
+
+def test_a_combine_that_does_not_compile_is_a_failure_and_the_others_go_on(broken):
     broken(refuse)
     report = examine(mesh_of(x=2), Effort(True, combines=("psum", "gather_kv")), quiet)
     refused, fine = report.checks
@@ -235,9 +235,6 @@ def test_a_combine_that_does_not_compile_is_a_failure_and_the_others_go_on(broke
 
 
 def test_nothing_that_ran_is_no_pass(broken):
-    def refuse(state, axes):
-        raise ValueError("there is no such thing")
-
     broken(refuse)
     report = examine(mesh_of(x=2), Effort(True, combines=("psum",)), quiet)
     assert not report.replicas_equal
@@ -405,18 +402,9 @@ def test_two_processes(tmp_path):
     launch = ["launch", "-n", "2", "--devices-per-process", "2", "--timeout", str(LIMIT_S), "--"]
     command = ["check", "--quick", "--combines", "psum", "--repeats", "2", "--json", str(file)]
     module = [sys.executable, "-m", "distattn"]
-    done = subprocess.run(
-        [*module, *launch, *module, *command],
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT)},  # XLA_FLAGS of conftest.py too: quick to compile
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S + 20,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # XLA_FLAGS of conftest.py too: quick to compile.
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = ended_well([*module, *launch, *module, *command], env=env, timeout_s=LIMIT_S + 20)
     assert "[0] verdict: all 4 checks passed" in done.stdout
     # Nothing from rank 1, but what gloo says to stdout, which may be torn to pieces.
     other = [line for line in done.stdout.splitlines() if line.startswith("[1]")]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from tests.jobs import ended_well
+
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))  # where its modules find each other
 
@@ -217,16 +219,8 @@ def test_a_run_on_loopback(tmp_path):
     saved = tmp_path / "x.json"
     options = ["--loopback", "--hosts", "2", "--devices-per-host", "2", "--delay-ms", "0"]
     options += ["--contenders", "auto,xla", "--pass", "forward", "--keys", "8", "--repeats", "2"]
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "cluster.py"), *options, "--json", str(saved)],
-        env=os.environ | {"PYTHONPATH": str(BENCH.parent.parent)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, BENCH / "cluster.py", *options, "--json", saved]
+    ended_well(command, env=os.environ | {"PYTHONPATH": str(BENCH.parent.parent)}, timeout_s=120)
     (result,) = cluster_report.load(saved)["results"]
     assert (result["hosts"], result["devices_per_host"], result["delay_ms"]) == (2, 2, 0)
     assert set(result["ms"]) == {"auto", "xla"}

@@ -76,9 +76,8 @@ def test_backward_is_one_all_reduce_of_the_query_gradient(kind):
     mesh = mesh_of(8, kind)
     text = hlo(gradient(call(mesh, "butterfly")), mesh, *shapes(mesh, 4, 320))
     assert collectives(text) == {"collective-permute": 3, "all-reduce": 1}
-    assert (
-        collective_bytes(text)["all-reduce"] == 4 * HEADS * WIDTH * 4
-    )  # dq in float32, nothing else
+    # The query's gradient in float32, nothing else.
+    assert collective_bytes(text)["all-reduce"] == 4 * HEADS * WIDTH * 4
 
 
 @pytest.mark.parametrize(("devices", "rounds"), [(8, 3), (6, 4), (2, 1)])
@@ -282,10 +281,8 @@ def test_batch_and_heads_on_other_axes_add_no_collective():
     [
         ("reduce_scatter", {"all-gather": 3, "collective-permute": 1, "reduce-scatter": 1}),
         ("gather_kv", {"all-gather": 2, "reduce-scatter": 2}),
-        (
-            "ring",
-            {"collective-permute": 4},
-        ),  # with two devices, the forward pass has the other's keys
+        # With two devices, the forward pass has the other's keys.
+        ("ring", {"collective-permute": 4}),
         ("ulysses", {"all-to-all": 6}),
     ],
 )

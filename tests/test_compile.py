@@ -61,9 +61,8 @@ def test_a_butterfly_has_log_rounds_of_one_state_along_each_axis(name):
     assert report.target == topology
     assert report.devices == math.prod(mesh.values())
     assert report.rounds == rounds
-    sent = [
-        x for x in report.exchanges if x.kind != "recv"
-    ]  # between slices a permute is a send, a recv
+    # Between slices a permute is a send, a recv.
+    sent = [x for x in report.exchanges if x.kind != "recv"]
     assert {x.kind for x in sent} == {"collective-permute", "send"} - (
         {"send"} if name != SLICES[0] else set()
     )

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from distattn import reference
 from distattn.distributed import meshes
 from distattn.distributed.health import describe, differences, ranks
 from tests.cases import FULLY_OPTIMIZED
-from tests.jobs import ROOT, launcher
+from tests.jobs import ROOT, ended_well, inherited, launcher
 from tests.tolerance import assert_close
 
 LIMIT_S = 100  # of a job
@@ -414,12 +413,8 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("processes", "devices", "kind", "combines"),
     [
-        (
-            3,
-            1,
-            "Auto",
-            ("butterfly", "ring"),
-        ),  # the first: alone on JAX versions that are not the default
+        # The first: alone on JAX versions that are not the default.
+        (3, 1, "Auto", ("butterfly", "ring")),
         (4, 2, "Auto", ("auto", "ulysses_gather_kv")),
         (2, 4, "Explicit", ALL_REDUCES[1:] + QUERY_SHARDED),  # but "auto": one of these
     ],
@@ -524,19 +519,8 @@ def test_a_process_too_many():
 
 
 def alone(code: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DISTATTN_", "JAX_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = inherited("DISTATTN_") | {"PYTHONPATH": str(ROOT)}
+    return ended_well([sys.executable, "-c", code], env=env, timeout_s=LIMIT_S).stdout
 
 
 def test_a_process_alone_has_nothing_to_do():

@@ -114,21 +114,9 @@ def test_combine_and_query_axis_are_passed_on(mesh, combine):
     close(run(module, placed(mesh), is_causal=True), expected("plain", "mask"), combine)
 
 
-def test_every_setting_arrives(monkeypatch):
+def test_every_setting_arrives(arriving, elsewhere):
     """Where the result is the same whatever is said."""
-    seen = {}
-
-    def record(query, *arrays, **keywords):
-        seen.update(keywords)
-        return query
-
-    monkeypatch.setattr(adapter, "dot_product_attention", record)
-    settings = {
-        "mesh": jax.make_mesh((8,), ("kv",)),
-        "axis_name": ("kv",),
-        "query_axis_name": "kv",
-        "combine": "ring",
-    }
+    seen, settings = arriving(adapter), elsewhere
     x = jnp.asarray(X[0])
     MultiheadAttention.from_equinox(of_equinox(), **settings)(x, x, x)
     assert {name: seen.pop(name) for name in settings} == settings

@@ -1,12 +1,12 @@
 """The examples, and the code of the README and the site, run as they stand and say what they should."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.jobs import ended_well, inherited
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,23 +82,8 @@ def printed(*arguments: str) -> str:
 
     Nothing else is set, but for the flags of the tests' own process, with which XLA compiles faster.
     """
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name != "PYTHONHOME" and not name.startswith("JAX_")
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    env = inherited("PYTHONHOME") | {"PYTHONPATH": str(ROOT)}
+    return ended_well([sys.executable, "-W", "error", *arguments], env=env, timeout_s=120).stdout
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -334,22 +334,12 @@ def test_linen_decodes_on_a_sharded_cache():
     close(got, want, "linen steps")
 
 
-def test_every_setting_arrives(monkeypatch):
+def test_every_setting_arrives(arriving, elsewhere):
     """Where the result is the same whatever is said, or would be for most inputs."""
-    seen = {}
-
-    def record(query, *arrays, **keywords):
-        seen.update(keywords)
-        return query
-
-    monkeypatch.setattr(adapter, "dot_product_attention", record)
-    settings = {
-        "mesh": jax.make_mesh((8,), ("kv",)),
-        "axis_name": ("kv",),
-        "query_axis_name": "kv",
+    seen = arriving(adapter)
+    settings = elsewhere | {
         "batch_axis_name": "data",
         "heads_axis_name": "heads",
-        "combine": "ring",
         "is_causal": True,
         "local_window_size": (3, 0),
         "logits_soft_cap": 2.0,

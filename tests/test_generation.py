@@ -24,15 +24,8 @@ from tiny_model import tiny_model
 
 EXAMPLE = "07_generate"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
-LENGTHS = (
-    3,
-    30,
-    8,
-    1,
-    17,
-    9,
-    24,
-)  # of prompts: shorter and longer than a chunk, and one just as long
+# Of prompts: shorter and longer than a chunk, and one just as long.
+LENGTHS = (3, 30, 8, 1, 17, 9, 24)
 ANSWER = 12
 
 

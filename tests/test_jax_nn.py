@@ -78,19 +78,12 @@ def test_signature_is_that_of_jax_nn():
         assert (ours[name].kind, ours[name].default) == (theirs[name].kind, theirs[name].default)
 
 
-def test_every_setting_arrives(monkeypatch):
+def test_every_setting_arrives(arriving, elsewhere):
     """Where the result is the same whatever is said."""
-    seen = {}
-    monkeypatch.setattr(
-        adapter, "dot_product_attention", lambda *arrays, **keywords: seen.update(keywords)
-    )
-    settings = {
-        "mesh": jax.make_mesh((8,), ("kv",)),
-        "axis_name": ("kv",),
-        "query_axis_name": "kv",
+    seen = arriving(adapter)
+    settings = elsewhere | {
         "batch_axis_name": "data",
         "heads_axis_name": "heads",
-        "combine": "ring",
     }
     assert set(settings) == set(inspect.signature(stand_in).parameters)
     stand_in(**settings)(*ARRAYS)

@@ -62,14 +62,8 @@ MORE = {
     "values in another order": dataclasses.replace(WIDE, value_width=72),
     "16 heads of keys": dataclasses.replace(WIDE, batch=1, heads=16, kv_heads=16),
 }
-COVERED = {
-    "plain",
-    "causal",
-    "one_query",
-    "window_left",
-    "window_right",
-    "lengths_permuted",
-}  # by the others
+# Covered by the others.
+COVERED = {"plain", "causal", "one_query", "window_left", "window_right", "lengths_permuted"}
 DONE = MORE | {
     name: x
     for name, x in CASES.items()

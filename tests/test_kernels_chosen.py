@@ -1,6 +1,7 @@
 """When a kernel computes a call, and what it says of a call that it does not."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,19 @@ def test_elsewhere_it_is_refused(implementation):
         pytest.raises(NotImplementedError, match=f"{implementation}.*reproducible=True"),
     ):
         attention(query, key, key, reproducible=True)
+
+
+@every_kernel
+def test_without_what_it_is_written_in_it_is_refused(implementation, monkeypatch):
+    module = {"pallas_tpu": "tpu", "pallas_gpu": "triton"}[implementation]
+    query, key = random(1, 2, 2, 4), random(1, 6, 2, 4)
+    with simulated(implementation):
+        monkeypatch.setitem(sys.modules, f"jax.experimental.pallas.{module}", None)
+        with pytest.raises(
+            NotImplementedError,
+            match=rf"{implementation}.*pallas\.{module} needs the package .*not installed; pass imp",
+        ):
+            attention_by(implementation)(query, key, key)
 
 
 def kernels_of(platform, dtype=jnp.bfloat16, **options):

@@ -5,7 +5,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from distattn.kernels import gpu_blocks, tpu_blocks
 from distattn.testing import compile_for
@@ -14,6 +13,7 @@ from tests.kernel_calls import (
     GPU_TARGETS,
     TPU_TARGETS,
     WIDTHS,
+    Given,
     arrays_like_keys,
     compiled,
     inside,
@@ -66,25 +66,17 @@ def test_gradients_compiled_for(target, width, dtype):
     ],
 )
 def test_inside_a_shard_map_compiled(topology, implementation, check_vma):
-    struct, along = jax.ShapeDtypeStruct, P(None, "kv")
-    names = ("query", "key", "value", "query_positions", "key_positions")
-    shapes = ((1, 8, 8, 64), (1, 4096, 2, 64), (1, 4096, 2, 64), (1, 8), (1, 4096))
-    arrays = [
-        struct(shape, jnp.int32 if "positions" in name else jnp.bfloat16)
-        for name, shape in zip(names, shapes, strict=True)
-    ]
-
     def loss(*arrays):
-        named = dict(zip(names, arrays, strict=True))
+        named = Given(*arrays)._asdict()
         out, lse = inside(implementation, **named, check_vma=check_vma, is_causal=True)
         return out.astype(jnp.float32).sum() + lse.sum()
 
     report = compile_for(
         jax.grad(loss, argnums=(0, 1, 2)),
-        *arrays,
+        *Given.of((1, 8, 1024, 8, 2), 4, 64, jnp.bfloat16),
         topology=topology,
         mesh={"kv": 4},
-        specs=(P(), along, along, P(), along),
+        specs=Given.specs(),
     )
     assert launches(report) == 3
 

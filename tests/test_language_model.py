@@ -118,9 +118,8 @@ def exact(model):
     return logits_of_steps(model, None)
 
 
-@pytest.mark.parametrize(
-    "devices", [3, 5, 8]
-)  # 5 divides no dimension of the weights, and no block
+# 5 divides no dimension of the weights, and no block.
+@pytest.mark.parametrize("devices", [3, 5, 8])
 def test_reproducible_logits_are_the_same_bit_for_bit(model, exact, devices):
     assert logits_of_steps(model, devices).tobytes() == exact.tobytes()
 

@@ -1,8 +1,6 @@
 """The wheel: what is in it, and that it works where nothing else of the checkout is."""
 
 import email
-import os
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -11,29 +9,15 @@ from pathlib import Path
 import pytest
 
 import distattn
+from tests.jobs import ended_well, inherited
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str | Path, cwd: Path) -> str:
     """What a command prints, without the caller's paths and JAX settings in its environment."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in dropped and not key.startswith("JAX_")
-    }
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    env = inherited("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
+    done = ended_well(command, cwd=cwd, env=env, timeout_s=300)
     return done.stdout + done.stderr
 
 

@@ -49,9 +49,8 @@ def test_what_is_measured_is_what_programs_have(file, monkeypatch, capsys):
         return medians(programs, repeats) | {"(16, 128)": 1e-9}
 
     monkeypatch.setattr(tuning, "medians", faster)
-    with pytest.raises(
-        ValueError, match="No such file"
-    ):  # the variable names one that is not there
+    # The variable names one that is not there.
+    with pytest.raises(ValueError, match="No such file"):
         blocks_of_keys()
     monkeypatch.delenv(tuned.VARIABLE)
     assert blocks_of_keys() == 1

@@ -19,9 +19,8 @@ from distattn.wiring import (
     shift_link,
 )
 
-UNIT = Link(
-    1.0, 1.0
-)  # so that a link's latency is its hops, and a byte takes as long as it has messages
+# So that a link's latency is its hops, and a byte takes as long as it has messages.
+UNIT = Link(1.0, 1.0)
 TORI = [(4,), (8,), (5,), (6,), (4, 4), (3, 5), (4, 6), (5, 3), (4, 4, 4), (2, 3, 4)]
 closed_or_open = pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
 

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NoReturn, TypeAlias
 
@@ -58,6 +58,18 @@ def axis_names(value: str) -> tuple[str, ...]:
     if not all(name.isidentifier() for name in names):
         refuse(value, "names of mesh axes, as data or data,fsdp")
     return names
+
+
+def some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of some of the names, with commas between them: a `type` of argparse."""
+
+    def chosen(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(text.split(",")))
+        if not set(found) <= set(names):
+            refuse(text, f"some of {', '.join(names)}, with commas between them")
+        return found
+
+    return chosen
 
 
 def mesh_axes(value: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distattn import kernels
-from distattn.cli.arguments import CommandError, Subparsers, at_least, refuse
+from distattn.cli.arguments import CommandError, Subparsers, at_least, refuse, some_of
 from distattn.kernels.tuned import VARIABLE, Measured, read, write
 from distattn.tuning import Workload, tune
 
@@ -43,7 +43,10 @@ def _add_kernels(subparsers: Subparsers) -> None:
         help="write the fastest sizes there, as JSON; what it holds of other calls and chips stays",
     )
     argument(
-        "--kinds", type=_kinds, default=KINDS, help=f"some of {','.join(KINDS)} (default: all)"
+        "--kinds",
+        type=some_of(KINDS),
+        default=KINDS,
+        help=f"some of {','.join(KINDS)} (default: all)",
     )
     argument("--widths", type=_widths, default=(128,), metavar="H,...", help="default 128")
     argument(
@@ -75,13 +78,6 @@ def _add_kernels(subparsers: Subparsers) -> None:
         help="try the command on a CPU, by Pallas' interpreter: its times say nothing",
     )
     parser.set_defaults(run=_run)
-
-
-def _kinds(value: str) -> tuple[str, ...]:
-    kinds = tuple(dict.fromkeys(value.split(",")))
-    if not set(kinds) <= set(KINDS):
-        refuse(value, f"some of {', '.join(KINDS)}, with commas between them")
-    return kinds
 
 
 def _widths(value: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from distattn.checkup.environment import environment
 from distattn.checkup.examination import Effort, Report, examine
 from distattn.checkup.programs import gathered
 from distattn.checkup.text import text
-from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes, refuse
+from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes, refuse, some_of
 from distattn.distributed import initialize, make_mesh
 
 STDOUT = "-"
@@ -54,7 +54,7 @@ def add(subparsers: Subparsers) -> None:
     )
     argument(
         "--combines",
-        type=_combines,
+        type=some_of(NAMED),
         default=NAMED,
         metavar="NAME,...",
         help=f"only these of {', '.join(NAMED)}",
@@ -76,13 +76,6 @@ def add(subparsers: Subparsers) -> None:
         help="write the report as JSON; without FILE, or as -, to stdout and nothing else there",
     )
     parser.set_defaults(run=_run)
-
-
-def _combines(value: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(value.split(",")))
-    if not set(names) <= set(NAMED):
-        refuse(value, f"some of {', '.join(NAMED)}, with commas between them")
-    return names
 
 
 def _sizes(value: str) -> tuple[int, ...]:

@@ -25,9 +25,8 @@ def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:
       NotImplementedError: there is none for the chip.
       ValueError: a topology, or a dtype, that it does not take.
     """
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # nothing runs, and no other device is to be looked for
+    # Nothing runs, and no other device is to be looked for.
+    jax.config.update("jax_platforms", "cpu")
     if dtype == jnp.float64:
         jax.config.update("jax_enable_x64", True)
     workload = plan.workload

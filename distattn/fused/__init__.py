@@ -23,7 +23,7 @@ from distattn.fused.route import Route, route_over
 from distattn.fused.wire import LANES, SUBLANES, Wire, form_of, softmax_form, wire_of
 from distattn.kernels.interpreter import interpreter
 from distattn.kernels.tpu_blocks import target_of
-from distattn.kernels.tpu_layout import Cut, cut_of
+from distattn.kernels.tpu_layout import TpuCut, cut_of
 from distattn.monoid import State, rows_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
@@ -101,12 +101,12 @@ def in_one_launch(
     return held <= cut.target.budget_bytes
 
 
-def cut_for(operands: Operands, machine: Machine) -> Cut:
+def cut_for(operands: Operands, machine: Machine) -> TpuCut:
     """That of the fold alone, but keys are in one part: one core exchanges, and has the state of all."""
     return dataclasses.replace(cut_of(operands, machine), splits=False)
 
 
-def wire_for(cut: Cut) -> Wire:
+def wire_for(cut: TpuCut) -> Wire:
     """The message of a call: its rows lie by blocks of heads, as the fold has them."""
     rows = -(-cut.queries * cut.groups // SUBLANES) * SUBLANES
     form = softmax_form(cut.value_width, jnp.dtype(jnp.float32))

@@ -18,17 +18,17 @@ from distattn.fused.exchange import Exchange, barrier_of, rows_spec, scratch_of
 from distattn.fused.route import Route
 from distattn.fused.wire import Wire
 from distattn.kernels.rows import by_key_heads, by_queries
-from distattn.kernels.tpu_block import Plan
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, launch
 from distattn.kernels.tpu_forward import fold_step, numbers_of, prepared
-from distattn.kernels.tpu_layout import Cut
+from distattn.kernels.tpu_layout import TpuCut
+from distattn.kernels.tpu_plan import Plan
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, finalize
 
 
 def attend(
-    operands: Operands, scoring: Scoring, cut: Cut, wire: Wire, route: Route
+    operands: Operands, scoring: Scoring, cut: TpuCut, wire: Wire, route: Route
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse f32[B, T, N]; see `distattn.fused.attend`."""
     plan, call, inputs, scratch = prepared(operands, scoring, cut)
@@ -69,7 +69,7 @@ def _kernel(
     plan: Plan, call: Call, wire: Wire, route: Route, has_sinks: bool, counts: Any, *refs: Any
 ) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs[2:])  # behind the order and the layer
-    index = plan.index(parts)
+    index = plan.compared.blocks(parts)
     operands = [*itertools.islice(parts, 3)]
     scales = plan.scales(parts)
     sinks = next(parts) if has_sinks else None
@@ -106,7 +106,7 @@ def _kernel(
             out[block], lse[block] = results[0].astype(out.dtype), results[1]
 
 
-def _by_blocks(sinks: jax.Array, cut: Cut, wire: Wire) -> jax.Array:
+def _by_blocks(sinks: jax.Array, cut: TpuCut, wire: Wire) -> jax.Array:
     """f32[blocks of heads, heads, rows] from float[N]."""
     sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (1, cut.queries, sinks.shape[0]))
     return by_key_heads(sinks, cut)[0, :, : wire.rows].reshape(-1, wire.heads, wire.rows)

@@ -18,9 +18,8 @@ from distattn._compat import varying_axes
 from distattn.axes import sizes_of, typed_as_varying
 from distattn.schedule import Step, butterfly
 
-KEEP, OWN_FIRST, SOURCE_FIRST, REPLACE = range(
-    4
-)  # what a device does in a round with what it receives
+# What a device does in a round with what it receives.
+KEEP, OWN_FIRST, SOURCE_FIRST, REPLACE = range(4)
 NOBODY = -1
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from distattn.block import Scoring
+from distattn.block import Cotangents, Scoring
 from distattn.kernels.interpreter import interpreted
 from distattn.operands import KERNELS, Operands
 from distattn.state import SoftmaxState
@@ -45,9 +45,7 @@ class Kernel(Protocol):
         operands: Operands,
         scoring: Scoring,
         machine: Machine,
-        reference: jax.Array,
-        d_sum: jax.Array,
-        d_weighted_sum: jax.Array,
+        cotangents: Cotangents,
         *,
         key_dtype: Any = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, None]:

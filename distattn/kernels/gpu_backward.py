@@ -7,18 +7,19 @@ second logits lie keys by rows, so that no product is of a transposed left opera
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from distattn.block import Scoring
+from distattn.block import Cotangents, Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Piece, Pieces, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, Part, launch
 from distattn.kernels.gpu_forward import layered
 from distattn.kernels.gpu_layout import cut_of
-from distattn.kernels.rows import by_key_heads, by_queries, index_of
+from distattn.kernels.gpu_plan import Piece, Pieces, Plan, plan_of, unless_finite
+from distattn.kernels.rows import by_key_heads, by_queries, index_of, numbers_of_rows
 from distattn.kernels.scores import gradients_of
 from distattn.kernels.table import Table, tables
 from distattn.operands import Operands
@@ -29,9 +30,7 @@ def fold_gradients(
     operands: Operands,
     scoring: Scoring,
     machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    cotangents: Cotangents,
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
@@ -39,13 +38,13 @@ def fold_gradients(
     cut = cut_of(operands, scoring, machine, backward=True)
     index = index_of(operands.mask, cut)
     by_rows, by_keys = tables(operands.mask, cut.coarse)
-    plan = plan_of(operands, scoring, cut, masked=index is not None, backward=True)
+    plan = plan_of(operands, scoring, cut, index, backward=True)
     dtype = plan.numbers.dtype
     inputs = [
         *gpu_call.index_parts(index),
         gpu_call.by_rows(by_key_heads(operands.query.astype(dtype), cut)),
-        gpu_call.by_rows(by_key_heads(d_weighted_sum.astype(dtype), cut)),
-        gpu_call.of_rows(by_key_heads(jnp.stack([reference, d_sum], axis=-1), cut).swapaxes(2, 3)),
+        gpu_call.by_rows(by_key_heads(cotangents.d_weighted_sum.astype(dtype), cut)),
+        gpu_call.of_rows(numbers_of_rows(cotangents, cut)),
         *(gpu_call.by_keys(layered(x)) for x in (operands.key, operands.value)),
     ]
     d_query = _of_queries(plan, by_rows, operands.layer, inputs)
@@ -81,9 +80,9 @@ def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, inputs: list[
     return parts[0] if cut.splits == 1 else parts.sum(axis=0)
 
 
-def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, parts = plan.cut, iter(refs)
-    index = [next(parts), next(parts)] if plan.masked else []
+    index = plan.compared.blocks(parts)
     query, d_out, numbers, key, value, d_query = parts
     program = call.program(counts, order)
     first_row, of_layer = program.own * cut.rows, layer[0]
@@ -100,9 +99,7 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         _, d_logits = gradients_of(
             plan.scores(queries, own),
             plan.scores(d_outs, values),
-            plan.allowed(
-                lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
-            ),
+            plan.rows_by_keys(index, rows, keys),
             plan.scoring,
             reference=reference,
             d_sum=d_sum,
@@ -130,9 +127,9 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         unless_finite(sums, plan.query, again)
 
 
-def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, parts = plan.cut, iter(refs)
-    index = [next(parts), next(parts)] if plan.masked else []
+    index = plan.compared.blocks(parts)
     query, d_out, numbers, key, value, d_key, d_value = parts
     program = call.program(counts, order)
     start, of_layer = program.own * cut.key_block, layer[0]
@@ -148,7 +145,7 @@ def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         weights, d_logits = gradients_of(
             plan.scores(own_keys, queries),
             plan.scores(own_values, d_outs),
-            plan.allowed(
+            plan.compared.allowed(
                 lambda n: index[0][n, rows][None, :], lambda n: index[1][n, keys][:, None]
             ),
             plan.scoring,
@@ -157,7 +154,7 @@ def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         )
         return first_row, queries, d_outs, weights, d_logits
 
-    def block(number: jax.Array, sums: tuple) -> tuple:
+    def block(number: jax.Array, sums: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
         _, queries, d_outs, weights, d_logits = gradients(number)
         key_sums, value_sums = sums
         value_sums = _added(value_sums, plan.weigh(weights, d_outs))

@@ -23,7 +23,7 @@ Nothing of this has been timed: there was no GPU.
 
 import dataclasses
 
-from distattn.chips import chip_of
+from distattn.kernels.tuned import chip_name
 
 KIB = 2**10
 SMALLEST = 16
@@ -55,8 +55,7 @@ TABLE_ENTRIES = 2**20
 
 def target_of(device_kind: str) -> Target:
     """The row for a device; of one that is not known, the one with least memory."""
-    chip = chip_of(device_kind)
-    return next((x for x in TARGETS if chip is not None and x.name == chip.name), OTHER)
+    return next((x for x in TARGETS if x.name == chip_name(device_kind)), OTHER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from distattn._compat import shaped, vary, varying_axes
 from distattn.kernels.gpu_blocks import padded
-from distattn.kernels.gpu_layout import Cut
+from distattn.kernels.gpu_layout import GpuCut
 from distattn.kernels.interpreter import interpreter
 from distattn.kernels.rows import Index
 from distattn.kernels.table import Table
@@ -42,7 +42,7 @@ def _part(x: Any, batch: int | None, heads: int | None, *, whole: bool = False) 
         kept[-1] = padded(kept[-1])
     shape = [None if axis in (batch, heads) else size for axis, size in enumerate(kept)]
 
-    def at(_: Any, head: Any, row: Any) -> tuple:
+    def at(_: Any, head: Any, row: Any) -> tuple[Any, ...]:
         place = {heads: head, batch: 0 if whole else row}
         return tuple(place.get(axis, 0) for axis in range(x.ndim))
 
@@ -100,7 +100,7 @@ class Program(NamedTuple):
             entry = self.order[self.row + lax.div(index, self.span)]
             return entry * self.span + lax.rem(index, self.span)
 
-        def step(index: jax.Array, carry: tuple) -> tuple:
+        def step(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             this, state = carry
             following = block(index + 1)
             return following, body(this, state)
@@ -112,7 +112,7 @@ class Program(NamedTuple):
 class Call:
     """What a program steps over."""
 
-    cut: Cut
+    cut: GpuCut
     table: Table  # of spans of blocks
     inner: Literal["rows", "keys"]
     splits: int = 1
@@ -143,7 +143,7 @@ class Call:
 
 
 def launch(
-    kernel: Callable,
+    kernel: Callable[..., None],
     call: Call,
     layer: jax.Array | None,
     inputs: list[Part],

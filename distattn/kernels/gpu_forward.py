@@ -8,6 +8,7 @@ blocks that are visited; 4. the state is returned undivided.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from jax.experimental import pallas as pl
 
 from distattn.block import Scoring
 from distattn.kernels import gpu_call
-from distattn.kernels.gpu_block import Piece, Plan, plan_of, unless_finite
 from distattn.kernels.gpu_call import Call, launch
 from distattn.kernels.gpu_layout import cut_of
+from distattn.kernels.gpu_plan import Piece, Plan, plan_of, unless_finite
 from distattn.kernels.rows import by_key_heads, by_queries, index_of
 from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables
@@ -31,7 +32,7 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     cut = cut_of(operands, scoring, machine)
     index = index_of(operands.mask, cut)
     table, _ = tables(operands.mask, cut.coarse)
-    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    plan = plan_of(operands, scoring, cut, index)
     query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
     scales = operands.key_scale, operands.value_scale
     inputs = [
@@ -41,9 +42,10 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         *(gpu_call.of_keys(layered(x, 4)) for x in scales if x is not None),
     ]
     rows = (cut.splits, cut.batch, cut.kv_heads)
+    call = Call(cut, table, "keys", cut.splits)
     weighted_sum, numbers = launch(
-        functools.partial(_kernel, plan, Call(cut, table, "keys", cut.splits)),
-        Call(cut, table, "keys", cut.splits),
+        functools.partial(_kernel, plan, call),
+        call,
         operands.layer,
         inputs,
         [
@@ -68,9 +70,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, parts = plan.cut, iter(refs)
-    index = [next(parts), next(parts)] if plan.masked else []
+    index = plan.compared.blocks(parts)
     query, key, value = (next(parts) for _ in range(3))
     scales = [next(parts), next(parts)] if plan.quantised else []
     weighted_sum, numbers = parts
@@ -87,12 +89,10 @@ def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
         if scales:
             scale = plan.key.load_numbers(scales[0], start, cut.key_block, of_layer)
             products = products * scale[None, :]
-        allowed = plan.allowed(
-            lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
-        )
+        allowed = plan.rows_by_keys(index, rows, keys)
         return start, logits_of(products, allowed, plan.scoring)[0]
 
-    def block(number: jax.Array, state: tuple) -> tuple:
+    def block(number: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         sums, before, total = state
         start, logits = logits_of_block(number)
         high = jnp.maximum(before, logits.max(axis=1))

@@ -17,6 +17,7 @@ from distattn.kernels.gpu_blocks import (
     sizes,
     target_of,
 )
+from distattn.kernels.rows import Cut
 from distattn.kernels.scores import EXACT, PLAIN, Numbers
 from distattn.kernels.tuned import chip_name, kind_of, tuned
 from distattn.operands import Operands
@@ -26,58 +27,17 @@ from distattn.tiles import Machine
 _FAST = (*PLAIN, "high", "tensorfloat32", lax.Precision.HIGH, (lax.Precision.HIGH,) * 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuCut(Cut):
     """Sizes of a call and of its blocks."""
 
-    batch: int
-    queries: int  # T
-    keys: int  # S
-    kv_heads: int  # K
-    groups: int  # G
-    width: int  # H
-    value_width: int  # V
-    rows: int  # of a block
-    key_block: int
-    row_span: int  # blocks that the table of visits has one entry for
-    key_span: int
     splits: int  # programs that share the keys of a block of rows
     sizes: Sizes
     target: Target
     shared_bytes: int  # that a program holds, about
 
     @property
-    def used_row_blocks(self) -> int:
-        """How many blocks of rows have one of a query."""
-        return -(-self.queries * self.groups // self.rows)
-
-    @property
-    def used_key_blocks(self) -> int:
-        """How many blocks of keys have one."""
-        return -(-self.keys // self.key_block)
-
-    @property
-    def row_blocks(self) -> int:
-        """Those that fill the last span included."""
-        return -(-self.used_row_blocks // self.row_span) * self.row_span
-
-    @property
-    def key_blocks(self) -> int:
-        """Those that fill the last span included."""
-        return -(-self.used_key_blocks // self.key_span) * self.key_span
-
-    @property
-    def all_rows(self) -> int:
-        """R, those that fill the last block included."""
-        return self.row_blocks * self.rows
-
-    @property
-    def all_keys(self) -> int:
-        """S, slots that fill the last block included."""
-        return self.key_blocks * self.key_block
-
-    @property
-    def coarse(self) -> "Cut":
+    def coarse(self) -> "GpuCut":
         """The same with spans for blocks, as the table of visits has them."""
         rows, keys = self.rows * self.row_span, self.key_block * self.key_span
         return dataclasses.replace(self, rows=rows, key_block=keys, row_span=1, key_span=1)
@@ -114,7 +74,7 @@ def numbers_of(operands: Operands, scoring: Scoring, *, backward: bool = False) 
 
 def cut_of(
     operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
-) -> Cut:
+) -> GpuCut:
     """The sizes for a call."""
     batch, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
@@ -135,18 +95,16 @@ def cut_of(
         exact=numbers.precision == lax.Precision.HIGHEST,
     )
     size = sizes(shape, target, machine.block_sizes, measured)
-    cut = Cut(
-        batch,
-        queries,
-        keys,
-        kv_heads,
-        groups,
-        width,
-        value_width,
-        size.rows,
-        size.keys,
-        row_span=1,
-        key_span=1,
+    cut = GpuCut(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        kv_heads=kv_heads,
+        groups=groups,
+        width=width,
+        value_width=value_width,
+        rows=size.rows,
+        key_block=size.keys,
         splits=1,
         sizes=size,
         target=target,
@@ -175,7 +133,7 @@ def _spans(cut: Cut, most: int) -> tuple[int, int]:
             key_span *= 2
 
 
-def _splits(cut: Cut, itemsize: int) -> int:
+def _splits(cut: GpuCut, itemsize: int) -> int:
     """Two programs for each multiprocessor; but states do not cost a quarter of what the keys do."""
     programs = cut.used_row_blocks * cut.kv_heads * cut.batch
     if programs >= cut.target.cores:

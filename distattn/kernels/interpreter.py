@@ -1,7 +1,7 @@
 """The switch by which kernels run on a CPU, for tests."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ _interpret = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def interpreted(params: Any = True) -> Iterator[None]:
+def interpreted(params: Any = True) -> Generator[None, None, None]:
     """While it is entered, the kernels that are traced run on a CPU, by Pallas' interpreter.
 
     Args:

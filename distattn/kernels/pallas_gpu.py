@@ -4,44 +4,21 @@ Nothing of the size of T x S exists, nor a copy of keys or values. None of it ha
 by Pallas' interpreter, and by the compiler for the H100.
 """
 
-import jax
 import jax.numpy as jnp
 
 from distattn.block import Scoring
 from distattn.kernels import refusals
 from distattn.kernels.gpu_layout import cut_of, precision_of
+from distattn.kernels.late import late
 from distattn.operands import Operands
-from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
 # Of a block, worth timing: rows, keys.
 CANDIDATES = (16, 32, 64, 128), (16, 32, 64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`."""
-    # Not all versions of JAX bring all that Pallas needs.
-    from distattn.kernels import gpu_forward
-
-    return gpu_forward.fold(operands, scoring, machine)
-
-
-def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
-    machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
-    *,
-    key_dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`."""
-    from distattn.kernels import gpu_backward
-
-    rows = reference, d_sum, d_weighted_sum
-    return gpu_backward.fold_gradients(operands, scoring, machine, *rows, key_dtype=key_dtype)
+fold = late("gpu_forward", "fold")
+fold_gradients = late("gpu_backward", "fold_gradients")
 
 
 def refusal(

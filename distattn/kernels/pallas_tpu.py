@@ -12,42 +12,20 @@ import jax.numpy as jnp
 
 from distattn.block import Scoring
 from distattn.kernels import refusals
+from distattn.kernels.late import late
 from distattn.kernels.scores import EXACT, PLAIN
 from distattn.kernels.tpu_blocks import TABLE_ENTRIES
 from distattn.kernels.tpu_layout import cut_of
 from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
-from distattn.state import SoftmaxState
 from distattn.tiles import Machine
 
 # Of a block, worth timing: rows, keys.
 CANDIDATES = (128, 256, 512, 1024), (128, 256, 512, 1024, 2048)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`."""
-    # Not all versions of JAX bring all that Pallas needs.
-    from distattn.kernels import tpu_forward
-
-    return tpu_forward.fold(operands, scoring, machine)
-
-
-def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
-    machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
-    *,
-    key_dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`."""
-    from distattn.kernels import tpu_backward
-
-    rows = reference, d_sum, d_weighted_sum
-    return tpu_backward.fold_gradients(operands, scoring, machine, *rows, key_dtype=key_dtype)
+fold = late("tpu_forward", "fold")
+fold_gradients = late("tpu_backward", "fold_gradients")
 
 
 def refusal(

@@ -5,58 +5,68 @@ queries fill a tile. What masks read is made of vectors: of a row the lowest and
 it may attend to and its segment, of a key its position and its segment.
 """
 
-from typing import NamedTuple, Protocol
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from distattn.block import Cotangents
 from distattn.mask import Mask, saturating_add
 
 _HIGHEST = jnp.iinfo(jnp.int32).max
 
 
-class Cut(Protocol):
-    """Sizes of a call and of its blocks, as far as rows and keys go; each kernel has its own."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Sizes of a call and of its blocks.
+
+    Kernels of each platform add to it by inheritance, against the custom of the house: as a field of theirs
+    it would stand before every size that they read.
+    """
+
+    batch: int
+    queries: int  # T
+    keys: int  # S
+    kv_heads: int  # K
+    groups: int  # G
+    width: int  # H
+    value_width: int  # V
+    rows: int  # of a block
+    key_block: int
+    row_span: int = 1  # blocks that the table of visits has one entry for
+    key_span: int = 1
 
     @property
-    def queries(self) -> int:
-        """T."""
-        ...
+    def used_row_blocks(self) -> int:
+        """How many blocks of rows have one of a query."""
+        return -(-self.queries * self.groups // self.rows)
 
     @property
-    def keys(self) -> int:
-        """S."""
-        ...
-
-    @property
-    def kv_heads(self) -> int:
-        """K."""
-        ...
-
-    @property
-    def groups(self) -> int:
-        """G."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Of a block."""
-        ...
-
-    @property
-    def key_block(self) -> int:
-        """Keys of a block."""
-        ...
+    def used_key_blocks(self) -> int:
+        """How many blocks of keys have one."""
+        return -(-self.keys // self.key_block)
 
     @property
     def row_blocks(self) -> int:
-        """How many blocks of rows."""
-        ...
+        """Those that fill the last span included."""
+        return -(-self.used_row_blocks // self.row_span) * self.row_span
 
     @property
     def key_blocks(self) -> int:
-        """How many blocks of keys."""
-        ...
+        """Those that fill the last span included."""
+        return -(-self.used_key_blocks // self.key_span) * self.key_span
+
+    @property
+    def all_rows(self) -> int:
+        """R, those that fill the last block included."""
+        return self.row_blocks * self.rows
+
+    @property
+    def all_keys(self) -> int:
+        """S, slots that fill the last block included."""
+        return self.key_blocks * self.key_block
 
 
 def by_key_heads(x: jax.Array, cut: Cut) -> jax.Array:
@@ -64,7 +74,7 @@ def by_key_heads(x: jax.Array, cut: Cut) -> jax.Array:
     x = x.reshape(*x.shape[:2], cut.kv_heads, cut.groups, *x.shape[3:])
     x = jnp.moveaxis(x, 2, 1)
     x = x.reshape(*x.shape[:2], cut.queries * cut.groups, *x.shape[4:])
-    return _filled(x, 2, cut.row_blocks * cut.rows)
+    return _filled(x, 2, cut.all_rows)
 
 
 def by_queries(x: jax.Array, cut: Cut) -> jax.Array:
@@ -73,6 +83,12 @@ def by_queries(x: jax.Array, cut: Cut) -> jax.Array:
     x = x.reshape(*x.shape[:2], cut.queries, cut.groups, *x.shape[3:])
     x = jnp.moveaxis(x, 1, 2)
     return x.reshape(*x.shape[:2], cut.kv_heads * cut.groups, *x.shape[4:])
+
+
+def numbers_of_rows(cotangents: Cotangents, cut: Cut) -> jax.Array:
+    """Reference and d_sum, f32[B, K, 2, R]."""
+    numbers = jnp.stack([cotangents.reference, cotangents.d_sum], axis=-1)
+    return by_key_heads(numbers, cut).swapaxes(2, 3)
 
 
 class Index(NamedTuple):
@@ -85,7 +101,7 @@ class Index(NamedTuple):
 def index_of(mask: Mask, cut: Cut) -> Index | None:
     """The vectors of a mask without a dense part; None where every row attends to every key."""
     known = mask.key_positions, mask.query_valid, mask.key_segment_ids
-    is_ragged = cut.keys < cut.key_blocks * cut.key_block
+    is_ragged = cut.keys < cut.all_keys
     if not is_ragged and all(x is None for x in known):
         return None
     left, right = mask.reach
@@ -100,17 +116,44 @@ def index_of(mask: Mask, cut: Cut) -> Index | None:
     slots = mask.key_positions
     if slots is None:
         slots = jnp.arange(cut.keys, dtype=jnp.int32)[None]
-    slots = _filled(slots, 1, cut.key_blocks * cut.key_block, -1)
+    slots = _filled(slots, 1, cut.all_keys, -1)
     own, segments = queries, jnp.zeros((1, cut.keys), jnp.int32)
     if mask.key_segment_ids is not None:
         own, segments = mask.query_segment_ids, mask.key_segment_ids
     segments = _filled(segments, 1, slots.shape[1])
     # The rows that fill the last block attend to nothing.
     rows = [
-        _filled(jnp.repeat(x, cut.groups, axis=1), 1, cut.row_blocks * cut.rows, fill)
+        _filled(jnp.repeat(x, cut.groups, axis=1), 1, cut.all_rows, fill)
         for x, fill in ((low, 0), (high, -1), (own, 0))
     ]
     return Index(_stacked(rows), _stacked([slots, segments]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Which vectors of an `Index` a kernel compares."""
+
+    masked: bool  # whether there is one
+    segments: bool
+
+    @classmethod
+    def of(cls, mask: Mask, index: Index | None) -> "Comparison":
+        """That of a call."""
+        return cls(index is not None, mask.key_segment_ids is not None)
+
+    def blocks(self, refs: Iterator[Any]) -> list[Any]:
+        """Those of the index, of rows and of keys, which are the next of the refs; [] without one."""
+        return [next(refs), next(refs)] if self.masked else []
+
+    def allowed(
+        self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
+    ) -> jax.Array | None:
+        """Who attends to whom, from the vectors of rows and of keys, which broadcast; None: all do."""
+        if not self.masked:
+            return None
+        position = key(0)
+        allowed = (position >= row(0)) & (position <= row(1))
+        return allowed & (key(1) == row(2)) if self.segments else allowed
 
 
 def _stacked(parts: list[jax.Array]) -> jax.Array:

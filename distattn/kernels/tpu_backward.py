@@ -5,22 +5,24 @@ Both make the weights of a block again from the saved maximum or log-sum-exp, as
 lie keys by rows, so that no product is of a transposed left operand.
 """
 
+import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from distattn.block import Scoring
-from distattn.kernels.rows import Index, by_key_heads, by_queries, index_of
+from distattn.block import Cotangents, Scoring
+from distattn.kernels.rows import Index, by_key_heads, by_queries, index_of, numbers_of_rows
 from distattn.kernels.scores import gradients_of
 from distattn.kernels.table import tables
-from distattn.kernels.tpu_block import Plan, Side, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
-from distattn.kernels.tpu_call import Call, launch
+from distattn.kernels.tpu_call import Call, Part, launch
 from distattn.kernels.tpu_layout import as_given, as_stored, cut_of
+from distattn.kernels.tpu_plan import Plan, Side, each, guarded, loaded, plan_of
 from distattn.operands import Operands
 from distattn.tiles import Machine
 
@@ -29,9 +31,7 @@ def fold_gradients(
     operands: Operands,
     scoring: Scoring,
     machine: Machine,
-    reference: jax.Array,
-    d_sum: jax.Array,
-    d_weighted_sum: jax.Array,
+    cotangents: Cotangents,
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
@@ -39,67 +39,80 @@ def fold_gradients(
     cut = cut_of(operands, machine, backward=True)
     index = index_of(operands.mask, cut)
     by_rows, by_keys = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    plan = plan_of(operands, scoring, cut, index)
     dtype = plan.numbers.dtype
-    rows = [
+    given = _Operands(
+        index,
         by_key_heads(operands.query.astype(dtype), cut),
-        by_key_heads(d_weighted_sum.astype(dtype), cut),
-        by_key_heads(jnp.stack([reference, d_sum], axis=-1), cut).swapaxes(2, 3),
-    ]
-    arrays = [as_stored(operands.key), as_stored(operands.value)]
-    sides = plan.key, plan.value
-    d_query = _of_queries(plan, Call(cut, by_rows, operands.layer, "keys"), index, rows, arrays)
-    given = operands.key.dtype, operands.value.dtype
-    wanted = [key_dtype or x for x in given]
+        by_key_heads(cotangents.d_weighted_sum.astype(dtype), cut),
+        numbers_of_rows(cotangents, cut),
+        as_stored(operands.key),
+        as_stored(operands.value),
+    )
+    d_query = _of_queries(plan, Call(cut, by_rows, operands.layer, "keys"), given)
+    wanted = [key_dtype or x.dtype for x in (operands.key, operands.value)]
     results = [
+        # Mosaic has no float16.
         jax.ShapeDtypeStruct((1, *x.shape[1:]), jnp.float32 if dtype == jnp.float16 else dtype)
-        for x, dtype in zip(arrays, wanted, strict=True)
+        for x, dtype in zip((given.key, given.value), wanted, strict=True)
     ]
-    call = Call(cut, by_keys, operands.layer, "rows")
-    d_key, d_value = _of_keys(plan, call, index, rows, arrays, results)
+    d_keys = _of_keys(plan, Call(cut, by_keys, operands.layer, "rows"), given, results)
     d_key, d_value = (
         as_given(x, side.order).astype(dtype)
-        for x, side, dtype in zip((d_key, d_value), sides, wanted, strict=True)
+        for x, side, dtype in zip(d_keys, (plan.key, plan.value), wanted, strict=True)
     )
     return by_queries(d_query, cut), d_key, d_value, None
 
 
-def _inputs(plan: Plan, call: Call, index: Index | None, rows: list, arrays: list) -> list:
-    query, d_weighted_sum, numbers = rows
-    key, value = arrays
-    return [
-        *call.index(index),
-        call.by_rows(query),
-        call.by_rows(d_weighted_sum),
-        call.of_rows(numbers),
-        call.by_keys(key, plan.key.order),
-        call.by_keys(value, plan.value.order),
-    ]
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """What both kernels read."""
+
+    index: Index | None
+    query: jax.Array  # [B, K, R, H]
+    d_weighted_sum: jax.Array  # [B, K, R, V]
+    numbers: jax.Array  # f32[B, K, 2, R], reference and d_sum
+    key: jax.Array  # [L, B, S, K, H] in its order
+    value: jax.Array  # [L, B, S, K, V] in its order
+
+    def parts(self, plan: Plan, call: Call) -> list[Part]:
+        """All of them, in blocks."""
+        return [
+            *call.index(self.index),
+            call.by_rows(self.query),
+            call.by_rows(self.d_weighted_sum),
+            call.of_rows(self.numbers),
+            call.by_keys(self.key, plan.key.order),
+            call.by_keys(self.value, plan.value.order),
+        ]
+
+    def scratch(self, plan: Plan) -> list[Any]:
+        """Where blocks of keys and of values are put head by head."""
+        key, value = self.key.dtype, self.value.dtype
+        return [*plan.key.scratch(plan.cut, key), *plan.value.scratch(plan.cut, value)]
 
 
-def _of_queries(plan: Plan, call: Call, index, rows: list, arrays: list) -> jax.Array:
+def _of_queries(plan: Plan, call: Call, given: _Operands) -> jax.Array:
     """f32[B, K, R, H]."""
     cut = plan.cut
-    d_query = jax.ShapeDtypeStruct(rows[0].shape, jnp.float32)
     (result,) = launch(
         functools.partial(_query_kernel, plan, call),
         call,
-        _inputs(plan, call, index, rows, arrays),
-        [call.by_rows(d_query)],
+        given.parts(plan, call),
+        [call.by_rows(jax.ShapeDtypeStruct(given.query.shape, jnp.float32))],
         scratch=[
             pltpu.VMEM((cut.rows, LANES), jnp.int32),
             pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
-            *plan.key.scratch(cut, arrays[0].dtype),
-            *plan.value.scratch(cut, arrays[1].dtype),
+            *given.scratch(plan),
         ],
         width=2 * cut.width + cut.value_width,
     )
     return result
 
 
-def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs)
-    index = plan.index(parts)
+    index = plan.compared.blocks(parts)
     query, d_out, numbers, key, value, d_query, row_index, of_row = itertools.islice(parts, 8)
     keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
     product = plan.numbers.product
@@ -107,8 +120,7 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     @pl.when(step.is_first)
     def _() -> None:
         d_query[...] = jnp.zeros_like(d_query)
-        if index:
-            row_index[:, :3] = jnp.swapaxes(index[0][0], 0, 1)
+        plan.keep_rows(index, row_index)
 
         @each(cut.heads)
         def _(head: jax.Array) -> None:
@@ -118,9 +130,7 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
     def _() -> None:
         plan.key.fill(key, keys)
         plan.value.fill(value, values)
-        allowed = plan.allowed(
-            lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
-        )
+        allowed = plan.rows_by_keys(index, row_index)
 
         @each(cut.heads)
         def _(head: jax.Array) -> None:
@@ -145,28 +155,27 @@ def _query_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
 
 
 def _of_keys(
-    plan: Plan, call: Call, index, rows: list, arrays: list, results: list
+    plan: Plan, call: Call, given: _Operands, results: list[jax.ShapeDtypeStruct]
 ) -> list[jax.Array]:
     """[1, B, S, K, H] and [1, B, S, K, V], each in its order."""
     cut, sides = plan.cut, (plan.key, plan.value)
     return launch(
         functools.partial(_key_kernel, plan, call),
         call,
-        _inputs(plan, call, index, rows, arrays),
+        given.parts(plan, call),
         [call.by_keys(x, side.order) for x, side in zip(results, sides, strict=True)],
         scratch=[
             pltpu.VMEM((cut.key_block, LANES), jnp.int32),
             *(pltpu.VMEM(side.shape(cut), jnp.float32) for side in sides),
-            *plan.key.scratch(cut, arrays[0].dtype),
-            *plan.value.scratch(cut, arrays[1].dtype),
+            *given.scratch(plan),
         ],
         width=2 * (cut.width + cut.value_width),
     )
 
 
-def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs)
-    index = plan.index(parts)
+    index = plan.compared.blocks(parts)
     query, d_out, numbers, key, value, *results = itertools.islice(parts, 7)
     key_index, *totals = itertools.islice(parts, 3)
     keys, values = plan.key.by_heads(key, parts), plan.value.by_heads(value, parts)
@@ -187,7 +196,7 @@ def _key_kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
 
     @pl.when(step.is_needed)
     def _() -> None:
-        allowed = plan.allowed(
+        allowed = plan.compared.allowed(
             lambda n: index[0][0, n : n + 1, :], lambda n: key_index[:, n : n + 1]
         )
 

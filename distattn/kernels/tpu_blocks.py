@@ -22,7 +22,7 @@ measured goes before it: `distattn.kernels.tuned`.
 import dataclasses
 import math
 
-from distattn.chips import chip_of
+from distattn.kernels.tuned import chip_name
 
 LANES = 128
 MIB = 2**20
@@ -33,8 +33,7 @@ class Target:
     """A row of the table."""
 
     name: str  # of the chip, as in `distattn.chips`
-    vmem_bytes: int  # of a core
-    budget_bytes: int  # what a kernel may take
+    budget_bytes: int  # what a kernel may take of the VMEM of a core
     rows: int
     step_bytes: int  # of keys and values
     # Of a device: two on v4 and v5p, which share its HBM and between which a kernel's parallel steps are
@@ -43,13 +42,14 @@ class Target:
     cores: int = 1
 
 
-V4 = Target("v4", 16 * MIB, 15 * MIB, rows=256, step_bytes=1 * MIB, cores=2)
+# The VMEM of a core: v4 16 MiB, v5e and v6e 128, v5p and tpu7x 64.
+V4 = Target("v4", 15 * MIB, rows=256, step_bytes=1 * MIB, cores=2)
 TARGETS = (
     V4,
-    Target("v5e", 128 * MIB, 64 * MIB, rows=256, step_bytes=2 * MIB),
-    Target("v5p", 64 * MIB, 48 * MIB, rows=256, step_bytes=4 * MIB, cores=2),
-    Target("v6e", 128 * MIB, 64 * MIB, rows=1024, step_bytes=4 * MIB),
-    Target("tpu7x", 64 * MIB, 48 * MIB, rows=512, step_bytes=4 * MIB),
+    Target("v5e", 64 * MIB, rows=256, step_bytes=2 * MIB),
+    Target("v5p", 48 * MIB, rows=256, step_bytes=4 * MIB, cores=2),
+    Target("v6e", 64 * MIB, rows=1024, step_bytes=4 * MIB),
+    Target("tpu7x", 48 * MIB, rows=512, step_bytes=4 * MIB),
 )
 MOST_KEYS = 1024
 # Items of float16 in a block of keys or of values, at most: of as many XLA takes the bits within the
@@ -64,8 +64,7 @@ TABLE_ENTRIES = 2**17
 
 def target_of(device_kind: str) -> Target:
     """The row for a device; of one that is not known, the one with least memory."""
-    chip = chip_of(device_kind)
-    return next((x for x in TARGETS if chip is not None and x.name == chip.name), V4)
+    return next((x for x in TARGETS if x.name == chip_name(device_kind)), V4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from distattn._compat import shaped, vary, varying_axes
 from distattn.kernels.interpreter import interpreter
 from distattn.kernels.rows import Index
 from distattn.kernels.table import Table
-from distattn.kernels.tpu_layout import Cut, Order
+from distattn.kernels.tpu_layout import Order, TpuCut
 
 
 class Part(NamedTuple):
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 class Call:
     """What the blocks of a call depend on."""
 
-    cut: Cut
+    cut: TpuCut
     table: Table
     layer: jax.Array | None
     inner: Literal["rows", "keys"]  # what a block steps over
@@ -56,7 +56,7 @@ class Call:
         for x, size, which in ((index.rows, self.cut.rows, 0), (index.keys, self.cut.key_block, 1)):
             whole = x.shape[0] == 1
 
-            def at(*place: Any, whole: bool = whole, which: int = which) -> tuple:
+            def at(*place: Any, whole: bool = whole, which: int = which) -> tuple[Any, ...]:
                 _, batch, _, *blocks = self._blocks(*place)
                 return 0 if whole else batch, 0, blocks[which]
 
@@ -66,7 +66,7 @@ class Call:
     def by_rows(self, x: Any) -> Part:
         """[B, K, R, .], rows of all heads; or [parts * B, K, R, .], those of each part."""
 
-        def at(*place: Any) -> tuple:
+        def at(*place: Any) -> tuple[Any, ...]:
             part, batch, heads, row, _ = self._blocks(*place)
             return self._row(x, part, batch), heads, row, 0
 
@@ -75,7 +75,7 @@ class Call:
     def of_rows(self, x: Any) -> Part:
         """[B, K, ., R], numbers of rows; or [parts * B, K, ., R]."""
 
-        def at(*place: Any) -> tuple:
+        def at(*place: Any) -> tuple[Any, ...]:
             part, batch, heads, row, _ = self._blocks(*place)
             return self._row(x, part, batch), heads, 0, row
 
@@ -84,7 +84,7 @@ class Call:
     def by_keys(self, x: Any, order: Order) -> Part:
         """[L, B, S, K, .] in its order, keys or values."""
 
-        def at(*place: Any) -> tuple:
+        def at(*place: Any) -> tuple[Any, ...]:
             _, batch, heads, _, key = self._blocks(*place)
             layer = place[-1][0] if x.shape[0] > 1 else 0
             index = {"S": key, "K": heads, "H": 0}
@@ -96,7 +96,7 @@ class Call:
     def by_scales(self, x: Any) -> Part:
         """[L, B, K / heads, heads, S], scales of keys or values."""
 
-        def at(*place: Any) -> tuple:
+        def at(*place: Any) -> tuple[Any, ...]:
             _, batch, heads, _, key = self._blocks(*place)
             return place[-1][0] if x.shape[0] > 1 else 0, batch, heads, 0, key
 
@@ -120,8 +120,9 @@ class Call:
     def _row(self, x: Any, part: Any, batch: Any) -> Any:
         return batch if x.shape[0] == self.cut.batch else part * self.cut.batch + batch
 
-    def _blocks(self, part, batch, heads, own, step, counts, order, _) -> tuple:
+    def _blocks(self, *place: Any) -> tuple[Any, ...]:
         """Part, row of the batch, block of heads, block of rows, block of keys."""
+        part, batch, heads, own, step, counts, order, _ = place
         row = self.table.row(batch, own)
         # Neither is negative: `//` would ask for signs, and for those Pallas wants a chip that it knows.
         last = lax.div(jnp.maximum(counts[row] - 1 - part, 0), jnp.int32(self.cut.parts))
@@ -130,7 +131,7 @@ class Call:
 
 
 def launch(
-    kernel: Callable,
+    kernel: Callable[..., None],
     call: Call,
     inputs: list[Part],
     outputs: list[Part],

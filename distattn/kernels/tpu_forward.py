@@ -22,10 +22,10 @@ from distattn.block import Scoring
 from distattn.kernels.rows import by_key_heads, by_queries, index_of
 from distattn.kernels.scores import logits_of
 from distattn.kernels.table import tables
-from distattn.kernels.tpu_block import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_blocks import LANES
 from distattn.kernels.tpu_call import Call, Part, Step, launch
-from distattn.kernels.tpu_layout import Cut, as_stored, cut_of
+from distattn.kernels.tpu_layout import TpuCut, as_stored, cut_of
+from distattn.kernels.tpu_plan import Plan, each, guarded, loaded, plan_of
 from distattn.kernels.tpu_scales import scales_of
 from distattn.operands import Operands
 from distattn.state import SoftmaxState, merge, softmax_weights
@@ -65,12 +65,12 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
 
 
 def prepared(
-    operands: Operands, scoring: Scoring, cut: Cut
+    operands: Operands, scoring: Scoring, cut: TpuCut
 ) -> tuple[Plan, Call, list[Part], list[Any]]:
     """Of a kernel that folds: plan and call, its inputs, and the scratch of its keys and values."""
     index = index_of(operands.mask, cut)
     table, _ = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, masked=index is not None)
+    plan = plan_of(operands, scoring, cut, index)
     call = Call(cut, table, operands.layer, "keys")
     key, value = as_stored(operands.key), as_stored(operands.value)
     query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
@@ -89,9 +89,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _kernel(plan: Plan, call: Call, counts, order, layer, *refs) -> None:
+def _kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs)
-    index = plan.index(parts)
+    index = plan.compared.blocks(parts)
     query, key, value = itertools.islice(parts, 3)
     scales = plan.scales(parts)
     weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 5)
@@ -137,16 +137,13 @@ def fold_step(
         weighted_sum[...] = jnp.zeros_like(weighted_sum)
         highest[...] = jnp.full_like(highest, -jnp.inf)
         sums[...] = jnp.zeros_like(sums)
-        if index:
-            row_index[:, :3] = jnp.swapaxes(index[0][0], 0, 1)
+        plan.keep_rows(index, row_index)
 
     @pl.when(step.is_needed)
     def _() -> None:
         plan.key.fill(key, keys)
         plan.value.fill(value, values)
-        allowed = plan.allowed(
-            lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
-        )
+        allowed = plan.rows_by_keys(index, row_index)
 
         @each(cut.heads)
         def _(head: jax.Array) -> None:

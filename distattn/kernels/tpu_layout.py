@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
+from distattn.kernels.rows import Cut
 from distattn.kernels.tpu_blocks import (
     HALF_ITEMS,
     LANES,
@@ -32,20 +33,11 @@ HEADS = 8  # of keys in a block, at most: the tile of HBM
 Order = Literal["SKH", "KSH", "KHS"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuCut(Cut):
     """Sizes of a call and of its blocks."""
 
-    batch: int
-    queries: int  # T
-    keys: int  # S
-    kv_heads: int  # K
-    groups: int  # G
-    width: int  # H
-    value_width: int  # V
     heads: int  # of a block, of keys
-    rows: int  # of a block
-    key_block: int
     target: Target
     vmem_bytes: int  # that a kernel holds, about
     splits: bool = False  # whether keys may be split into parts
@@ -57,27 +49,12 @@ class Cut:
         return parts(self.target, steps, self.key_blocks) if self.splits else 1
 
     @property
-    def row_blocks(self) -> int:
-        """How many blocks of rows."""
-        return -(-self.queries * self.groups // self.rows)
-
-    @property
-    def key_blocks(self) -> int:
-        """How many blocks of keys."""
-        return -(-self.keys // self.key_block)
-
-    @property
-    def all_rows(self) -> int:
-        """R, those that fill the last block included."""
-        return self.row_blocks * self.rows
-
-    @property
     def head_blocks(self) -> int:
         """How many blocks of heads."""
         return self.kv_heads // self.heads
 
 
-def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> Cut:
+def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> TpuCut:
     """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
     batch, queries, heads, width = operands.query.shape
     keys, kv_heads, value_width = operands.value.shape[-3:]
@@ -106,19 +83,19 @@ def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> C
     ]
     sized = ((shape, *sizes(shape, target, machine.block_sizes, measured)) for shape in shapes)
     cuts = [
-        Cut(
-            batch,
-            queries,
-            keys,
-            kv_heads,
-            shape.groups,
-            width,
-            value_width,
-            shape.heads,
-            rows,
-            key_block,
-            target,
-            vmem_bytes(shape, rows, key_block),
+        TpuCut(
+            batch=batch,
+            queries=queries,
+            keys=keys,
+            kv_heads=kv_heads,
+            groups=shape.groups,
+            width=width,
+            value_width=value_width,
+            rows=rows,
+            key_block=key_block,
+            heads=shape.heads,
+            target=target,
+            vmem_bytes=vmem_bytes(shape, rows, key_block),
             splits=not backward,
         )
         for shape, rows, key_block in sized
@@ -154,9 +131,8 @@ def _most_keys(x: jax.Array, heads: int) -> int:
     """Of a block with so many heads."""
     if x.dtype != jnp.float16:
         return MOST_KEYS
-    rows = (
-        HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
-    )  # a tile is one of 8, full or not
+    # A tile is one of 8, full or not.
+    rows = HEADS if order_of(x.shape, x.dtype) == "SKH" else heads
     return min(max(HALF_ITEMS // (rows * x.shape[-1]) // LANES * LANES, LANES), MOST_KEYS)
 
 

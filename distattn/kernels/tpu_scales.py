@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn.kernels.tpu_layout import HEADS, Cut
+from distattn.kernels.tpu_layout import HEADS, TpuCut
 from distattn.operands import Operands
 
 # What keys and values may be beside a scale.
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
-def scales_of(operands: Operands, cut: Cut) -> list[jax.Array]:
+def scales_of(operands: Operands, cut: TpuCut) -> list[jax.Array]:
     """Of keys and of values, f32[L, B, K / heads, heads, S]; none where they are no bytes.
 
     So they lie in HBM where K is 1, 2, 4 or a multiple of 8, and nothing is copied. Elsewhere the scales
@@ -29,5 +29,5 @@ def scales_of(operands: Operands, cut: Cut) -> list[jax.Array]:
     ]
 
 
-def _scales_lie_by_heads(cut: Cut) -> bool:
+def _scales_lie_by_heads(cut: TpuCut) -> bool:
     return cut.kv_heads in (1, 2, 4) or cut.kv_heads % HEADS == 0

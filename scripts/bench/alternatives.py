@@ -66,20 +66,8 @@ def ejkernel(query, key, value, order, *, is_causal):
 
 def ringattention(query, key, value, order, *, is_causal):
     del order  # it takes no positions
-    settings = {
-        "causal_block_size": 1 if is_causal else None,
-        "query_chunk_size": CHUNK,
-        "key_chunk_size": CHUNK,
-        "deterministic": True,
-        "dropout_rng": None,
-        "attn_pdrop": 0.0,
-        "dtype": jnp.float32,
-        "policy": jax.checkpoint_policies.nothing_saveable,
-        "precision": None,
-        "prevent_cse": False,
-    }
-    call = repaired_ringattention()
-    return call(query, key, value, None, None, None, "kv", True, settings)
+    call = repaired_ringattention(CHUNK, 1 if is_causal else None)
+    return call(query, key, value)
 
 
 def errors(one_device, kv_heads, is_causal, shuffled):

@@ -26,7 +26,6 @@ from distattn.distributed import launched
 from distattn.testing import collectives
 
 AXES = ("host", "device")
-OURS = ("auto", "butterfly", "psum", "all_gather", "ring")
 TOLERANCE = 1e-4  # of the largest magnitude: float32, sums over thousands of keys
 ECHO_PORT, ECHOES = 4712, 21
 LIMIT_S = 180  # to start, to compile, for a call

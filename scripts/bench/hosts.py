@@ -136,9 +136,8 @@ class Hosts:
                 )
             )
             self._guard.tell(f"directory {self.directory}")
-            stack.callback(
-                self._end
-            )  # should a second Ctrl-C break it off, the guard does the rest
+            # Should a second Ctrl-C break it off, the guard does the rest.
+            stack.callback(self._end)
             if self._loopback:
                 self._coordinator = f"127.0.0.1:{stack.enter_context(free_port())}"
             else:

@@ -89,7 +89,7 @@ def ours(length, combine, mesh, layout):
     return Contender(attention, mesh)
 
 
-def repaired_ringattention():
+def repaired_ringattention(chunk, causal_block_size):
     """The package's attention, with what its import looks for in JAX put where it was; or None."""
     if importlib.util.find_spec("ringattention") is None:
         return None
@@ -99,16 +99,8 @@ def repaired_ringattention():
         jax.lib.xla_bridge = types.SimpleNamespace(get_backend=get_backend)
     from ringattention import ringattention_jax
 
-    return ringattention_jax
-
-
-def ringattention(length, mesh):
-    ring_attention = repaired_ringattention()
-    if ring_attention is None:
-        return None
-    chunk = min(length // jax.device_count(), 512)
     settings = {
-        "causal_block_size": 1,
+        "causal_block_size": causal_block_size,
         "query_chunk_size": chunk,
         "key_chunk_size": chunk,
         "deterministic": True,
@@ -121,7 +113,15 @@ def ringattention(length, mesh):
     }
 
     def one_device(query, key, value):
-        return ring_attention(query, key, value, None, None, None, "kv", True, settings)
+        return ringattention_jax(query, key, value, None, None, None, "kv", True, settings)
+
+    return one_device
+
+
+def ringattention(length, mesh):
+    one_device = repaired_ringattention(min(length // jax.device_count(), 512), 1)
+    if one_device is None:
+        return None
 
     rows = P(None, "kv")
     sharded = jax.shard_map(

@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.block import Scoring
+from distattn.kernels.rows import Comparison, Index
 from distattn.kernels.scores import EXACT, Numbers
-from distattn.kernels.tpu_layout import Cut, Order, order_of
+from distattn.kernels.tpu_layout import Order, TpuCut, order_of
 from distattn.kernels.tpu_scales import QUANTISED
 from distattn.operands import Operands
 
@@ -45,12 +46,12 @@ class Side:
         """Along which the keys of one head lie."""
         return 1 if self.order == "KHS" else 0
 
-    def shape(self, cut: Cut) -> tuple[int, int, int]:
+    def shape(self, cut: TpuCut) -> tuple[int, int, int]:
         """Of a block, head by head."""
         keys, width = cut.key_block, self.width
         return (cut.heads, width, keys) if self.axis else (cut.heads, keys, width)
 
-    def scratch(self, cut: Cut, dtype: Any) -> list[Any]:
+    def scratch(self, cut: TpuCut, dtype: Any) -> list[Any]:
         """Where a block is put head by head, if it does not lie so."""
         return [pltpu.VMEM(self.shape(cut), dtype)] if self.moved else []
 
@@ -84,13 +85,12 @@ def sides_of(operands: Operands) -> tuple[Side, Side]:
 class Plan:
     """What a kernel computes with, apart from arrays."""
 
-    cut: Cut
+    cut: TpuCut
     scoring: Scoring
     numbers: Numbers
     key: Side
     value: Side
-    masked: bool
-    segments: bool
+    compared: Comparison
     quantised: bool
 
     def scales(self, refs: Iterator[Any]) -> Callable[[int, jax.Array], jax.Array] | None:
@@ -100,27 +100,24 @@ class Plan:
         blocks = [next(refs), next(refs)]
         return lambda side, head: blocks[side][0, 0, 0, pl.ds(head, 1), :]
 
-    def index(self, refs: Iterator[Any]) -> list[Any]:
-        """The blocks of `Index`, which are the first of the refs, if there are any."""
-        return [next(refs), next(refs)] if self.masked else []
+    def keep_rows(self, index: list[Any], row_index: Any) -> None:
+        """Puts the vectors of a block of rows side by side, where `rows_by_keys` reads them."""
+        if index:
+            row_index[:, :3] = jnp.swapaxes(index[0][0], 0, 1)
 
-    def allowed(
-        self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
-    ) -> jax.Array | None:
-        """Who attends to whom, from the vectors of `Index`, whose parts broadcast; None: all do."""
-        if not self.masked:
-            return None
-        position = key(0)
-        allowed = (position >= row(0)) & (position <= row(1))
-        return allowed & (key(1) == row(2)) if self.segments else allowed
+    def rows_by_keys(self, index: list[Any], row_index: Any) -> jax.Array | None:
+        """Who attends to whom, of a block of rows, as `keep_rows` keeps it, by one of keys."""
+        return self.compared.allowed(
+            lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
+        )
 
 
-def plan_of(operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool) -> Plan:
+def plan_of(operands: Operands, scoring: Scoring, cut: TpuCut, index: Index | None) -> Plan:
     """The plan of a call."""
     numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
-    segments = operands.mask.key_segment_ids is not None
+    compared = Comparison.of(operands.mask, index)
     quantised = operands.key_scale is not None
-    return Plan(cut, scoring, numbers, *sides_of(operands), masked, segments, quantised)
+    return Plan(cut, scoring, numbers, *sides_of(operands), compared, quantised)
 
 
 def loaded(x: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from distattn.block import Scoring
 from distattn.kernels.gpu_blocks import SMALLEST, padded
-from distattn.kernels.gpu_layout import Cut, numbers_of
+from distattn.kernels.gpu_layout import GpuCut, numbers_of
+from distattn.kernels.rows import Comparison, Index
 from distattn.kernels.scores import Numbers
 from distattn.operands import Operands
 
@@ -95,26 +96,21 @@ class Side:
 class Plan:
     """What a kernel computes with, apart from arrays."""
 
-    cut: Cut
+    cut: GpuCut
     scoring: Scoring
     numbers: Numbers
     query: Side  # rows
     out: Side  # rows of the state, or of its gradient
     key: Side
     value: Side
-    masked: bool
-    segments: bool
+    compared: Comparison
     quantised: bool
 
-    def allowed(
-        self, row: Callable[[int], jax.Array], key: Callable[[int], jax.Array]
-    ) -> jax.Array | None:
-        """Who attends to whom, from the vectors of `Index`, whose parts broadcast; None: all do."""
-        if not self.masked:
-            return None
-        position = key(0)
-        allowed = (position >= row(0)) & (position <= row(1))
-        return allowed & (key(1) == row(2)) if self.segments else allowed
+    def rows_by_keys(self, index: list[Any], rows: Any, keys: Any) -> jax.Array | None:
+        """Who attends to whom, of a block of rows by one of keys."""
+        return self.compared.allowed(
+            lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
+        )
 
     def scores(self, a: Pieces, b: Pieces) -> jax.Array:
         """a . b^T, [n, m], of vectors in pieces."""
@@ -143,11 +139,16 @@ class Plan:
 
     def may_leak(self, x: jax.Array) -> bool:
         """Whether an array can have what is no number where nobody may attend."""
-        return self.masked and x.dtype != jnp.int8
+        return self.compared.masked and x.dtype != jnp.int8
 
 
 def plan_of(
-    operands: Operands, scoring: Scoring, cut: Cut, *, masked: bool, backward: bool = False
+    operands: Operands,
+    scoring: Scoring,
+    cut: GpuCut,
+    index: Index | None,
+    *,
+    backward: bool = False,
 ) -> Plan:
     """The plan of a call."""
     is_ragged = cut.keys < cut.all_keys
@@ -159,8 +160,7 @@ def plan_of(
         out=Side(cut.value_width, cut.all_rows),
         key=Side(cut.width, cut.keys, is_ragged),
         value=Side(cut.value_width, cut.keys, is_ragged),
-        masked=masked,
-        segments=operands.mask.key_segment_ids is not None,
+        compared=Comparison.of(operands.mask, index),
         quantised=operands.key_scale is not None,
     )
 
