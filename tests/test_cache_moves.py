@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from distattn.cache import checkpoint
 from distattn.cache.capacity import grown, shrunk
-from distattn.cache.layout import letters_of
-from distattn.cache.moving import blank_like, context_of, sharding_of
+from distattn.cache.layout import context_of, letters_of, sharding_of
+from distattn.cache.moving import blank_like
 from distattn.testing import collectives
 from tests.cases import KINDS, mesh_of
 from tests.tolerance import assert_close
@@ -371,7 +371,7 @@ def test_another_capacity_and_placement_when_restored(tmp_path):
 
 def test_steps_are_numbered_and_never_overwritten(tmp_path):
     directory = tmp_path / "new" / "caches"
-    caches = [filled("2"), filled("2").rewind(18), filled("2").rewind(4)]
+    caches = [filled("2"), filled("2").rewind([18, 8]), filled("2").rewind(4)]
     assert caches[0].save(directory) == 0
     assert caches[1].save(str(directory), 7) == 7
     assert caches[2].save(directory) == 8
@@ -417,7 +417,7 @@ def test_a_cache_of_some_processes_only_is_refused(tmp_path, monkeypatch):
 def two_steps(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("steps")
     filled("8", capacity=2048).save(directory)
-    filled("8", capacity=2048).rewind(18).save(directory)
+    filled("8", capacity=2048).rewind([18, 8]).save(directory)
     return directory
 
 

@@ -21,11 +21,10 @@ from jax.sharding import Mesh
 
 from distattn.cache import steps
 from distattn.cache.capacity import counted
-from distattn.cache.edits import FREE
-from distattn.cache.layout import Layout, letters_of, make_layout
+from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
 from distattn.cache.manifest import read_manifest, sync, write_manifest
-from distattn.cache.moving import context_of, sharding_of
 from distattn.cache.replicas import check_replicas
+from distattn.cache.slots import FREE
 from distattn.distributed.health import fail_together, from_first, meet, present, ranks
 from distattn.placement import AxisNames
 
@@ -172,11 +171,11 @@ def _read(
             heads_axis_name=layout.heads,
         )
     )
-    wanted = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(layout, letters))
-        for name, letters in letters_of(blank).items()
-        if name != "counts" and (x := getattr(blank, name)) is not None
-    }
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, letters in letters_of(blank).items():
+        if name != "counts":
+            x, sharding = getattr(blank, name), sharding_of(layout, letters)
+            wanted[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     # Not strict: where these devices do not divide the slots, there are more of them now, at the end.
     with _checkpointer(orbax) as checkpointer:
         arrays = checkpointer.restore(folder, wanted, strict=False)
