@@ -1,5 +1,6 @@
 """Each token on two hosts, and what is left of a cache when hosts are gone: rows of fake devices here."""
 
+import dataclasses
 import functools
 
 import jax
@@ -159,6 +160,7 @@ def test_a_step_sends_nothing_for_the_copies_and_copies_nothing():
 @all_kinds
 def test_a_host_is_lost_and_no_key(place, form):
     cache = filled(place, form)
+    cache = dataclasses.replace(cache, refused=cache.refused + np.array([0, 7], np.int32))
     before, out = by_token(cache), attended(cache)
     hosts = cache.layout.mesh.shape["host"]
     for host in range(hosts) if (place, form) == ("4x2", "float32") else (1,):
@@ -171,7 +173,7 @@ def test_a_host_is_lost_and_no_key(place, form):
         counts = np.asarray(left.counts)
         assert counts.max() <= left.capacity // left.layout.devices
         check_copies(left)
-        for name in ("next_position", "appended", "placed", "overflow"):
+        for name in ("next_position", "appended", "placed", "overflow", "refused"):
             np.testing.assert_array_equal(getattr(left, name), getattr(cache, name))
         assert_close(attended(left), out, jnp.float32, max(LENGTHS), what=f"without {host}")
 

@@ -51,7 +51,7 @@ def reset(self: "KVCache", rows: ArrayLike) -> "KVCache":
       ([0, 3], [[0], [3]])
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
-    names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
+    names = ("positions", "counts", "next_position", "appended", "placed", "overflow", "refused")
     letters = [letters_of(self)[name] for name in names]
     arrays = (getattr(self, name) for name in names)
     changed = self.layout.run(_reset, ("B", *letters), letters, gone, *arrays)

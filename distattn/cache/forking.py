@@ -29,7 +29,7 @@ def fork(self: "KVCache", source: ArrayLike, target: ArrayLike) -> "KVCache":
         there is passed over, and of pairs with one target the last counts.
 
     Returns:
-      The cache.
+      The cache. A copy has been through what its source has, `refused` and the other numbers too.
 
     Raises:
       ValueError: a row that is not there, a target that comes twice, or not as many sources as targets.

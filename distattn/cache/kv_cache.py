@@ -40,6 +40,8 @@ class KVCache:
       appended: int32[B], how many tokens the last append brought.
       placed: int32[B], how many tokens were ever appended to the row.
       overflow: bool[B], whether the last append was refused, the row left as it was.
+      refused: int32[B], how many tokens were ever refused, by all appends since `create` or the row's last
+        `reset`: to be read once, at the end of a loop under jit. A row that is a copy has its source's.
       replica: of each device the share of its ward, where each token is there twice; else None.
       layout: over which devices rows, slots and heads lie.
       placement: where a new token goes, as in `create`.
@@ -65,6 +67,7 @@ class KVCache:
     appended: jax.Array  # int32[B]
     placed: jax.Array  # int32[B]
     overflow: jax.Array  # bool[B]
+    refused: jax.Array  # int32[B]
     replica: Replica | None
     layout: Layout = dataclasses.field(metadata={"static": True})
     placement: str = dataclasses.field(metadata={"static": True})
@@ -165,7 +168,7 @@ class KVCache:
                 "positions": filled("positions", (batch, slots), FREE, jnp.int32),
             }
 
-        numbers = ("next_position", "appended", "placed")
+        numbers = ("next_position", "appended", "placed", "refused")
         return KVCache(
             **share(),
             counts=filled("counts", (batch, layout.devices), 0, jnp.int32),

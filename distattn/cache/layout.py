@@ -158,7 +158,7 @@ def all_letters(stacked: bool) -> dict[str, str]:
         **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
         "positions": "BS",
         "counts": "B.",
-        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
+        **dict.fromkeys(("next_position", "appended", "placed", "overflow", "refused"), "B"),
     }
 
 

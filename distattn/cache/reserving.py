@@ -51,7 +51,7 @@ def reserve(
 
     Returns:
       The cache with its tags, and the `Slots`. A row in which the tokens have no place is left as it was,
-      whole, and its `overflow` set.
+      whole, its `overflow` set, and its `refused` larger by their number.
 
     Raises:
       ValueError: a wrong shape, lengths that are not 0 .. T, devices that are not there: also of arrays on
@@ -111,9 +111,9 @@ def reserve(
     if replica is not None:
         copies, _, replica_index, _, _ = take(replica_layout(layout), replica.positions)
         replica = dataclasses.replace(replica, positions=copies)
-    names = ("next_position", "appended", "placed")
-    numbers = (self.next_position, self.placed)
-    tally = layout.run(_tally, ("B.", "B", "B"), ("B",) * 3, taken, *numbers)
+    names = ("next_position", "appended", "placed", "refused")
+    numbers = (self.next_position, self.placed, self.refused)
+    tally = layout.run(_tally, ("B.", "B.", "B", "B", "B"), ("B",) * 4, new, taken, *numbers)
     cache = dataclasses.replace(
         self,
         positions=tags,
@@ -145,8 +145,19 @@ def _refuse(cache: "KVCache", new: jax.Array, overflow: jax.Array) -> None:
 
 
 def _tally(
-    layout: Layout, taken: jax.Array, next_position: jax.Array, placed: jax.Array
+    layout: Layout,
+    new: jax.Array,
+    taken: jax.Array,
+    next_position: jax.Array,
+    placed: jax.Array,
+    refused: jax.Array,
 ) -> tuple[Any, ...]:
     """The numbers of a row after an append."""
     appended = (taken >= 0).sum(axis=1, dtype=jnp.int32)
-    return jnp.maximum(next_position, taken.max(axis=1) + 1), appended, placed + appended
+    wanted = (new >= 0).sum(axis=1, dtype=jnp.int32)
+    return (
+        jnp.maximum(next_position, taken.max(axis=1) + 1),
+        appended,
+        placed + appended,
+        refused + wanted - appended,
+    )

@@ -113,8 +113,8 @@ def append(
         sharded along T over the axes of the slots.
 
     Returns:
-      The cache with them. A row in which its tokens have no place is left as it was, whole, and its
-      `overflow` is set.
+      The cache with them. A row in which its tokens have no place is left as it was, whole, its `overflow`
+      is set, and its `refused` counts them.
 
     Raises:
       ValueError: a wrong shape or dtype, and what `reserve` refuses. Outside of jit also a row in which
