@@ -132,6 +132,7 @@ WRONG = {
         {
             4: r"rows is 4; it must be 0 \.\. 3: rows are numbered so \(B=4\)",
             (1, -1): r"rows\[1\] is -1; it must be 0 \.\. 3",
+            2**40: r"rows is 1099511627776; it must be 0 \.\. 3",
         },
     ),
     "fork, source": (

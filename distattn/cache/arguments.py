@@ -127,7 +127,7 @@ def row_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
 
 def row_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
     """bool[B] from bool[B], or from the index of a row or several; of a tracer's, those that are there."""
-    mask = jnp.asarray(x)
+    mask = _as_array(x)
     if mask.dtype == jnp.bool_:
         if mask.shape != (batch,):
             raise ValueError(
@@ -156,9 +156,14 @@ def layer_index(x: ArrayLike | None, layers: int | None) -> jax.Array | None:
 
 
 def _integers(name: str, x: ArrayLike) -> jax.Array:
-    """int32 of any shape; Python's numbers as numpy has them, so that large ones are seen by the checks."""
+    """int32 of any shape."""
+    return integers(name, _as_array(x))
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """Python's numbers as numpy has them: larger ones than int32 are for the checks of ranges to name."""
     numbers = on_host(x)
-    return integers(name, x if numbers is None else numbers)
+    return jnp.asarray(x if numbers is None else numbers)
 
 
 def check_new(
