@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +302,7 @@ def test_new_keys_seen_to_be_sharded_stay_where_they_are():
 def test_the_life_of_a_row():
     cache, _ = filled(make("auto"))
     assert positions(cache) == [list(range(n)) for n in (13, 10, 15, 11)]
-    cache = cache.rewind(np.array([12, 99, 4, 0], np.int32))
+    cache = cache.rewind(np.array([12, 10, 4, 0], np.int32))
     assert positions(cache) == [list(range(n)) for n in (12, 10, 4, 0)]
     np.testing.assert_array_equal(cache.next_position, [12, 10, 4, 0])
     cache = cache.evict(3, keep_first=2)
@@ -431,13 +430,49 @@ def test_a_row_that_overflows_is_left_as_it_was():
         ValueError, match=r"row 0 gets 8 new .*overflow: \[0, 2\].*nothing was written: evict"
     ):
         cache.append(key, value)
+    assert not np.asarray(cache.refused).any()
     refused = jax.jit(KVCache.append)(cache, key, value)
     np.testing.assert_array_equal(refused.overflow, [True, False, True, False])
     np.testing.assert_array_equal(refused.appended, [0, 8, 0, 8])
+    np.testing.assert_array_equal(refused.refused, [8, 0, 8, 0])
     for row, (was, now) in enumerate(zip(before, positions(refused), strict=True)):
         assert now == (was if row in (0, 2) else [*was, *range(len(was), len(was) + 8)])
-    nobody = jax.jit(functools.partial(KVCache.append, owner=np.full(1, 8, np.int32)))
-    assert np.asarray(nobody(cache, *tokens(1, 1)).overflow).all()
+    nobody = jax.jit(KVCache.append)(cache, *tokens(1, 1), owner=np.full(1, 8, np.int32))
+    assert np.asarray(nobody.overflow).all()
+
+
+@every_layout
+def test_what_was_refused_is_counted_from_create_or_reset_on(name):
+    cache = make(name)
+    with within(cache):
+        for seed in range(CAPACITY // T):
+            cache = append(cache, *tokens(seed))
+        room, want = (
+            np.full(B, cache.capacity - CAPACITY),
+            np.zeros(B, int),
+        )  # room for 2 on three devices
+        for lengths in ([5, 4, 0, 1], [3, 1, 3, 0]):
+            count = np.array(lengths, np.int32)
+            cache = append(cache, *tokens(7), lengths=count)
+            np.testing.assert_array_equal(cache.overflow, count > room)
+            want += np.where(count > room, count, 0)
+            room -= np.where(count > room, 0, count)
+            np.testing.assert_array_equal(cache.refused, want)
+        # It stays through what happens to a row, and an append that finds a place.
+        cache = append(cache.rewind(6).evict(4), *tokens(8))
+        assert not np.asarray(cache.overflow).any()
+        np.testing.assert_array_equal(cache.refused, want)
+        cache = cache.accept([0, 1])
+        np.testing.assert_array_equal(cache.refused, want)
+        assert want[0] > want[3]
+        forked = cache.fork(0, 3)
+        np.testing.assert_array_equal(forked.refused, [*want[:3], want[0]])
+        np.testing.assert_array_equal(cache.reset([0, 2]).refused, [0, want[1], 0, want[3]])
+        # Of tokens that have no place a row counts those that it was to get, not the padding.
+        places = np.array([[-1, 9, -1, 8, -1]] * B, np.int32)
+        nowhere = np.full(T, 99, np.int32)
+        refused = jax.jit(KVCache.append)(cache, *tokens(1), places, owner=nowhere).refused
+        np.testing.assert_array_equal(refused, want + 2)
 
 
 def test_nothing_leaks_from_free_slots():
@@ -569,11 +604,11 @@ WRONG = {
     ),
     "owner": (
         lambda: make("auto").append(*tokens(1), owner=np.full(T, 8, np.int32)),
-        "owner reaches from 8 to 8",
+        r"owner\[0\] is 8; it must be 0 .. 7: the slots lie on 8 devices",
     ),
     "local": (lambda: make("auto").append(*tokens(1), owner="local"), "pad them to a multiple"),
     "owner's name": (lambda: make().append(*tokens(1), owner="here"), "'local' or None"),
-    "row": (lambda: make().reset(4), r"rows is \[4\]; rows are numbered 0 .. 3"),
+    "row": (lambda: make().reset(4), r"rows is 4; it must be 0 .. 3: rows are numbered so"),
     "mask of rows": (lambda: make().reset(np.ones(3, bool)), r"bool\[B\] = \[4\]"),
     "fork": (lambda: make().fork([0, 1], 2), "source has 2 rows and target 1"),
     "capacity": (lambda: KVCache.create(1, 0, K, H, dtype=jnp.float32), "capacity is 0"),

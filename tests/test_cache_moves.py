@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from distattn.cache import checkpoint
 from distattn.cache.capacity import grown, shrunk
-from distattn.cache.layout import letters_of
-from distattn.cache.moving import blank_like, context_of, sharding_of
+from distattn.cache.layout import context_of, letters_of, sharding_of
+from distattn.cache.moving import blank_like
 from distattn.testing import collectives
 from tests.cases import KINDS, mesh_of
 from tests.tolerance import assert_close
@@ -92,6 +92,7 @@ def filled(
             arrays[name][at] = numbers(rng, name, arrays[name][at])
     arrays["next_position"][:] = NEXT
     arrays["appended"][:], arrays["placed"][:], arrays["overflow"][:] = (3, 1), (27, 8), (0, 1)
+    arrays["refused"][:] = (0, 9)
     return jax.device_put(dataclasses.replace(new, **arrays), lies(new))
 
 
@@ -142,7 +143,7 @@ def check_whole(cache: distattn.KVCache) -> None:
 def check_same(cache: distattn.KVCache, before: distattn.KVCache) -> None:
     check_whole(cache)
     assert by_token(cache) == by_token(before)
-    for name in ("next_position", "appended", "placed", "overflow"):
+    for name in ("next_position", "appended", "placed", "overflow", "refused"):
         assert np.array_equal(getattr(cache, name), getattr(before, name))
 
 
@@ -371,7 +372,7 @@ def test_another_capacity_and_placement_when_restored(tmp_path):
 
 def test_steps_are_numbered_and_never_overwritten(tmp_path):
     directory = tmp_path / "new" / "caches"
-    caches = [filled("2"), filled("2").rewind(18), filled("2").rewind(4)]
+    caches = [filled("2"), filled("2").rewind([18, 8]), filled("2").rewind(4)]
     assert caches[0].save(directory) == 0
     assert caches[1].save(str(directory), 7) == 7
     assert caches[2].save(directory) == 8
@@ -389,11 +390,31 @@ def test_steps_are_numbered_and_never_overwritten(tmp_path):
 
 
 def test_a_step_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("distattn.cache.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("distattn.cache.checkpoint.FORMAT", 3)
     filled("one").save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="step 0 in .* another format than 1"):
+    with pytest.raises(
+        ValueError, match=r"step 0 in .* format 3, .* reads 1 \.\. 2; use the release that wrote"
+    ):
         distattn.KVCache.restore(tmp_path)
+
+
+@pytest.mark.parametrize("move", ["fewer_devices", "to_a_number_that_does_not_divide", "to_one"])
+def test_a_step_of_the_first_format_has_refused_nothing(move, tmp_path, monkeypatch):
+    source, form, target, _, _ = MOVES[move]
+    before = filled(source, form)
+    letters = {name: x for name, x in letters_of(before).items() if name != "refused"}
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "FORMAT", 1)
+        patched.setattr(checkpoint, "letters_of", lambda cache: letters)
+        before.save(tmp_path)
+    assert not [*tmp_path.rglob("*refused*")]
+    after = distattn.KVCache.restore(tmp_path, **PLACES[target])
+    assert after.refused.tolist() == [0, 0]
+    check_same(after, dataclasses.replace(before, refused=jnp.zeros(B, jnp.int32)))
+    check_goes_on(after, form)
+    after.save(tmp_path)  # in the format of now
+    check_same(distattn.KVCache.restore(tmp_path, 1, **PLACES[source]), after)
 
 
 def test_without_orbax_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -417,7 +438,7 @@ def test_a_cache_of_some_processes_only_is_refused(tmp_path, monkeypatch):
 def two_steps(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("steps")
     filled("8", capacity=2048).save(directory)
-    filled("8", capacity=2048).rewind(18).save(directory)
+    filled("8", capacity=2048).rewind([18, 8]).save(directory)
     return directory
 
 

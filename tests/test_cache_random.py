@@ -41,10 +41,12 @@ class Row:
     appended: int = 0
     placed: int = 0
     overflow: bool = False
+    refused: int = 0
 
     def append(self, tokens: list, fits: bool) -> None:
         self.overflow = not fits
         self.appended = len(tokens) if fits else 0
+        self.refused += 0 if fits else len(tokens)
         if fits:
             self.tokens = [*self.tokens, *tokens]
             self.placed += len(tokens)
@@ -236,7 +238,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def numbers_are_those_of_the_model(self):
-        for name in ("next_position", "appended", "placed", "overflow"):
+        for name in ("next_position", "appended", "placed", "overflow", "refused"):
             assert getattr(self.cache, name).tolist() == [getattr(row, name) for row in self.rows]
 
     @rule(seed=seeds, count=sizes, back=st.integers(0, 6))

@@ -1,5 +1,6 @@
 """Each token on two hosts, and what is left of a cache when hosts are gone: rows of fake devices here."""
 
+import dataclasses
 import functools
 
 import jax
@@ -108,7 +109,7 @@ def test_every_change_is_made_twice(place, form):
     check_copies(cache)
     with jax.set_mesh(cache.layout.mesh):
         for changed in (
-            cache.rewind(np.array([22, 40], np.int32)),
+            cache.rewind(np.array([22, 17], np.int32)),
             cache.evict(7, keep_first=2),
             cache.accept(np.array([1, 3, 4], np.int32)),
             cache.reset(1),
@@ -159,6 +160,7 @@ def test_a_step_sends_nothing_for_the_copies_and_copies_nothing():
 @all_kinds
 def test_a_host_is_lost_and_no_key(place, form):
     cache = filled(place, form)
+    cache = dataclasses.replace(cache, refused=cache.refused + np.array([0, 7], np.int32))
     before, out = by_token(cache), attended(cache)
     hosts = cache.layout.mesh.shape["host"]
     for host in range(hosts) if (place, form) == ("4x2", "float32") else (1,):
@@ -171,7 +173,7 @@ def test_a_host_is_lost_and_no_key(place, form):
         counts = np.asarray(left.counts)
         assert counts.max() <= left.capacity // left.layout.devices
         check_copies(left)
-        for name in ("next_position", "appended", "placed", "overflow"):
+        for name in ("next_position", "appended", "placed", "overflow", "refused"):
             np.testing.assert_array_equal(getattr(left, name), getattr(cache, name))
         assert_close(attended(left), out, jnp.float32, max(LENGTHS), what=f"without {host}")
 

@@ -89,6 +89,31 @@ LAYERS = (
     "__init__",
     "__main__",
 )
+# The same for the files of a package. KVCache comes last: the functions before it are its methods.
+INSIDE = {
+    "cache": (
+        "arguments",
+        "storage",
+        "layout",
+        "slots",
+        "replicas",
+        "capacity",
+        "moving",
+        "edits",
+        "forking",
+        "reserving",
+        "writing",
+        "reading",
+        "recovery",
+        "manifest",
+        "steps",
+        "checkpoint",
+        "kv_cache",
+        "__init__",
+    )
+}
+# A method's own class, which stands above it, is there for type checkers: nothing is imported when it runs.
+ANNOTATED = {"cache": ("distattn", "cache", "kv_cache", "KVCache")}
 MAX_LINES = 300
 PURE = {  # run, and tested, without jax
     *(
@@ -159,6 +184,52 @@ def test_imports_point_down(path):
     below = LAYERS[: LAYERS.index(own)]
     inside_package = {own} if path.parent != LIBRARY else set()
     assert layers_imported(parse(path), package_of(path)) <= {*below, *inside_package}
+
+
+def without_annotations(tree: ast.AST) -> tuple[ast.Module, ast.Module]:
+    """What is imported when the file runs, and what only a type checker imports."""
+    checking = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and names(node.test) == {"TYPE_CHECKING"}
+    ]
+    hidden = {inner for node in checking for inner in ast.walk(node)}
+    shown = [node for node in ast.walk(tree) if node not in hidden and is_import(node)]
+    return ast.Module(shown, []), ast.Module([x for node in checking for x in node.body], [])
+
+
+def is_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_inside_a_package_point_down(package):
+    order = INSIDE[package]
+    files = python_files(f"distattn/{package}")
+    assert sorted(path.stem for path in files) == sorted(order)
+    for path in files:
+        run, annotations = (
+            [x for x in imports(tree, package_of(path)) if x[:2] == ("distattn", package)]
+            for tree in without_annotations(parse(path))
+        )
+        below = order[: order.index(path.stem)]
+        assert {x[2] for x in run} <= {*below}, path.stem
+        assert {*annotations} <= {ANNOTATED[package]}, path.stem
+
+
+def test_what_is_imported_for_type_checkers_is_told_from_the_rest():
+    source = """
+from distattn.cache.layout import Layout
+if TYPE_CHECKING:
+    from distattn.cache.kv_cache import KVCache
+class A:
+    from distattn.cache.edits import reset
+def f():
+    from distattn.cache import kv_cache
+"""
+    run, annotations = without_annotations(ast.parse(source))
+    assert {x[2] for x in imports(run)} == {"layout", "edits", "kv_cache"}
+    assert [*imports(annotations)] == [ANNOTATED["cache"]]
 
 
 # `distattn check` compares the user's own devices with the oracle: that is what it is for.

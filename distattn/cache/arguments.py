@@ -1,4 +1,10 @@
-"""Checks of what the methods of a cache are given."""
+"""Checks of what the methods of a cache are given.
+
+Numbers that the host has, Python's and numpy's, are always checked. A `jax.Array` is only where the call
+waits for the devices anyway, or where it is an edit of whole rows: to read it is to wait for all that it
+is computed from. A tracer has no numbers. What is not checked has a meaning that harms no other row; the
+docstrings say which.
+"""
 
 from typing import Any
 
@@ -10,30 +16,88 @@ from jax.typing import ArrayLike
 
 from distattn.checks import integers
 
+INT32 = np.iinfo(np.int32)
+
 
 def known(x: Any) -> np.ndarray | None:
     """The numbers of x where this process can see them all, else None: under a trace, on other hosts."""
-    if isinstance(x, Tracer):
+    parts = jax.tree.leaves(x)
+    if any(isinstance(part, Tracer) for part in parts):
         return None
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return None
-    return np.asarray(x)
+    arrays = [part for part in parts if isinstance(part, jax.Array)]
+    seen = (
+        part.is_fully_addressable or (part.is_fully_replicated and part.addressable_shards)
+        for part in arrays
+    )
+    return np.asarray(x) if all(seen) else None
 
 
-def row_numbers(name: str, x: ArrayLike, batch: int) -> jax.Array:
-    """int32[B] from int32[B] or one number for all rows."""
-    x = integers(name, x)
-    if x.shape not in ((), (batch,)):
+def on_host(x: Any) -> np.ndarray | None:
+    """The numbers of x where no device has to be waited for, Python's and numpy's; else None."""
+    return (
+        None if any(isinstance(part, jax.Array) for part in jax.tree.leaves(x)) else np.asarray(x)
+    )
+
+
+def check_range(
+    name: str, numbers: np.ndarray | None, low: int, high: int | np.ndarray, remedy: str
+) -> None:
+    """That the numbers of an argument, where they are known, lie in low .. high.
+
+    Args:
+      name: of the argument.
+      numbers: int of any shape, or None.
+      low: the least that there may be.
+      high: the largest, of all; or int[B], of each row, for numbers int[B] or int[].
+      remedy: what to do.
+    """
+    if numbers is None:
+        return
+    wrong = np.argwhere((numbers < low) | (numbers > high))
+    if not len(wrong):
+        return
+    first = tuple(int(i) for i in wrong[0])
+    at = first[: numbers.ndim]
+    most, row = high, ""
+    if isinstance(high, np.ndarray):
+        most, row = high[first], f"in row {first[0]} "
+    raise ValueError(
+        f"{name}{list(at) if at else ''} is {numbers[at]}; {row}it must be {low} .. {most}: {remedy}"
+    )
+
+
+def row_numbers(
+    name: str,
+    x: ArrayLike,
+    batch: int,
+    *,
+    high: int | np.ndarray = INT32.max,
+    remedy: str,
+    read: bool = False,
+) -> jax.Array:
+    """int32[B] from int32[B] or one number for all rows, each in 0 .. high.
+
+    Args:
+      name: of the argument.
+      x: what was given.
+      batch: B.
+      high: the largest that there may be, of all or of each row.
+      remedy: what to do where one is out of range.
+      read: whether the numbers of a `jax.Array` are checked too.
+    """
+    whole = _integers(name, x)
+    if whole.shape not in ((), (batch,)):
         raise ValueError(
-            f"{name} has shape {x.shape}; it must be int32[B] = [{batch}], a number for each row, or one "
-            "for all"
+            f"{name} has shape {whole.shape}; it must be int32[B] = [{batch}], a number for each row, or "
+            "one for all"
         )
-    return jnp.broadcast_to(x, (batch,))
+    check_range(name, known(x) if read else on_host(x), 0, high, remedy)
+    return jnp.broadcast_to(whole, (batch,))
 
 
 def token_numbers(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array:
     """int32[B, T] from int32[T] or int32[B, T]."""
-    x = integers(name, x)
+    x = _integers(name, x)
     if x.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(
             f"{name} has shape {x.shape} for B={batch}, T={tokens}; it must be int32[T] or int32[B, T]: "
@@ -42,38 +106,64 @@ def token_numbers(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array
     return jnp.broadcast_to(x if x.ndim == 2 else x[None], (batch, tokens))
 
 
-def up_to_lengths(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
-    """int32[B, T] with -1, for no token, from the length of each row on; lengths None: as it is."""
+def up_to_lengths(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """int32[B, T] with -1, for no token, from the length int32[B] of each row on; None: as it is."""
     if lengths is None:
         return x
-    batch, tokens = x.shape
-    index = np.arange(tokens, dtype=np.int32)[None]
-    return jnp.where(index < row_numbers("lengths", lengths, batch)[:, None], x, -1)
+    index = np.arange(x.shape[1], dtype=np.int32)[None]
+    return jnp.where(index < lengths[:, None], x, -1)
 
 
 def row_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
     """int32[n] from one index of a row or several."""
-    x = jnp.atleast_1d(integers(name, x))
-    if x.ndim != 1:
-        raise ValueError(f"{name} has shape {x.shape}; it must be the index of a row, or int32[n]")
-    numbers = known(x)
-    if numbers is not None and ((numbers < 0) | (numbers >= batch)).any():
+    indices = jnp.atleast_1d(_integers(name, x))
+    if indices.ndim != 1:
         raise ValueError(
-            f"{name} is {numbers.tolist()}; rows are numbered 0 .. {batch - 1} (B={batch})"
+            f"{name} has shape {indices.shape}; it must be the index of a row, or int32[n]"
         )
-    return x
+    check_range(name, known(x), 0, batch - 1, f"rows are numbered so (B={batch})")
+    return indices
 
 
 def row_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
-    """bool[B] from bool[B], or from the index of a row or several."""
-    x = jnp.asarray(x)
-    if x.dtype == jnp.bool_:
-        if x.shape != (batch,):
+    """bool[B] from bool[B], or from the index of a row or several; of a tracer's, those that are there."""
+    mask = _as_array(x)
+    if mask.dtype == jnp.bool_:
+        if mask.shape != (batch,):
             raise ValueError(
-                f"{name} has shape {x.shape}; a mask of rows must be bool[B] = [{batch}]: or pass indices"
+                f"{name} has shape {mask.shape}; a mask of rows must be bool[B] = [{batch}]: or pass "
+                "indices"
             )
-        return x
-    return jnp.zeros(batch, bool).at[row_indices(name, x, batch)].set(True, mode="drop")
+        return mask
+    return (np.arange(batch, dtype=np.int32)[:, None] == row_indices(name, x, batch)[None]).any(
+        axis=1
+    )
+
+
+def layer_index(x: ArrayLike | None, layers: int | None) -> jax.Array | None:
+    """int32[], or None where there is no dimension of layers, or all of them are meant."""
+    if x is None:
+        return None
+    if layers is None:
+        raise ValueError(
+            "layer is given, but the cache has no layers; make it with layers=, or pass layer=None"
+        )
+    index = _integers("layer", x)
+    if index.shape:
+        raise ValueError(f"layer has shape {index.shape}; it must be one number, int32[]")
+    check_range("layer", on_host(x), 0, layers - 1, f"the cache has {layers} layers")
+    return index
+
+
+def _integers(name: str, x: ArrayLike) -> jax.Array:
+    """int32 of any shape."""
+    return integers(name, _as_array(x))
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """Python's numbers as numpy has them: larger ones than int32 are for the checks of ranges to name."""
+    numbers = on_host(x)
+    return jnp.asarray(x if numbers is None else numbers)
 
 
 def check_new(

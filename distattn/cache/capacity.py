@@ -16,9 +16,8 @@ import numpy as np
 from jax import lax
 
 from distattn.cache import storage
-from distattn.cache.edits import FREE
 from distattn.cache.layout import Layout, letters_of
-from distattn.cache.slots import choose_owners
+from distattn.cache.slots import FREE, choose_owners, occupied
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -109,7 +108,7 @@ def _laid_out(layout: Layout, letters: str, x: jax.Array) -> jax.Array:
 
 
 def _count(layout: Layout, tags: jax.Array) -> tuple[Any, ...]:
-    return (layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32)),)
+    return (occupied(layout, tags),)
 
 
 def _grow(

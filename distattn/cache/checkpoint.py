@@ -23,11 +23,10 @@ from jax.sharding import Mesh
 
 from distattn.cache import steps
 from distattn.cache.capacity import counted
-from distattn.cache.edits import FREE
-from distattn.cache.layout import Layout, letters_of, make_layout
+from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
 from distattn.cache.manifest import read_manifest, sync, write_manifest
-from distattn.cache.moving import context_of, sharding_of
 from distattn.cache.replicas import check_replicas
+from distattn.cache.slots import FREE
 from distattn.distributed.health import fail_together, from_first, meet, present, ranks
 from distattn.extras import needed
 from distattn.placement import AxisNames
@@ -35,7 +34,8 @@ from distattn.placement import AxisNames
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
 
-FORMAT = 1  # of a step; a reader refuses those that it does not know
+FORMAT = 2  # of a step; a reader refuses those that it does not know
+SINCE = {"refused": 2}  # the format with which an array came; restored from an older one it is 0
 ARRAYS = "arrays"
 TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
 
@@ -126,7 +126,7 @@ def restore(
     Raises:
       FileNotFoundError: no such step, or none; says which there are, and which were interrupted.
       OSError: a file of the step is missing or has changed; says which, and what earlier step is whole.
-      ValueError: what `create` or `resize` refuses; a step in the format of another release.
+      ValueError: what `create` or `resize` refuses; a step in the format of a newer release.
       ModuleNotFoundError: Orbax is not installed.
       NotImplementedError: a mesh that has not the devices of all processes of the program.
 
@@ -150,20 +150,26 @@ def restore(
     folder = directory / str(step)
     _check_shared(folder)
     saved = read_manifest(folder)
-    if saved.pop("format") != FORMAT:
+    written = saved.pop("format")
+    if written not in range(1, FORMAT + 1):
         raise ValueError(
-            f"step {step} in {directory} was written in another format than {FORMAT}, the one that this "
-            "release of distattn reads; use the release that wrote it, or a newer one"
+            f"step {step} in {directory} was written in the format {written}, and this release of distattn "
+            f"reads 1 .. {FORMAT}; use the release that wrote it, or a newer one"
         )
     with context_of(layout):
-        cache = _read(orbax, cls, folder / ARRAYS, saved, layout)
+        cache = _read(orbax, cls, folder / ARRAYS, saved, written, layout)
     if placement is None and capacity is None and replicas == 1:
         return cache
     return cache.resize(capacity, placement=placement, replicas=replicas)
 
 
 def _read(
-    orbax: ModuleType, cls: type[KVCache], folder: Path, saved: dict[str, Any], layout: Layout
+    orbax: ModuleType,
+    cls: type[KVCache],
+    folder: Path,
+    saved: dict[str, Any],
+    written: int,
+    layout: Layout,
 ) -> KVCache:
     """The cache, with its slots over the devices of the layout."""
     blank = jax.eval_shape(
@@ -175,15 +181,17 @@ def _read(
             heads_axis_name=layout.heads,
         )
     )
-    wanted = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(layout, letters))
-        for name, letters in letters_of(blank).items()
-        if name != "counts" and (x := getattr(blank, name)) is not None
-    }
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, letters in letters_of(blank).items():
+        if name != "counts":
+            x, sharding = getattr(blank, name), sharding_of(layout, letters)
+            wanted[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    later = {name: wanted.pop(name) for name, since in SINCE.items() if since > written}
     # Not strict: where these devices do not divide the slots, there are more of them now, at the end.
     with _checkpointer(orbax) as checkpointer:
         arrays = checkpointer.restore(folder, wanted, strict=False)
     arrays["positions"] = _free_from(arrays["positions"], jnp.int32(saved["capacity"]))
+    arrays |= {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in later.items()}
     return counted(dataclasses.replace(blank, **arrays))
 
 

@@ -1,7 +1,7 @@
-"""What happens to a row in its life. All are edits of tags, but for `fork`, which copies a row.
+"""What happens to a row in its life, all of it edits of tags.
 
-A slot whose tag is negative is free, whatever key and value it still holds. But for `fork` over sharded
-rows, all that is sent between devices is the number of occupied slots, one integer a row.
+A slot whose tag is negative is free, whatever key and value it still holds. All that is sent between
+devices is the number of occupied slots, one integer a row.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jax.typing import ArrayLike
 
 from distattn.cache.arguments import (
-    row_indices,
+    INT32,
+    known,
+    on_host,
     row_mask,
     row_numbers,
     token_numbers,
     up_to_lengths,
 )
 from distattn.cache.layout import Layout, letters_of
-from distattn.cache.replicas import arrays_of, replica_layout, replica_letters, retagged
-from distattn.cache.storage import as_integers
+from distattn.cache.replicas import retagged
+from distattn.cache.slots import FREE, occupied
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
-
-FREE = -1
 
 
 def reset(self: KVCache, rows: ArrayLike) -> KVCache:
     """Empties rows: the next requests take their place while the others go on.
 
     Args:
-      rows: the index of a row, int32[n], or bool[B].
+      rows: the index of a row, int32[n], or bool[B]. Under jit an index that is not there is passed over.
 
     Returns:
       The cache in which they are as in a new one.
@@ -53,8 +53,8 @@ def reset(self: KVCache, rows: ArrayLike) -> KVCache:
       ([0, 3], [[0], [3]])
     """
     gone = row_mask("rows", rows, self.positions.shape[0])
-    names = ("positions", "counts", "next_position", "appended", "placed", "overflow")
-    letters = ("BS", "B.", "B", "B", "B", "B")
+    names = ("positions", "counts", "next_position", "appended", "placed", "overflow", "refused")
+    letters = [letters_of(self)[name] for name in names]
     arrays = (getattr(self, name) for name in names)
     changed = self.layout.run(_reset, ("B", *letters), letters, gone, *arrays)
     cache = dataclasses.replace(self, **dict(zip(names, changed, strict=True)))
@@ -65,13 +65,17 @@ def rewind(self: KVCache, lengths: ArrayLike) -> KVCache:
     """Frees all positions from a length on: what a rejected draft wrote, say.
 
     Args:
-      lengths: int32[B], or one for all rows; positions below stay. A row that is shorter stays as it is.
+      lengths: int32[B], or one for all rows; positions below stay. A row with its own next position stays
+        as it is. Python's and numpy's numbers are checked, for which a call outside of jit waits until
+        `next_position` is known. Those of tracers, and of arrays on devices, are not: where they are
+        larger than the next position the row stays as it is, and those below 0 empty it.
 
     Returns:
       The cache, whose next positions are at most the lengths.
 
     Raises:
-      ValueError: lengths that are neither int32[B] nor one number.
+      ValueError: lengths that are neither int32[B] nor one number; one below 0, or, outside of jit, past
+        the next position of its row.
 
     Example:
       >>> import jax.numpy as jnp, distattn
@@ -81,7 +85,16 @@ def rewind(self: KVCache, lengths: ArrayLike) -> KVCache:
       >>> cache.positions.tolist(), cache.next_position.tolist()
       ([[0, 1, -1, -1, -1, -1, -1, -1]], [2])
     """
-    lengths = jnp.maximum(row_numbers("lengths", lengths, self.positions.shape[0]), 0)
+    ends = None if on_host(lengths) is None else known(self.next_position)
+    lengths = row_numbers(
+        "lengths",
+        lengths,
+        self.positions.shape[0],
+        high=INT32.max if ends is None else ends,
+        remedy="a row is cut there, never made longer; pass cache.next_position for one that is to stay "
+        "as it is, 0 to empty it",
+    )
+    lengths = jnp.maximum(lengths, 0)
     cache = _retag(self, _below, lengths)
     next_position = jnp.minimum(self.next_position, lengths)
     gone = self.next_position - next_position
@@ -98,14 +111,16 @@ def evict(self: KVCache, window: ArrayLike, *, keep_first: ArrayLike = 0) -> KVC
     positions, or by their rank, before they are appended.
 
     Args:
-      window: int32[B], or one for all rows: positions p >= next_position - window stay.
+      window: int32[B], or one for all rows: positions p >= next_position - window stay; 0: none of these.
       keep_first: int32[B], or one for all rows: positions p < keep_first stay.
+        Of both, numbers of tracers and of arrays on devices are not checked, and count as 0 where they are
+        negative.
 
     Returns:
       The cache.
 
     Raises:
-      ValueError: window or keep_first is neither int32[B] nor one number.
+      ValueError: window or keep_first is neither int32[B] nor one number, or is negative.
 
     Example:
       >>> import jax.numpy as jnp, distattn
@@ -116,8 +131,10 @@ def evict(self: KVCache, window: ArrayLike, *, keep_first: ArrayLike = 0) -> KVC
       [[0, -1, 2, 3, -1, -1, -1, -1]]
     """
     batch = self.positions.shape[0]
-    first = self.next_position - jnp.maximum(row_numbers("window", window, batch), 0)
-    keep_first = row_numbers("keep_first", keep_first, batch)
+    remedy = "it is how many positions stay; cache.reset empties a row"
+    window = row_numbers("window", window, batch, remedy=remedy)
+    keep_first = row_numbers("keep_first", keep_first, batch, remedy=remedy)
+    first = self.next_position - jnp.maximum(window, 0)
     return _retag(self, _from_or_below, first, keep_first)
 
 
@@ -129,15 +146,20 @@ def accept(self: KVCache, nodes: ArrayLike, lengths: ArrayLike | None = None) ->
     the key of a node by start + its depth.
 
     Args:
-      nodes: int32[P] or int32[B, P], indices into the tokens of the last append, from the root on; a
-        negative one is none.
+      nodes: int32[P] or int32[B, P], indices into the tokens of the last append, from the root on, each
+        once; a negative one is none. A row that the last append brought nothing, or refused, has none.
       lengths: int32[B], how many of the P nodes each row keeps; default P.
+        Of both, Python's and numpy's numbers are checked, for which a call outside of jit waits until
+        `appended` is known. Those of tracers, and of arrays on devices, are not: a node that is not there
+        is none, one that comes twice has its first place and leaves the other's position empty, and
+        lengths count as the nearest of 0 .. P.
 
     Returns:
       The cache, whose next position is one past the path.
 
     Raises:
-      ValueError: nodes of a wrong shape or dtype.
+      ValueError: nodes of a wrong shape or dtype; a node that comes twice; lengths that are not 0 .. P;
+        outside of jit also a node that the last append did not bring.
 
     Example:
       >>> import jax.numpy as jnp, distattn
@@ -149,66 +171,22 @@ def accept(self: KVCache, nodes: ArrayLike, lengths: ArrayLike | None = None) ->
       ([[0, -1, 1, 2, -1, -1, -1, -1]], [3])
     """
     batch = self.positions.shape[0]
-    nodes = jnp.asarray(nodes)
-    nodes = token_numbers("nodes", nodes, batch, nodes.shape[-1] if nodes.ndim else 0)
+    size = np.shape(nodes)[-1] if np.ndim(nodes) else 0
+    given = on_host(nodes)
+    nodes = token_numbers("nodes", nodes, batch, size)
+    kept = size if lengths is None else on_host(lengths)
+    if lengths is not None:
+        remedy = f"of the P={size} nodes the first ones; 0 for a row that keeps none"
+        lengths = row_numbers("lengths", lengths, batch, high=size, remedy=remedy)
+    if given is not None and kept is not None:
+        given, kept = np.broadcast_to(given, (batch, size)), np.broadcast_to(kept, batch)
+        _check_nodes([row[:n] for row, n in zip(given, kept, strict=True)], known(self.appended))
     nodes = up_to_lengths(nodes, lengths)
     nodes = jnp.where(nodes < self.appended[:, None], nodes, -1)  # a refused append has none
     start = self.next_position - self.appended
     cache = _retag(self, _on_path, start, nodes)
     count = (nodes >= 0).sum(axis=1, dtype=jnp.int32)
     return dataclasses.replace(cache, next_position=start + count, appended=count)
-
-
-def fork(self: KVCache, source: ArrayLike, target: ArrayLike) -> KVCache:
-    """Copies rows over others, keys and values included: for beams.
-
-    The slots of a row keep their devices. Where rows are sharded, a row is sent to all of those devices.
-
-    Args:
-      source: the index of a row, or int32[n].
-      target: the row, or rows, that become copies; each one once.
-
-    Returns:
-      The cache.
-
-    Raises:
-      ValueError: a row that is not there, or not as many sources as targets.
-
-    Example:
-      >>> import jax.numpy as jnp, distattn
-      >>> cache = distattn.KVCache.create(2, 8, 1, 4, dtype=jnp.float32)
-      >>> new = jnp.ones((2, 3, 1, 4))
-      >>> cache = cache.append(new, new, lengths=jnp.array([3, 0]))
-      >>> cache = cache.fork(source=0, target=1)
-      >>> cache.next_position.tolist()
-      [3, 3]
-    """
-    batch, layout = self.positions.shape[0], self.layout
-    source = row_indices("source", source, batch)
-    target = row_indices("target", target, batch)
-    if source.shape != target.shape:
-        raise ValueError(
-            f"source has {source.shape[0]} rows and target {target.shape[0]}; each needs its own"
-        )
-    letters = letters_of(self)
-    own = tuple(letters.values())
-    arrays = [getattr(self, name) for name in letters]
-    letters_in = (".", ".", *own)
-    changed = layout.run(_fork, letters_in, own, source, target, *arrays, static=(own,))
-    cache = dataclasses.replace(self, **dict(zip(letters, changed, strict=True)))
-    if cache.replica is None:
-        return cache
-    letters = replica_letters(self)
-    own = tuple(letters.values())
-    copies = replica_layout(layout).run(
-        _fork,
-        (".", ".", *own),
-        own,
-        *(source, target, *arrays_of(cache.replica, letters)),
-        static=(own,),
-    )
-    replica = dataclasses.replace(cache.replica, **dict(zip(letters, copies, strict=True)))
-    return dataclasses.replace(cache, replica=replica)
 
 
 def _retag(cache: KVCache, kept: Callable[..., Any], *numbers: jax.Array) -> KVCache:
@@ -219,6 +197,23 @@ def _retag(cache: KVCache, kept: Callable[..., Any], *numbers: jax.Array) -> KVC
     )
     cache = dataclasses.replace(cache, positions=tags, counts=counts)
     return retagged(cache, letters, kept, *numbers)
+
+
+def _check_nodes(paths: list[np.ndarray], appended: np.ndarray | None) -> None:
+    """That a path has each node once, and only those that the last append brought its row."""
+    for row, path in enumerate(paths):
+        nodes = path[path >= 0].tolist()
+        if len(set(nodes)) < len(nodes):
+            raise ValueError(
+                f"nodes is {path.tolist()} for row {row}; a path has each node once: pass -1 for none, or "
+                "lengths where rows keep fewer"
+            )
+        if appended is not None and 0 < appended[row] <= max(nodes, default=-1):
+            raise ValueError(
+                f"nodes is {path.tolist()} for row {row}, and the last append brought it {appended[row]} "
+                f"tokens; it must be 0 .. {appended[row] - 1}, or negative for none: pass -1, or lengths "
+                "where rows keep fewer"
+            )
 
 
 # What one device does, in `Layout.run`.
@@ -236,7 +231,7 @@ def _retag_own(
     layout: Layout, kept: Callable[..., Any], tags: jax.Array, *numbers: jax.Array
 ) -> tuple[Any, ...]:
     tags = kept(tags, *numbers)
-    return tags, layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
+    return tags, occupied(layout, tags)
 
 
 def _unless(tags: jax.Array, gone: jax.Array) -> jax.Array:
@@ -257,33 +252,3 @@ def _on_path(tags: jax.Array, start: jax.Array, nodes: jax.Array) -> jax.Array:
     place = jnp.argmax(found, axis=1).astype(jnp.int32)
     on_path = jnp.where(found.any(axis=1), start[:, None] + place, FREE)
     return jnp.where(node < 0, tags, on_path)
-
-
-def _fork(
-    layout: Layout,
-    letters: tuple[str, ...],
-    source: jax.Array,
-    target: jax.Array,
-    *arrays: jax.Array,
-) -> tuple[Any, ...]:
-    axes = (x.index("B") for x in letters)
-    return tuple(
-        _copy(layout, x, source, target, axis) for x, axis in zip(arrays, axes, strict=True)
-    )
-
-
-def _copy(
-    layout: Layout, x: jax.Array, source: jax.Array, target: jax.Array, axis: int
-) -> jax.Array:
-    batch = x.shape[axis]
-    start = lax.axis_index(layout.batch) * batch if layout.batch else 0
-    rows = jnp.take(x, source - start, axis=axis, mode="clip")
-    if layout.batch:
-        # One device has the row and the others add zeros, as integers: every item comes as it is.
-        mine = (source >= start) & (source < start + batch)
-        mine = mine.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-        bits = rows.astype(jnp.uint8) if x.dtype == jnp.bool_ else as_integers(rows)
-        bits = lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), layout.batch)
-        rows = bits != 0 if x.dtype == jnp.bool_ else lax.bitcast_convert_type(bits, x.dtype)
-    place = jnp.where((target >= start) & (target < start + batch), target - start, batch)
-    return x.at[(slice(None),) * axis + (place,)].set(rows, mode="drop")

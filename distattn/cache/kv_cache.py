@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distattn.cache.layout import Layout, make_layout
+from distattn.cache.layout import Layout, all_letters, make_layout
 from distattn.cache.replicas import Replica, check_replicas
-from distattn.cache.slots import PLACEMENTS
+from distattn.cache.slots import FREE, PLACEMENTS
 from distattn.cache.storage import is_quantised
 from distattn.placement import AxisNames
 
@@ -42,6 +42,8 @@ class KVCache:
       appended: int32[B], how many tokens the last append brought.
       placed: int32[B], how many tokens were ever appended to the row.
       overflow: bool[B], whether the last append was refused, the row left as it was.
+      refused: int32[B], how many tokens were ever refused, by all appends since `create` or the row's last
+        `reset`: to be read once, at the end of a loop under jit. A row that is a copy has its source's.
       replica: of each device the share of its ward, where each token is there twice; else None.
       layout: over which devices rows, slots and heads lie.
       placement: where a new token goes, as in `create`.
@@ -67,6 +69,7 @@ class KVCache:
     appended: jax.Array  # int32[B]
     placed: jax.Array  # int32[B]
     overflow: jax.Array  # bool[B]
+    refused: jax.Array  # int32[B]
     replica: Replica | None
     layout: Layout = dataclasses.field(metadata={"static": True})
     placement: str = dataclasses.field(metadata={"static": True})
@@ -133,7 +136,7 @@ class KVCache:
             "layers": 1 if layers is None else layers,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int | np.integer) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an int of at least 1")
         if placement not in PLACEMENTS:
             raise ValueError(f"placement is {placement!r}; it must be one of {PLACEMENTS}")
@@ -152,38 +155,27 @@ class KVCache:
                 )
         check_replicas(replicas, layout)
         slots = layout.rounded(capacity)
-        lead, stack = ("", ()) if layers is None else ("L", (layers,))
-        keys = (*stack, batch, slots, num_kv_heads)
-        letters = {
-            "key": f"{lead}BSK.",
-            "key_scale": f"{lead}BSK",
-            "positions": "BS",
-            "counts": "B.",
-            "row": "B",
-        }
+        letters = all_letters(layers is not None)
+        keys = (*(() if layers is None else (layers,)), batch, slots, num_kv_heads)
 
         def filled(name: str, shape: tuple[Any, ...], fill: Any, kind: Any) -> jax.Array:
             return _filler(shape, fill, jnp.dtype(kind), layout.sharding(letters[name]))()
 
-        def numbers(fill: Any = 0, kind: Any = jnp.int32) -> jax.Array:
-            return filled("row", (batch,), fill, kind)
-
         def share() -> dict[str, jax.Array | None]:
             return {
                 "key": filled("key", (*keys, head_dim), 0, dtype),
-                "value": filled("key", (*keys, sizes["value_dim"]), 0, dtype),
+                "value": filled("value", (*keys, sizes["value_dim"]), 0, dtype),
                 "key_scale": filled("key_scale", keys, 0, jnp.float32) if quantised else None,
-                "value_scale": filled("key_scale", keys, 0, jnp.float32) if quantised else None,
-                "positions": filled("positions", (batch, slots), -1, jnp.int32),
+                "value_scale": filled("value_scale", keys, 0, jnp.float32) if quantised else None,
+                "positions": filled("positions", (batch, slots), FREE, jnp.int32),
             }
 
+        numbers = ("next_position", "appended", "placed", "refused")
         return KVCache(
             **share(),
             counts=filled("counts", (batch, layout.devices), 0, jnp.int32),
-            next_position=numbers(),
-            appended=numbers(),
-            placed=numbers(),
-            overflow=numbers(False, jnp.bool_),
+            overflow=filled("overflow", (batch,), False, jnp.bool_),
+            **{name: filled(name, (batch,), 0, jnp.int32) for name in numbers},
             replica=Replica(**share()) if replicas == 2 else None,
             layout=layout,
             placement=placement,
@@ -204,13 +196,15 @@ class KVCache:
         """How many devices hold each token."""
         return 1 if self.replica is None else 2
 
-    # Functions of the other files; imported here they are methods, to type checkers too.
+    # Functions of the files below; imported here they are methods, to type checkers too.
     from distattn.cache.checkpoint import restore, save
-    from distattn.cache.edits import accept, evict, fork, reset, rewind
+    from distattn.cache.edits import accept, evict, reset, rewind
+    from distattn.cache.forking import fork
     from distattn.cache.moving import resize
     from distattn.cache.reading import attend
     from distattn.cache.recovery import recover
-    from distattn.cache.writing import append, reserve, write
+    from distattn.cache.reserving import reserve
+    from distattn.cache.writing import append, write
 
 
 @functools.lru_cache

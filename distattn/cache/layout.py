@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from distattn._manual import manual
 from distattn.division import as_axes
@@ -137,16 +138,34 @@ def _run(
     return mapped(*arguments)
 
 
-def letters_of(cache: "KVCache") -> dict[str, str]:
-    """The letters of the dimensions of each array that the cache has, by name."""
-    stack = "" if cache.layers is None else "L"
-    letters = {
+def context_of(layout: Layout) -> AbstractContextManager[Any]:
+    """The layout's own mesh as the one of the context, whichever the caller has set."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
+
+
+def sharding_of(layout: Layout, letters: str) -> Sharding:
+    """That of an array, from the letters of its dimensions; without a mesh the default device's.
+
+    To be called in the context of the layout.
+    """
+    return layout.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
+
+
+def all_letters(stacked: bool) -> dict[str, str]:
+    """The letters of the dimensions of each array that a cache may have, by name."""
+    stack = "L" if stacked else ""
+    return {
         **dict.fromkeys(("key", "value"), f"{stack}BSK."),
         **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
         "positions": "BS",
         "counts": "B.",
-        **dict.fromkeys(("next_position", "appended", "placed", "overflow"), "B"),
+        **dict.fromkeys(("next_position", "appended", "placed", "overflow", "refused"), "B"),
     }
+
+
+def letters_of(cache: "KVCache") -> dict[str, str]:
+    """The same of those that this cache has."""
+    letters = all_letters(cache.layers is not None)
     return {name: x for name, x in letters.items() if getattr(cache, name) is not None}
 
 

@@ -14,17 +14,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from distattn.cache.capacity import counted, with_slots
-from distattn.cache.layout import Layout, letters_of, make_layout
+from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
 from distattn.cache.replicas import check_replicas, with_replica
 from distattn.placement import AxisNames
 
@@ -119,11 +117,6 @@ def resize(
     return dataclasses.replace(cache, placement=blank.placement)
 
 
-def context_of(layout: Layout) -> AbstractContextManager[Any]:
-    """The layout's own mesh as the one of the context, whichever the caller has set."""
-    return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
-
-
 def blank_like(
     cache: KVCache, capacity: int, layout: Layout, placement: str | None = None
 ) -> KVCache:
@@ -143,14 +136,6 @@ def blank_like(
         placement=cache.placement if placement is None else placement,
     )
     return jax.eval_shape(create)
-
-
-def sharding_of(layout: Layout, letters: str) -> Sharding:
-    """That of an array, from the letters of its dimensions; without a mesh the default device's.
-
-    To be called in the context of the layout.
-    """
-    return layout.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
 
 
 def moved(cache: KVCache, layout: Layout) -> KVCache:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distattn.across import attend as attend_across
+from distattn.cache.arguments import layer_index, on_host
 from distattn.cache.layout import Layout
 from distattn.call import Call
 from distattn.checks import Window
@@ -56,7 +57,8 @@ def attend(
       query: [B, T, N, H]; N must be a multiple of K.
       bias: float, broadcasts to [B, N, T, S]; S are the slots, whose positions are `cache.positions`.
       mask: bool, the same.
-      layer: int32[], the layer that is meant, in a cache of several.
+      layer: int32[], the layer that is meant, in a cache of several. Python's and numpy's numbers are
+        checked; where a tracer, or an array on a device, says one that is not there, the nearest is meant.
       query_positions: int32[T] or int32[B, T]; default those of the last append, or of its last T tokens:
         next_position - min(appended, T) + 0, 1, ... Where tokens were appended at other than the row's
         next positions, pass them.
@@ -118,6 +120,9 @@ def attend(
             f"layer is {layer}, and the cache has "
             f"{'no layers: pass None' if self.layers is None else f'{self.layers} layers: say which'}"
         )
+    number = layer_index(layer, self.layers)
+    if number is not None and on_host(layer) is None:
+        number = jnp.clip(number, 0, self.key.shape[0] - 1)
     tokens = query.shape[1]
     start = self.next_position - jnp.minimum(self.appended, tokens)
     if query_positions is None and (is_causal or local_window_size is not None):
@@ -141,7 +146,7 @@ def attend(
         key_value_segment_ids=key_value_segment_ids,
         key_scale=self.key_scale,
         value_scale=self.value_scale,
-        layer=None if layer is None else jnp.asarray(layer, jnp.int32),
+        layer=number,
     )
     placement = _placement(self, query, query_axis_name)
     along = bool(set(placement.query) & set(placement.key))

@@ -19,9 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from distattn.cache.capacity import counted, with_slots
-from distattn.cache.edits import FREE
-from distattn.cache.layout import Layout, letters_of
-from distattn.cache.moving import context_of
+from distattn.cache.layout import Layout, context_of, letters_of
 from distattn.cache.replicas import (
     check_replicas,
     replica_letters,
@@ -29,6 +27,7 @@ from distattn.cache.replicas import (
     wards_of,
     with_replica,
 )
+from distattn.cache.slots import FREE
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

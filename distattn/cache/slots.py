@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from distattn.cache.layout import Layout
 
+FREE = -1  # the tag of a slot that holds no token
 PLACEMENTS = ("least_loaded", "round_robin", "block")
 
 
@@ -28,6 +29,11 @@ class Slots:
     overflow: jax.Array  # bool[B], rows that were refused as a whole
     replica_index: jax.Array | None = None  # as index, in the copies of a cache that has them
     local: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def occupied(layout: Layout, tags: jax.Array) -> jax.Array:
+    """int32[B, D], how many slots of each device hold a token; to be called in the body of `Layout.run`."""
+    return layout.gather((tags >= 0).sum(axis=1, dtype=jnp.int32))
 
 
 def choose_owners(

@@ -51,6 +51,10 @@ def from_process_local(
     device of all with empty slots (position -1). The processes agree on it, and on shapes and dtypes, in
     one exchange of a few hundred bytes.
 
+    Empty slots cost memory on every device, as much as tokens do, and whatever sends keys sends them too;
+    whole blocks of them take no time otherwise. How full the slots are says `(positions >= 0).mean()`:
+    where that is far below 1, spread the tokens more evenly over the processes.
+
     Args:
       key: [B, S_own, K, H], numpy array or array of this process alone.
       value: [B, S_own, K, V], likewise.
