@@ -6,8 +6,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.across import attend
-from distattn.call import Call
-from distattn.movement import Combine, check_combine, choose_movement
+from distattn.call import choose_call
+from distattn.movement import Combine, check_combine
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames, read_placement
 from distattn.units import units_of
@@ -161,8 +161,9 @@ def dot_product_attention(
         leave_none=reproducible,
     )
     units = units_of(operands, implementation) if reproducible else None
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
-    call = Call(scoring, implementation, placement, movement, units)
+    call = choose_call(
+        operands, placement, scoring, implementation, combine, query_axis_name, units
+    )
     out, lse = attend(call, operands)
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
