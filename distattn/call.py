@@ -13,28 +13,25 @@ from distattn._compat import vary, varying_axes
 from distattn._manual import axes_of, manual, place
 from distattn.axes import on_devices_of
 from distattn.block import Scoring
-from distattn.movement import Movement
-from distattn.operands import letters_of
-from distattn.placement import Axes, Placement
-from distattn.ring import Ring
+from distattn.movement import Combine, Movement, choose_movement
+from distattn.operands import Operands, letters_of
+from distattn.placement import Axes, AxisNames, Placement
 from distattn.tiles import Machine
 from distattn.units import Units
+from distattn.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """All of a call that is not an array."""
 
-    scoring: Scoring
-    implementation: str
+    work: Work
     placement: Placement
-    movement: Movement
-    units: Units | None = None  # of a reproducible call
 
     @property
-    def machine(self) -> Machine:
-        """What the local part runs on."""
-        return Machine(self.placement.platform, self.placement.compiler_sharded)
+    def movement(self) -> Movement:
+        """What moves between devices."""
+        return self.work.movement
 
     @property
     def row_axes(self) -> Axes:
@@ -45,24 +42,25 @@ class Call:
     @property
     def key_axes(self) -> Axes:
         """The axes of S at work."""
-        moved = self.movement.gather_keys + self.movement.heads
-        return tuple(axis for axis in self.placement.key if axis not in moved)
+        return self.work.key_axes
 
     @property
     def head_axes(self) -> Axes:
         """The axes of N and K at work."""
         return self.placement.heads + self.movement.heads
 
-    @property
-    def ring(self) -> Ring | None:
-        """The devices round which keys travel, if they do."""
-        return Ring(self.movement.ring, self.key_axes) if self.movement.ring else None
-
     def at_rest(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded as it comes and goes: bias and masks come as work needs them."""
-        if name in ("query", "key", "value", "sinks"):
-            return self.placement.spec(letters_of(name, x), x.shape)
-        return self.at_work(name, x)
+        if name not in ("query", "key", "value", "sinks"):
+            return self.at_work(name, x)
+        moved = self.movement
+        gather_rows, gather_keys = moved.gathers
+        return self.placement.spec(
+            letters_of(name, x),
+            x.shape,
+            rows=self.row_axes + gather_rows + moved.heads,
+            keys=self.key_axes + gather_keys + moved.heads,
+        )
 
     def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
         """How an operand is sharded while each device computes."""
@@ -76,16 +74,9 @@ class Call:
             heads=self.head_axes,
         )
 
-    def at_entry(self, name: str, x: jax.Array) -> PartitionSpec:
-        """How an operand enters the devices' own program, which moves the heads itself."""
-        moves = self.movement.heads and name in ("query", "key", "value")
-        return self.at_rest(name, x) if moves else self.at_work(name, x)
-
     def result(self, x: jax.Array) -> PartitionSpec:
         """How an array [B, T, N, V], or without its last dimensions, is sharded with the result's rows."""
-        rows = self.row_axes + self.movement.scatter
-        if self.movement.heads:
-            rows = self.placement.query
+        rows = self.row_axes + self.movement.scatter + self.movement.heads
         return self.placement.spec("BTN."[: x.ndim], x.shape, rows=rows)
 
     def missing(self, name: str, x: jax.Array) -> Axes:
@@ -96,6 +87,11 @@ class Call:
             used |= set(self.movement.heads)  # heads that do not divide are repeated
         work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
         return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
+
+    def whole(self, letters: str) -> "Call":
+        """The same, with these dimensions whole at rest."""
+        movement = dataclasses.replace(self.movement, whole=letters)
+        return dataclasses.replace(self, work=dataclasses.replace(self.work, movement=movement))
 
     def run(
         self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arguments: Any
@@ -143,3 +139,25 @@ class Call:
         if self.placement.mesh is None:
             return x
         return place(x, specs, mesh=self.placement.mesh, axis_names=self.placement.manual)
+
+
+def choose_call(
+    operands: Operands,
+    placement: Placement,
+    scoring: Scoring,
+    implementation: str,
+    combine: Combine,
+    query_axis_name: AxisNames,
+    units: Units | None,
+) -> Call:
+    """The call whose devices exchange as `choose_movement` says, which raises what it raises."""
+    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
+    work = Work(
+        scoring,
+        Machine(placement.platform, placement.compiler_sharded),
+        implementation,
+        movement,
+        movement.keys_at_work(placement.key),
+        units,
+    )
+    return Call(work, placement)

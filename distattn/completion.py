@@ -33,22 +33,15 @@ from distattn.words import lattice
 LARGE_BYTES = 2**20  # of a state, from which on one more collective costs less than what it saves
 
 
-def completed(
-    state: State,
-    movement: Movement,
-    sinks: jax.Array | None,
-    valid: jax.Array | None,
-    dtype: jnp.dtype,
-) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, V] in the given dtype and lse [B, T, N] of the rows that this device is to have.
+def completed(state: State, movement: Movement, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, N, V] in query's dtype and lse [B, T, N] of the rows that this device is to have.
 
     Args:
       state: over this device's keys, of the rows with which it has computed.
       movement: of the call.
-      sinks: f32[N], or None.
-      valid: bool[B|1, T], of the rows that it is to have; those that are not are empty. None: all are.
-      dtype: of out.
+      operands: with which it has computed.
     """
+    sinks, valid, dtype = operands.sinks, operands.mask.query_valid, operands.query.dtype
     if movement.all_reduce and not movement.scatter:
         out, lse = finish_over(state, movement.all_reduce, movement.schedule, sinks, valid, dtype)
     else:
@@ -57,6 +50,7 @@ def completed(
         if movement.scatter:
             time = monoid_of(state).time
             state = reduce_scatter(state, movement.scatter, scatter_dimension=time)
+            valid = None if valid is None else own_part(valid, movement.scatter, 1)
         out, lse = finish(state, sinks, valid, dtype)
     if movement.heads:
         out, lse = heads_to_rows([out, lse], movement.heads)
@@ -74,14 +68,11 @@ def goes_in_one_launch(
 
 
 def one_launch(
-    operands: Operands,
-    movement: Movement,
-    scoring: Scoring,
-    machine: Machine,
-    valid: jax.Array | None,
+    operands: Operands, movement: Movement, scoring: Scoring, machine: Machine
 ) -> tuple[jax.Array, jax.Array]:
     """As `completed`, from the operands of a call that `goes_in_one_launch`."""
-    return fused.attend(operands, scoring, machine, mesh_order(movement.all_reduce), valid)
+    axes, valid = mesh_order(movement.all_reduce), operands.mask.query_valid
+    return fused.attend(operands, scoring, machine, axes, valid)
 
 
 def finish(
@@ -169,10 +160,10 @@ def sink_gradient(sinks: jax.Array, lse: jax.Array, d_sum: jax.Array, *, reprodu
 def sum_over(x: Sum, axes: Axes, scatter: Axes = ()) -> Sum:
     """The sum over the axes; along T or S, each device's part only, for those to scatter over."""
     fixed = isinstance(x, FixedPoint)
-    if scatter and fixed:
+    if axes_size(scatter) > 1 and fixed:
         time = FIXED_POINT.time
         x = reduce_scatter(x, scatter, scatter_dimension=time, schedule="psum")
-    elif scatter:
+    elif axes_size(scatter) > 1:
         x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scatter)
     if not rest:

@@ -13,11 +13,8 @@ from jax.typing import ArrayLike
 from distattn import fused
 from distattn._compat import platform_of, varying_axes
 from distattn.axes import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
-from distattn.block import Scoring
 from distattn.collectives import BY_NAME, typed_as_replicated
-from distattn.completion import completed, goes_in_one_launch, one_launch
 from distattn.cost import Shape
-from distattn.local import local_state
 from distattn.movement import (
     QUERY_SHARDED,
     Combine,
@@ -34,11 +31,11 @@ from distattn.operands import (
     make_scoring,
 )
 from distattn.placement import Axes
-from distattn.ring import Ring, ring_state
 from distattn.schedule import Schedule
 from distattn.tiles import Machine
 from distattn.units import units_of
-from distattn.within import Own, at_work, reproducible_attention
+from distattn.within import Own, masks_at_work, reproducible_attention
+from distattn.work import Work, at_work
 
 
 def sharded_attention(
@@ -178,13 +175,13 @@ def sharded_attention(
             f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
             "name them in axis_names of the shard_map, or use distattn.dot_product_attention outside of it"
         )
+    work = Work(scoring, machine, implementation, movement, movement.keys_at_work(names))
     if reproducible:
         whole = _global_shapes(operands, axes_size(axes), query_sharded)
-        units = units_of(whole, implementation)
-        own = Own(scoring, machine, movement, units, axes, query_sharded)
-        out, lse = reproducible_attention(own, operands)
+        work = dataclasses.replace(work, units=units_of(whole, implementation))
+        out, lse = reproducible_attention(Own(work, axes, query_sharded), operands)
     else:
-        out, lse = _attend(operands, scoring, machine, movement, implementation)
+        out, lse = _attend(work, operands)
     if not query_sharded and typed_as_varying(axes):
         over = mesh_order((*axes, *(varying_axes(out) - given - {*axes})))
         if varying_axes(out) & set(axes):
@@ -255,34 +252,21 @@ def _by_cost(
     ).combine
 
 
-def _attend(
-    operands: Operands, scoring: Scoring, machine: Machine, movement: Movement, implementation: str
-) -> tuple[jax.Array, jax.Array]:
+def _attend(work: Work, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """out and lse of this device's operands, differentiated through the collectives."""
-    own_rows = operands.mask.query_valid
-    operands = at_work(operands, movement)
-    valid = own_rows if movement.scatter else operands.mask.query_valid
-
-    def attend(operands: Operands, movement: Movement) -> tuple[jax.Array, jax.Array]:
-        if movement.ring:
-            ring = Ring(movement.ring, movement.ring)
-            state = ring_state(operands, scoring, machine, implementation, ring)
-        else:
-            state = local_state(operands, scoring, machine, implementation)
-        return completed(state, movement, operands.sinks, valid, operands.query.dtype)
-
-    if not goes_in_one_launch(operands, movement, scoring, machine, implementation):
-        return attend(operands, movement)
-
-    @jax.custom_vjp
-    def launched(operands: Operands) -> tuple[jax.Array, jax.Array]:
-        return one_launch(operands, movement, scoring, machine, valid)
+    movement = work.movement
+    operands, _ = at_work(masks_at_work(operands, movement), movement)
+    if not work.in_one_launch(operands):
+        return work.differentiable_result(operands)
 
     # As in `collectives`: the transpose of the same computation in another form.
     def backward(operands: Operands, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Operands]:
-        apart = dataclasses.replace(movement, schedule="butterfly")
-        return jax.vjp(lambda x: attend(x, apart), operands)[1](cotangents)
+        apart = dataclasses.replace(
+            work, movement=dataclasses.replace(movement, schedule="butterfly")
+        )
+        return jax.vjp(apart.differentiable_result, operands)[1](cotangents)
 
+    launched = jax.custom_vjp(work.launched)
     launched.defvjp(lambda operands: (launched(operands), operands), backward)
     return launched(fused.varied(operands, mesh_order(movement.all_reduce)))
 

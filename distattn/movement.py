@@ -34,9 +34,19 @@ class Movement:
     all_reduce: Axes = ()  # states are merged over these, and stay whole
     scatter: Axes = ()  # states are merged over these, and scattered along T
     schedule: Combine = "auto"  # of the all-reduce
-    cuts_rows: bool = (
-        False  # query and result are whole, and rows are sharded while devices compute
-    )
+    # Of "T" (of query and result) and "S" what is whole at rest, though axes shard it: cut for the work, or
+    # not to be gathered.
+    whole: str = ""
+
+    @property
+    def gathers(self) -> tuple[Axes, Axes]:
+        """The axes over which what goes by T, and keys and values, have to be gathered."""
+        rows, keys = self.gather_rows, self.gather_keys
+        return () if "T" in self.whole else rows, () if "S" in self.whole else keys
+
+    def keys_at_work(self, axes: Axes) -> Axes:
+        """Of the axes of S those that shard it while devices compute."""
+        return tuple(axis for axis in axes if axis not in self.gather_keys + self.heads)
 
 
 def check_combine(combine: Combine) -> None:
@@ -133,7 +143,7 @@ def choose_movement(
     sizes = {axis: placement.size((axis,)) for axis in placement.key}
     heads = operands.query.shape[2] // placement.size(placement.heads)
     movement = movement_of(combine, shared, sizes, heads)
-    return placement, dataclasses.replace(movement, cuts_rows=cuts_rows)
+    return placement, dataclasses.replace(movement, whole="T" if cuts_rows else "")
 
 
 def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:

@@ -20,7 +20,7 @@ from jax import lax
 from distattn._compat import vary, varying_axes
 from distattn.axes import axes_size, mesh_order
 from distattn.block import Scoring
-from distattn.local import local_fold, local_gradients, with_gradients
+from distattn.local import local_fold, local_gradients, local_state, with_gradients
 from distattn.mask import Span, take
 from distattn.monoid import State, empty_like, monoid_of
 from distattn.operands import Operands
@@ -69,9 +69,11 @@ class Ring:
 
 
 def ring_state(
-    operands: Operands, scoring: Scoring, machine: Machine, implementation: str, ring: Ring
+    operands: Operands, scoring: Scoring, machine: Machine, implementation: str, ring: Ring | None
 ) -> SoftmaxState:
-    """`ring_fold`, differentiable; as `local_state` is for the keys of one device."""
+    """`ring_fold`, differentiable; where keys stay, `local_state`."""
+    if ring is None:
+        return local_state(operands, scoring, machine, implementation)
     operands = _typed(operands, ring)
     local = local_fold(scoring, machine, implementation)
     if implementation == "dense":
@@ -88,17 +90,19 @@ def ring_state(
     )
 
 
-def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring) -> State:
-    """The state of this device's queries over the keys of all devices of the ring.
+def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring | None) -> State:
+    """The state of this device's queries over the keys of all devices of the ring, or over its own.
 
     Args:
       local: the state over the keys of its operands.
       operands: this device's; bias and dense mask are for its rows and for all keys.
-      ring: where the keys travel.
+      ring: where the keys travel; None: they stay.
 
     Returns:
       The state of the kind that `local` gives, T the rows of this device.
     """
+    if ring is None:
+        return local(operands)
     operands = _typed(operands, ring)
     state = empty_like(jax.eval_shape(local, operands), varying_axes(operands.query))
 
@@ -119,19 +123,21 @@ def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring
 def ring_gradients(
     gradients: Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]],
     operands: Operands,
-    ring: Ring,
+    ring: Ring | None,
 ) -> tuple[Sum, Sum, Sum, Sum | None]:
-    """The gradients where the keys travel; those of keys and values are summed over the ring.
+    """The gradients by the keys that come by; those of keys and values are summed over the ring.
 
     Args:
       gradients: as `local_gradients` makes it for this device's rows, of query, key, value and bias over
         the keys of its operands; those of keys and values in the state's dtype.
       operands: as in `ring_fold`.
-      ring: where the keys travel.
+      ring: as in `ring_fold`.
 
     Returns:
       d_query, d_key, d_value of this device's queries and keys, and d_bias, or None.
     """
+    if ring is None:
+        return gradients(operands)
     operands = _typed(operands, ring)
     shard, axes = _shard(operands), varying_axes(operands.query)
     shapes = jax.eval_shape(lambda shard: gradients(_at_hop(operands, shard, ring, 0)), shard)

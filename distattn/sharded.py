@@ -8,9 +8,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.across import attend
-from distattn.call import Call
+from distattn.call import choose_call
 from distattn.derivatives import forward_mode_refused
-from distattn.movement import Combine, check_combine, check_exchange, choose_movement
+from distattn.movement import Combine, check_combine, check_exchange
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames
 from distattn.read_placement import read_placement
@@ -173,8 +173,9 @@ def dot_product_attention(
     )
     check_exchange(placement, combine)
     units = units_of(operands, implementation) if reproducible else None
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
-    call = Call(scoring, implementation, placement, movement, units)
+    call = choose_call(
+        operands, placement, scoring, implementation, combine, query_axis_name, units
+    )
     with forward_mode_refused():
         out, lse = attend(call, operands)
     if jnp.ndim(query) == 3:

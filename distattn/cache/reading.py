@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 from distattn.across import attend as attend_across
 from distattn.cache.arguments import layer_index, on_host
 from distattn.cache.layout import Layout
-from distattn.call import Call
+from distattn.call import choose_call
 from distattn.checks import Window
-from distattn.movement import QUERY_SHARDED, Combine, check_combine, choose_movement
+from distattn.movement import QUERY_SHARDED, Combine, check_combine
 from distattn.operands import check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames, Placement
 from distattn.read_placement import read_placement
@@ -153,9 +153,10 @@ def attend(
     if combine == "auto" and along and placement.size(placement.key) > 1:
         combine = "reduce_scatter"
     units = units_of(operands, implementation, keys=1) if reproducible else None
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
     scoring = make_scoring(query, scale, logits_soft_cap, precision)
-    call = Call(scoring, implementation, placement, movement, units)
+    call = choose_call(
+        operands, placement, scoring, implementation, combine, query_axis_name, units
+    )
     out, lse = attend_across(call, operands)
     return (out, lse) if return_residual else out
 
