@@ -51,7 +51,6 @@ LAYERS = (
     "plan",
     "monoid",
     "axes",
-    "packing",
     "fused",
     "collectives",
     "scatter",
