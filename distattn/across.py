@@ -45,7 +45,7 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     if operands.key.shape[-2] > 1:  # one head may lie on all devices
         operands = _for_head_shards(call, operands)
     call, operands = _in_whole_blocks(call, operands)
-    if call.placement.size(call.row_axes + call.key_axes) > 1:
+    if call.placement.size(call.row_axes + call.work.key_axes) > 1:
         operands = dataclasses.replace(operands, mask=operands.mask.apart())
     operands = call.place(operands, map_named(call.at_rest, operands))
     if call.work.implementation == "dense":
@@ -168,7 +168,7 @@ def _backward(
     axes = {name: call.missing(name, x) for name, x in gradients.items()}
     specs = {name: call.at_rest(name, x) for name, x in gradients.items()}
     specs["query"] = call.result(query)
-    keys = call.key_axes + call.movement.gather_keys + call.movement.heads
+    keys = call.work.key_axes + call.movement.gather_keys + call.movement.heads
     for name in ("key", "value"):
         specs[name] = call.placement.spec("BSK.", gradients[name].shape, keys=keys)
     # What goes by rows comes with the query where its rows are those that the result has scattered.

@@ -72,6 +72,11 @@ def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
 
 
+def gathered(x: jax.Array, axes: tuple[str, ...], dimension: int = 1) -> jax.Array:
+    """The inverse of `own_part`: the parts of all devices, in the order of the axes."""
+    return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes_size(axes) > 1 else x
+
+
 def on_devices_of(mesh: Mesh) -> AbstractContextManager[None]:
     """While it is entered, what is traced is for the devices of this mesh, of which `slice_axes` asks."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])

@@ -40,11 +40,6 @@ class Call:
         return tuple(axis for axis in self.placement.query if axis not in moved)
 
     @property
-    def key_axes(self) -> Axes:
-        """The axes of S at work."""
-        return self.work.key_axes
-
-    @property
     def head_axes(self) -> Axes:
         """The axes of N and K at work."""
         return self.placement.heads + self.movement.heads
@@ -59,7 +54,7 @@ class Call:
             letters_of(name, x),
             x.shape,
             rows=self.row_axes + gather_rows + moved.heads,
-            keys=self.key_axes + gather_keys + moved.heads,
+            keys=self.work.key_axes + gather_keys + moved.heads,
         )
 
     def at_work(self, name: str, x: jax.Array) -> PartitionSpec:
@@ -70,7 +65,7 @@ class Call:
             letters_of(name, x),
             x.shape,
             rows=self.row_axes,
-            keys=() if whole else self.key_axes,
+            keys=() if whole else self.work.key_axes,
             heads=self.head_axes,
         )
 
@@ -85,7 +80,7 @@ class Call:
         used = {axis for dimension in range(x.ndim) for axis in axes_of(spec, dimension)}
         if name in ("query", "key", "value"):
             used |= set(self.movement.heads)  # heads that do not divide are repeated
-        work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.key_axes)
+        work = (*self.placement.batch, *self.head_axes, *self.row_axes, *self.work.key_axes)
         return tuple(axis for axis in dict.fromkeys(work) if axis not in used)
 
     def whole(self, letters: str) -> "Call":

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn import elementary, fixed_point, fused
-from distattn.axes import axes_size, mesh_order, own_part, typed_as_varying
-from distattn.block import Scoring
+from distattn import elementary, fixed_point
+from distattn.axes import axes_size, own_part, typed_as_varying
 from distattn.collectives import (
     all_reduce,
     all_sum,
@@ -26,7 +25,6 @@ from distattn.scatter import reduce_scatter
 from distattn.schedule import Schedule
 from distattn.state import softmax_weights
 from distattn.sums import Sum
-from distattn.tiles import Machine
 from distattn.ulysses import heads_to_rows
 from distattn.words import lattice
 
@@ -55,24 +53,6 @@ def completed(state: State, movement: Movement, operands: Operands) -> tuple[jax
     if movement.heads:
         out, lse = heads_to_rows([out, lse], movement.heads)
     return out, lse
-
-
-def goes_in_one_launch(
-    operands: Operands, movement: Movement, scoring: Scoring, machine: Machine, implementation: str
-) -> bool:
-    """Whether one kernel folds this device's keys, exchanges and divides; see `fused.in_one_launch`."""
-    if movement.schedule != "fused" or axes_size(movement.all_reduce) == 1:
-        return False
-    axes = mesh_order(movement.all_reduce)
-    return fused.in_one_launch(operands, scoring, machine, implementation, axes)
-
-
-def one_launch(
-    operands: Operands, movement: Movement, scoring: Scoring, machine: Machine
-) -> tuple[jax.Array, jax.Array]:
-    """As `completed`, from the operands of a call that `goes_in_one_launch`."""
-    axes, valid = mesh_order(movement.all_reduce), operands.mask.query_valid
-    return fused.attend(operands, scoring, machine, axes, valid)
 
 
 def finish(

@@ -16,12 +16,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from distattn._compat import vary, varying_axes
-from distattn.axes import own_part, typed_as_varying
+from distattn.axes import gathered, own_part, typed_as_varying
 from distattn.completion import numbers, row_cotangents, sink_gradient, sum_over
 from distattn.derivatives import refuse_second_derivative
 from distattn.movement import Movement
 from distattn.operands import Operands, letters_of, map_named, padded
-from distattn.packing import gathered
 from distattn.placement import Axes
 from distattn.totals import reproducible_sum
 from distattn.work import Work

@@ -9,24 +9,17 @@ import dataclasses
 
 import jax
 
-from distattn.axes import axes_size, own_part
+from distattn import fused
+from distattn.axes import axes_size, gathered, mesh_order, own_part
 from distattn.block import Scoring
-from distattn.completion import (
-    by_row,
-    completed,
-    goes_in_one_launch,
-    gradients_of,
-    one_launch,
-    sum_over,
-)
+from distattn.completion import by_row, completed, gradients_of, sum_over
 from distattn.local import local_fold, local_gradients
 from distattn.movement import Movement
 from distattn.operands import Operands, with_repeated_heads
-from distattn.packing import gathered, together
 from distattn.placement import Axes
 from distattn.ring import Ring, ring_fold, ring_gradients, ring_state
 from distattn.tiles import Machine
-from distattn.ulysses import rows_to_heads
+from distattn.ulysses import rows_to_heads, together
 from distattn.units import Units
 
 
@@ -74,14 +67,16 @@ class Work:
         return Ring(self.movement.ring, self.key_axes) if self.movement.ring else None
 
     def in_one_launch(self, operands: Operands) -> bool:
-        """Whether one kernel does all of it, for operands at work."""
-        return self.units is None and goes_in_one_launch(
-            operands, self.movement, self.scoring, self.machine, self.implementation
-        )
+        """Whether one kernel folds this device's keys, exchanges and divides, for operands at work."""
+        axes = mesh_order(self.movement.all_reduce)
+        if self.units is not None or self.movement.schedule != "fused" or axes_size(axes) == 1:
+            return False
+        return fused.in_one_launch(operands, self.scoring, self.machine, self.implementation, axes)
 
     def launched(self, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """`result`, in one launch."""
-        return one_launch(operands, self.movement, self.scoring, self.machine)
+        axes, valid = mesh_order(self.movement.all_reduce), operands.mask.query_valid
+        return fused.attend(operands, self.scoring, self.machine, axes, valid)
 
     def differentiable_result(self, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """`result` of operands at work, differentiated through the collectives; not reproducible."""

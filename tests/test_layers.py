@@ -56,7 +56,6 @@ LAYERS = (
     "plan",
     "monoid",
     "axes",
-    "packing",
     "fused",
     "collectives",
     "scatter",
