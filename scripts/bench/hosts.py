@@ -161,7 +161,7 @@ class Hosts:
                 roll_call=str(self.directory / "roll-call"),
             )
             becoming = command if self._loopback else host_command(self.directory, number, command)
-            self._ranks.append(start(place, becoming, None, self._guard))
+            self._ranks.append(start(place, becoming, None, self._guard, show_gloo=False))
 
     def delay(self, delay_ms: int) -> None:
         """Sets the one-way delay between any two hosts."""
