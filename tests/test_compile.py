@@ -112,6 +112,29 @@ def test_training(pod, combine, counts, rounds):
         assert set(report.collectives) == {"collective-permute"}, "keys and values are not gathered"
 
 
+def test_gradients_of_half_precision_are_summed_in_float32():
+    """XLA:TPU rounds in the all-reduce, whose result is bfloat16: what it adds up is float32."""
+    query = jax.ShapeDtypeStruct((1, 128, 8, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+
+    def loss(query, key, value):
+        out = distattn.dot_product_attention(
+            query, key, value, axis_name="kv", query_axis_name=None, combine="butterfly"
+        )
+        return out.astype(jnp.float32).sum()
+
+    keys = P(None, "kv")
+    how = {"topology": "v5e:2x4", "mesh": {"kv": 8}, "specs": (P(), keys, keys)}
+    text = compile_for(jax.grad(loss), query, key, key, **how).hlo
+    summed = re.search(
+        r"= bf16\[1,128,8,128\]\S* all-reduce\((%[\w.]+)\).*to_apply=(%[\w.]+)", text
+    )
+    assert re.search(rf"{re.escape(summed[1])} = f32\[1,128,8,128\]", text)
+    assert re.search(
+        rf"^{re.escape(summed[2])} \(\S+ f32\[\], \S+ f32\[\]\) -> f32\[\]", text, re.M
+    )
+
+
 @pytest.mark.parametrize("devices", [16, 64, 256, 4096])
 def test_counts_by_the_number_of_devices(devices):
     counted = functools.partial(training, {"kv": devices}, rows=64, how=lower)
