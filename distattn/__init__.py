@@ -6,13 +6,13 @@ head dimension of value, D devices on the axis.
 """
 
 from distattn import distributed, layouts
+from distattn.attention import dot_product_attention
 from distattn.cache import KVCache
 from distattn.collectives import all_reduce
-from distattn.inside import sharded_attention
 from distattn.partial import partial_attention
 from distattn.scatter import reduce_scatter
 from distattn.schedule import ScatterSchedule, Schedule
-from distattn.sharded import dot_product_attention
+from distattn.sharded import sharded_attention
 from distattn.state import SoftmaxState, finalize, from_lse, identity, merge
 from distattn.streaming import PairJoin
 from distattn.totals import reproducible_sum

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from distattn._compat import vary, varying_axes
 from distattn._manual import manual, place
 from distattn.axes import mesh_order
-from distattn.exchange import exchange, pair
+from distattn.pair_exchange import exchange, pair
 from distattn.placement import Axes, AxisNames, Placement
 from distattn.read_placement import read_placement
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from distattn import cost
 from distattn.amounts import bytes_text, count_text, seconds_text
-from distattn.backward import backward_traffic
+from distattn.backward_traffic import backward_traffic
 from distattn.block_sizes import block_sizes, even, is_flat
 from distattn.division import AxisNames, divide
 from distattn.link import Link

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import reference
-from distattn.exchange import room_for_pair
 from distattn.layouts import align, align_shards
+from distattn.pair_exchange import room_for_pair
 from distattn.testing import collective_bytes, collectives
 from tests.cases import KINDS, mesh_of
 from tests.tolerance import assert_close

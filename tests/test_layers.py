@@ -52,7 +52,7 @@ LAYERS = (
     "roofline",
     "memory",
     "remedies",
-    "backward",
+    "backward_traffic",
     "plan",
     "monoid",
     "axes",
@@ -64,7 +64,7 @@ LAYERS = (
     "totals",
     "placement",
     "read_placement",
-    "exchange",
+    "pair_exchange",
     "alignment",
     "layouts",
     "streaming",
@@ -74,8 +74,8 @@ LAYERS = (
     "call",
     "across",
     "within",
-    "inside",
     "sharded",
+    "attention",
     "distributed",
     "cache",
     "integrations",
@@ -129,7 +129,7 @@ PURE = {  # run, and tested, without jax
         "traffic",
         "planner",
     ),
-    *("pods", "workload", "division", "roofline", "memory", "remedies", "backward", "plan"),
+    *("pods", "workload", "division", "roofline", "memory", "remedies", "backward_traffic", "plan"),
 }
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from distattn import dot_product_attention, layouts, planner, sharded_attention
 from distattn.amounts import bytes_text
-from distattn.backward import backward_traffic
+from distattn.backward_traffic import backward_traffic
 from distattn.cost import time_s
 from distattn.link import Link
 from distattn.memory import bytes_per_device, largest_context

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from distattn import planner
+from distattn.attention import dot_product_attention
 from distattn.checkup.correctness import wide_axes
 from distattn.checkup.programs import medians, on_mesh, prepare
 from distattn.cost import Link, Shape, Topology
-from distattn.sharded import dot_product_attention
 from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits
 
 

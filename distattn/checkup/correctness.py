@@ -14,13 +14,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from distattn import reference
 from distattn._compat import platform_of
+from distattn.attention import dot_product_attention
 from distattn.axes import on_devices_of, slice_axes
 from distattn.checkup.programs import DoesNotCompile, first_line, gathered, on_mesh, prepare
 from distattn.checkup.tolerance import tolerance, worst
 from distattn.collectives import BY_NAME
 from distattn.movement import COMBINES
 from distattn.placement import Axes
-from distattn.sharded import dot_product_attention
 from distattn.traffic import HEADS_SHARDED, TWO_LEVELS
 
 NAMED = tuple(name for name in COMBINES if name != "auto")

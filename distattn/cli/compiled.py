@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from distattn.attention import dot_product_attention
 from distattn.plan import Plan
-from distattn.sharded import dot_product_attention
 from distattn.testing import Report, compile_for
 
 

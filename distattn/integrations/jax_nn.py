@@ -9,10 +9,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
+from distattn.attention import dot_product_attention
 from distattn.checks import Window
 from distattn.movement import Combine
 from distattn.placement import AxisNames
-from distattn.sharded import dot_product_attention
 
 
 def stand_in(
