@@ -134,9 +134,8 @@ def sharded_attention(
     rank = lax.axis_index(names)
     rows, keys = jnp.shape(query)[-3], jnp.shape(key)[-3]
     several = axes_size(axes) > 1
-    balanced = (
-        is_causal and query_positions is not None
-    )  # else the last device works as if not causal
+    # As in `movement`: in index order the last device works as without a mask.
+    balanced = is_causal and query_positions is not None
     movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask), balanced)
     operands = make_operands(
         query,
