@@ -159,7 +159,7 @@ class PairJoin:
 
     @property
     def peak_pending(self) -> int:
-        """The most that have waited at a time: what the order of this stream has cost."""
+        """The most that have waited at a time: what the order of this stream has cost, beside names."""
         return self._peak_pending
 
     def add_key(self, position: int, key: ArrayLike) -> None:
