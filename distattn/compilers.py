@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from distattn.chips import CHIPS
 from distattn.extras import command
 from distattn.pods import Pod
 
@@ -67,6 +68,11 @@ def environment() -> Generator[None, None, None]:
             os.environ["XLA_FLAGS"] = flags
 
 
+def compiled_for() -> tuple[str, ...]:
+    """The chips that `devices_of` has a compiler for, if the extras are installed."""
+    return tuple(x.name for x in CHIPS.values() if x.platform == "tpu" or x.name in GPU_TARGETS)
+
+
 def devices_of(pod: Pod) -> np.ndarray:
     """Devices to compile for, [slices, *torus] on a TPU, [hosts, GPUs of a host] on a GPU.
 
@@ -79,7 +85,7 @@ def devices_of(pod: Pod) -> np.ndarray:
     """
     if pod.chip.platform == "tpu":
         return _tpu_devices(pod)
-    if pod.chip.name in GPU_TARGETS:
+    if pod.chip.name in compiled_for():
         return _gpu_devices(pod)
     raise NotImplementedError(
         f"topology {pod.name!r}: there is no compiler here for {pod.chip.name}; compile for a TPU or one "

@@ -122,8 +122,8 @@ def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
       [..., S, ...], zero in empty slots.
 
     Raises:
-      ValueError: positions of a wrong shape or dtype, or, where they are known, of S or more; an
-        axis that x has not.
+      ValueError: several arrays; positions of a wrong shape or dtype, or, where they are known, of S or
+        more; an axis that x has not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -132,7 +132,7 @@ def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
       >>> layouts.reorder(x, jnp.array([3, 0, -1, 2])).tolist()  # slot 2 is empty
       [[13, 10, 0, 12]]
     """
-    x = jnp.asarray(x)
+    x = _one_array("reorder", x)
     axis, positions = _check(x, positions, axis, unique=False)
     return _laid_out_as(x, lambda x, slots: _gather(x, slots, axis), positions)
 
@@ -160,7 +160,7 @@ def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
       >>> layouts.restore(layouts.reorder(x, positions), positions).tolist()
       [[10, 11, 12, 13]]
     """
-    x = jnp.asarray(x)
+    x = _one_array("restore", x)
     axis, positions = _check(x, positions, axis, unique=True)
     return _laid_out_as(x, lambda x, slots: _gather(x, _inverse(slots), axis), positions)
 
@@ -209,6 +209,16 @@ def _inverse(positions: jax.Array) -> jax.Array:
         return jnp.full_like(row, -1).at[row].set(slots, mode="drop", wrap_negative_indices=False)
 
     return jax.vmap(invert)(rows, slots).reshape(positions.shape)
+
+
+def _one_array(function: str, x: Any) -> jax.Array:
+    """x; arrays of one shape in a tuple would else be stacked unasked."""
+    if isinstance(x, tuple | list | dict) and any(map(jnp.ndim, jax.tree.leaves(x))):
+        raise ValueError(
+            f"x is a {type(x).__name__} of arrays; it must be one array: for each of them use "
+            f"jax.tree.map(lambda x: layouts.{function}(x, positions), ...)"
+        )
+    return jnp.asarray(x)
 
 
 def _check(x: jax.Array, positions: Any, axis: int, *, unique: bool) -> tuple[int, jax.Array]:

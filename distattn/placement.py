@@ -12,7 +12,16 @@ from distattn.axes import topology_on
 from distattn.cost import Topology
 from distattn.division import Axes, AxisNames
 
-__all__ = ["Axes", "AxisNames", "Placement", "described", "free_axes", "identity_of", "sized"]
+__all__ = [
+    "Axes",
+    "AxisNames",
+    "Placement",
+    "check_mesh",
+    "described",
+    "free_axes",
+    "identity_of",
+    "sized",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +87,16 @@ class Placement:
     def platform(self) -> str:
         """'cpu', 'gpu' or 'tpu'."""
         return platform_of(self.mesh)
+
+
+def check_mesh(mesh: Any, *, devices: bool = False) -> None:
+    """That it is a mesh; with `devices` one of real devices, and not an AbstractMesh."""
+    if not isinstance(mesh, Mesh if devices else Mesh | AbstractMesh):
+        wanted = "Mesh" if devices else "Mesh or AbstractMesh"
+        raise ValueError(
+            f"mesh is {mesh!r}; it must be a jax.sharding.{wanted}, as jax.make_mesh makes: pass "
+            'jax.make_mesh((4,), ("kv",)) for four devices along one axis'
+        )
 
 
 def free_axes(mesh: Mesh | AbstractMesh) -> Axes:

@@ -149,7 +149,7 @@ class Pod:
         )
 
 
-def pod(name: str) -> Pod:
+def pod(name: str, offered: Collection[str] = tuple(CHIPS)) -> Pod:
     """The pod of a name.
 
     >>> pod("v5p:16x16x16*16").devices
@@ -157,6 +157,7 @@ def pod(name: str) -> Pod:
 
     Args:
       name: as v5p:16x16x16, v5e:4x4, v5p:16x16x16*16, h100:16x8, cpu:8.
+      offered: the chips that an error is to list.
 
     Returns:
       Pod.
@@ -168,7 +169,7 @@ def pod(name: str) -> Pod:
     chip = CHIPS.get(found[1]) if found else None
     if chip is None:
         raise ValueError(
-            f"topology is {name!r}; it must be CHIP:SHAPE with a chip of {', '.join(CHIPS)}: write "
+            f"topology is {name!r}; it must be CHIP:SHAPE with a chip of {', '.join(offered)}: write "
             f"{FORM}"
         )
     shape: tuple[int, ...] = tuple(map(int, found[2].split("x")))

@@ -16,6 +16,7 @@ from distattn.placement import (
     Axes,
     AxisNames,
     Placement,
+    check_mesh,
     described,
     free_axes,
     identity_of,
@@ -52,9 +53,9 @@ def read_placement(
       Placement.
 
     Raises:
-      ValueError: no mesh, another mesh, an axis that is not there, is manual, or is used twice; key and
-        value sharded differently; B or N that the devices do not divide; a mesh said, and not which of
-        its axes shard S.
+      ValueError: no mesh, what is none, another mesh, an axis that is not there, is manual, or is used
+        twice; key and value sharded differently; B or N that the devices do not divide; a mesh said, and
+        not which of its axes shard S.
 
     Warns:
       UserWarning: how key is sharded cannot be read, and nobody says it.
@@ -151,6 +152,8 @@ def _axes_unsaid(unread: Axes, mesh: Mesh | AbstractMesh, *, said: bool) -> Axes
 
 
 def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:
+    if mesh is not None:
+        check_mesh(mesh)
     context = jax.sharding.get_abstract_mesh()
     found, owner = mesh, "mesh"
     for name, x in (("key", key), ("value", value), ("query", query)):

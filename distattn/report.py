@@ -36,6 +36,8 @@ class Exchange:
 class Report:
     """What a program sends, holds and computes; `print` shows it as a table.
 
+    The bytes of collectives are those of their results, not those sent.
+
     All is of one run, and sizes are those of one device. None is not known: `distattn.testing.lower`
     compiles nothing, and then that is all from `argument_bytes` to `optimal_s`.
 
@@ -59,7 +61,7 @@ class Report:
       >>> states = Exchange("collective-permute", ("kv",), count=4, bytes=66560)
       >>> print(Report("tpu, kv=16", 16, (states,), rounds=4, seconds=0.25))
       tpu, kv=16: 16 devices, sizes of one
-        collectives             4 collective-permute over kv, 65 KiB
+        collectives             4 collective-permute over kv, results 65 KiB
         wait for one another    4
         arguments               not known
         results                 not known
@@ -90,7 +92,7 @@ class Report:
             return "not known" if amount is None else text(amount)
 
         sent = [
-            f"{x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}, {bytes_text(x.bytes)}"
+            f"{x.count} {x.kind} over {', '.join(x.axes) or 'no axis'}, results {bytes_text(x.bytes)}"
             for x in self.exchanges
         ]
         rows = [

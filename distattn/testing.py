@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from distattn._compat import abstract_device, traced_processes
 from distattn.axes import on_devices_of
-from distattn.compilers import devices_of, environment
+from distattn.compilers import compiled_for, devices_of, environment
 from distattn.hlo import Program
+from distattn.placement import check_mesh
 from distattn.pods import pod
 from distattn.report import Report, report_of
 
@@ -115,13 +116,13 @@ def compile_for(
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: an unknown topology, or a mesh of another size.
+      ValueError: an unknown topology, a mesh of another size, or one that `lower` would not take.
       NotImplementedError: a chip without a compiler here.
 
     Example:
       distattn.testing.compile_for(step, params, batch, topology="v5p:4x4x4", mesh={"data": 4, "kv": 16})
     """
-    wanted = pod(topology)
+    wanted = pod(topology, compiled_for())
     with environment():
         devices = devices_of(wanted)
         axes = _axes_for(devices.size, topology, mesh, arguments)
@@ -172,7 +173,7 @@ def lower(
       Report, without memory, flops and time.
 
     Raises:
-      ValueError: a mesh that is none.
+      ValueError: a mesh that is none, without an axis, or with one of no whole positive size.
     """
     axes = _axes(mesh)
     device = abstract_device("gpu" if platform in ("cuda", "rocm") else platform)
@@ -186,15 +187,29 @@ def lower(
 
 def _axes(mesh: MeshAxes) -> AbstractMesh:
     if isinstance(mesh, Mapping):
+        for name, size in mesh.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"mesh has {size!r} devices along {name!r}; the size of an axis must be an int of at "
+                    f"least 1: pass {{{name!r}: 8}} for eight devices"
+                )
         kinds = (AxisType.Explicit,) * len(mesh)
-        return AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=kinds)
-    return mesh.abstract_mesh
+        axes = AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=kinds)
+    else:
+        check_mesh(mesh)
+        axes = mesh.abstract_mesh
+    if not axes.axis_names:
+        raise ValueError(
+            f"mesh is {mesh!r} and has no axis; it must have one at least: pass sizes by name, as "
+            "{'kv': 8}, for one device {'kv': 1}"
+        )
+    return axes
 
 
 def _axes_for(devices: int, topology: str, mesh: MeshAxes | None, arguments: Any) -> AbstractMesh:
     """The axes that are meant, for so many devices."""
     placed = [x.sharding.mesh for x in jax.tree.leaves(arguments) if _is_placed(x)]
-    axes = _axes(mesh or next(iter(placed), {"kv": devices}))
+    axes = _axes(next(iter(placed), {"kv": devices}) if mesh is None else mesh)
     size = math.prod(axes.axis_sizes)
     if size != devices:
         raise ValueError(

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
+from distattn.integrations import smollm2
 from distattn.schedule import butterfly, halving
 from tests.cases import KINDS, mesh_of
 
@@ -187,6 +188,27 @@ def test_wrong_places(name):
     overrides, parts = MESH_ERRORS[name]
     with raises(ValueError, parts):
         call(mesh=mesh_of(4, "auto"), **overrides)
+
+
+@pytest.mark.parametrize("mesh", [{"kv": 4}, "kv", 8, [1, 2]], ids=str)
+def test_a_mesh_that_is_none(mesh):
+    either = [f"mesh is {mesh!r}", "jax.sharding.Mesh or AbstractMesh", "pass jax.make_mesh"]
+    real = [f"mesh is {mesh!r}", "must be a jax.sharding.Mesh,", "pass jax.make_mesh"]
+    create = functools.partial(distattn.KVCache.create, 1, 8, 1, 4, dtype=jnp.float32)
+    with raises(ValueError, either):
+        call(mesh=mesh, axis_name="kv")
+    with raises(ValueError, either):
+        create(mesh=mesh)
+    with raises(ValueError, either):
+        distattn.layouts.align(KEY, POSITIONS, POSITIONS, mesh=mesh)
+    with raises(ValueError, real):
+        create().recover(mesh)
+    with raises(ValueError, real):
+        distattn.distributed.from_process_local(KEY, KEY, POSITIONS, mesh=mesh)
+    with raises(ValueError, real), distattn.distributed.all_or_none(mesh):
+        pass
+    with raises(ValueError, real):
+        smollm2.place({}, mesh)
 
 
 @pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring"])

@@ -363,3 +363,22 @@ def test_the_end_of_the_launcher_is_the_end_of_all(number, code):
     finally:
         process.kill()
         process.communicate(timeout=LIMIT_S)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_last_lines_are_shown_again_only_where_another_rank_came_after_them(later):
+    code = """
+    if rank == 0 and {later}:
+        time.sleep(1.5)
+        print("later")
+    if rank == 1:
+        time.sleep(0.5)
+        print("the reason")
+        time.sleep(2 * {later})
+        sys.exit(3)
+    time.sleep(100)
+    """.replace("{later}", str(later))
+    with launcher("-n", "2", *script(code)) as job:
+        out, _ = job.communicate(timeout=LIMIT_S)
+    assert out.count("[1] the reason") == (2 if later else 1)
+    assert ("its last lines are above" in out) != later

@@ -277,3 +277,11 @@ def test_positions_beyond_the_end_are_empty_slots_where_they_are_not_known():
     x = random_array(1, 4)
     out = jax.jit(reorder)(x, np.array([1, 4, 9, 0]))
     np.testing.assert_array_equal(out, [[x[0, 1], 0, 0, x[0, 0]]])
+
+
+@pytest.mark.parametrize("f", [reorder, restore])
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_several_arrays_are_not_one(f, kind):
+    message = f"x is a {kind.__name__} of arrays.*one array.*jax.tree.map.*layouts.{f.__name__}"
+    with pytest.raises(ValueError, match=message):
+        f(kind((np.zeros((1, 4)), np.zeros((1, 4, 2)))), np.arange(4))

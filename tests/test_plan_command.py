@@ -187,6 +187,7 @@ def test_every_input_is_printed_and_defaults_are_marked(capsys):
         "training": "no (default)",
         "causal": "yes (default), which changes nothing for so few queries",
         "links": "by data sheet (default), not measured: see --check",
+        "products": "at 50 % of the data sheet's peak, counted on and not measured",
         "reserved": "0 B a device (default), for weights and all else",
     }
     model = ["--batch", "8", "--heads", "64", "--kv-heads", "2", "--head-dim", "128"]
@@ -210,8 +211,18 @@ def test_every_input_is_printed_and_defaults_are_marked(capsys):
         "training": "yes",
         "causal": "no: each query attends to all keys",
         "links": "by data sheet (default), not measured: see --check",
+        "products": "at 50 % of the data sheet's peak, counted on and not measured",
         "reserved": "1 GiB a device, for weights and all else",
     }
+
+
+@pytest.mark.parametrize(
+    ("topology", "says"),
+    [("h100:2x8", "at 40 % of the data sheet's peak"), ("cpu:8", "at 1.75e+11 flops a second")],
+)
+def test_how_fast_products_are_counted_on_to_be(topology, says, capsys):
+    found = inputs(capsys, "--topology", topology, "--context", "16k", "--heads", "8")
+    assert found["products"].startswith(says)
 
 
 def test_a_causal_prompt_says_what_share_of_the_pairs_it_is(capsys):

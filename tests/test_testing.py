@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from distattn.report import Exchange, Report
-from distattn.testing import collective_bytes, collectives, fake_devices
+from distattn.testing import collective_bytes, collectives, compile_for, fake_devices, lower
 
 DEVICES = 8
 RING = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]
@@ -189,8 +189,8 @@ def test_a_report_is_printed_with_units():
     )
     assert str(report).splitlines() == [
         "v5e:1x1: 1 device, sizes of one",
-        "  collectives             1 all-reduce over host, kv, 8 KiB",
-        "                          12 collective-permute over no axis, 3 MiB",
+        "  collectives             1 all-reduce over host, kv, results 8 KiB",
+        "                          12 collective-permute over no axis, results 3 MiB",
         "  wait for one another    13",
         "  arguments               1 GiB",
         "  results                 512 B",
@@ -203,3 +203,27 @@ def test_a_report_is_printed_with_units():
     alone = str(Report("cpu, kv=1", 1, (), rounds=0))
     assert "  collectives             none\n" in alone
     assert alone.count("not known") == 6
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"a": 0}, "mesh has 0 devices along 'a'.*at least 1: pass {'a': 8}"),
+        ({"a": -1}, "mesh has -1 devices along 'a'.*at least 1: pass {'a': 8}"),
+        ({"a": 2.5}, "mesh has 2.5 devices along 'a'.*must be an int.*pass {'a': 8}"),
+        ({}, "mesh is {} and has no axis.*{'kv': 1}"),
+        (8, "mesh is 8; it must be a jax.sharding.Mesh or AbstractMesh.*jax.make_mesh"),
+    ],
+)
+def test_a_mesh_that_is_none(mesh, message, monkeypatch):
+    x = jnp.ones(4)
+    with pytest.raises(ValueError, match=message):
+        lower(jnp.sum, x, mesh=mesh)
+    monkeypatch.setattr("distattn.testing.devices_of", lambda pod: np.zeros(4))
+    with pytest.raises(ValueError, match=message):
+        compile_for(jnp.sum, x, topology="v5e:2x2", mesh=mesh)
+
+
+def test_only_chips_with_a_compiler_are_offered_to_compile_for():
+    with pytest.raises(ValueError, match="chip of v4, v5e, v5p, v6e, tpu7x, h100: write"):
+        compile_for(jnp.sum, jnp.ones(4), topology="v9:2x4")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from distattn._manual import manual
 from distattn.division import as_axes
-from distattn.placement import Axes, AxisNames, free_axes
+from distattn.placement import Axes, AxisNames, check_mesh, free_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -188,7 +188,9 @@ def make_layout(
         "batch_axis_name": as_axes("batch_axis_name", batch_axis_name),
         "heads_axis_name": as_axes("heads_axis_name", heads_axis_name),
     }
-    if mesh is None:
+    if mesh is not None:
+        check_mesh(mesh)
+    else:
         first = next(((name, axes) for name, axes in named.items() if axes), None)
         if first is None:
             return Layout()

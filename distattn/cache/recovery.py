@@ -28,6 +28,7 @@ from distattn.cache.replicas import (
     with_replica,
 )
 from distattn.cache.slots import FREE
+from distattn.placement import check_mesh
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache
@@ -75,6 +76,7 @@ def recover(
     """
     if isinstance(self.positions, Tracer):
         raise ValueError("recover was called under a trace of the cache; call it outside of jit")
+    check_mesh(mesh, devices=True)
     old = self.layout
     axis, kept = _what_is_left(old, mesh)
     layout = dataclasses.replace(old, mesh=mesh)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import shlex
 import shutil
 import signal
@@ -167,11 +168,20 @@ def _report(cause: Rank, running: list[int], seconds: float) -> int:
     rest = f"; ended with it: {ranks_text(running)}" if running else ""
     seen = ", because another process failed, as it says" if cause.remoteness() else ""
     _say(f"rank {cause.number} {cause.what()} after {seconds:.1f} s{seen}{rest}")
-    _say(f"its last lines:{cause.last_lines()}")
+    above = cause.just_shown() and _one_screen()
+    _say("its last lines are above" if above else f"its last lines:{cause.last_lines()}")
     if cause.log is not None:
         _say(f"all of them: {cause.log}")
     code = cause.code() or 1
     return code if code > 0 else 128 - code
+
+
+def _one_screen() -> bool:
+    """Whether what is said here and what the ranks print go to the same place."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # a stream that is no file, or is closed
+        return False
 
 
 def _say(text: str) -> None:

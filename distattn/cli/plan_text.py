@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from distattn.amounts import bytes_text, count_text, seconds_text
 from distattn.plan import Plan
+from distattn.pods import pod
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -70,8 +71,17 @@ def _inputs(found: Plan, dtype: str, given: Collection[str]) -> Rows:
             if found.links is None
             else f"measured along {_list(measured) or 'no axis'}",
         ),
+        ("products", _products(found)),
         ("reserved", f"{reserved} a device{default('reserved_bytes')}, for weights and all else"),
     ]
+
+
+def _products(found: Plan) -> str:
+    chip = pod(found.topology).chip
+    if chip.platform == "cpu":
+        return f"at {chip.flops_per_s:.3g} flops a second, of another machine than this"
+    share = f"{100 * chip.attained:.0f} % of the data sheet's peak"
+    return f"at {share}, counted on and not measured"
 
 
 def _masked(found: Plan) -> str:

@@ -34,6 +34,7 @@ _PIECES = (r"\[Gloo\] Rank ", r" peer ranks\. Expected number of connected peer 
 GREETING = re.compile(rf"(?=.*({'|'.join(_PIECES)}))({'|'.join(_PIECES)}| is connected to |\d)+")
 
 _output = threading.Lock()  # lines of different ranks do not mix
+_shown: collections.deque[int] = collections.deque(maxlen=LINES)  # whose the last lines were
 
 
 class Guard:
@@ -147,6 +148,12 @@ class Rank:
         lines = [f"\n  [{self.number}] {line}" for line in list(self._tail)[-count:]]
         return "".join(lines) or " it has printed nothing"
 
+    def just_shown(self) -> bool:
+        """Whether its last lines were shown as they came, and those of no other rank after them."""
+        with _output:
+            count = len(self._tail)
+            return count > 0 and list(_shown)[-count:] == [self.number] * count
+
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -164,8 +171,12 @@ class Rank:
                     self._tail.append(line)
                 elif not self.show_gloo:
                     continue
-                with _output, contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
-                    print(f"[{self.number}] {line}", flush=True)
+                with _output:
+                    try:
+                        print(f"[{self.number}] {line}", flush=True)
+                        _shown.append(self.number)
+                    except BrokenPipeError:  # `| head` has seen enough
+                        _shown.clear()
 
 
 def start(

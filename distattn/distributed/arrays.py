@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn.distributed.health import TIMEOUT_S, describe, differences, fail_together, meet, ranks
 from distattn.division import AxisNames, as_axes
+from distattn.placement import check_mesh
 
 EMPTY = -1  # the position of a slot that holds no key
 
@@ -86,6 +87,7 @@ def from_process_local(
       >>> sorted(int(p) for p in positions if p >= 0), key.shape[1] == positions.size
       ([0, 1, 2, 3, 4], True)
     """
+    check_mesh(mesh, devices=True)
     key, value, positions = map(_own, (key, value, positions))
     spread = as_axes("axis_name", axis_name)
     batch = as_axes("batch_axis_name", batch_axis_name)

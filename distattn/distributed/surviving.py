@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from distattn._compat import coordination
 from distattn.distributed.health import go_on_without, ranks
 from distattn.distributed.meshes import without
+from distattn.placement import check_mesh
 
 
 class HostsLost(RuntimeError):
@@ -78,6 +79,7 @@ def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
       A context manager, of nothing.
 
     Raises:
+      ValueError: a mesh that is none.
       HostsLost: processes have ended. It takes up to `heartbeat_timeout_s` until that is known.
 
     Example:
@@ -87,6 +89,7 @@ def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
       >>> total
       6
     """
+    check_mesh(mesh, devices=True)
     if coordination()[0] is None:
         yield
         return

