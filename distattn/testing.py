@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import abstract_device, traced_processes
@@ -188,13 +189,13 @@ def lower(
 def _axes(mesh: MeshAxes) -> AbstractMesh:
     if isinstance(mesh, Mapping):
         for name, size in mesh.items():
-            if not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
                 raise ValueError(
                     f"mesh has {size!r} devices along {name!r}; the size of an axis must be an int of at "
                     f"least 1: pass {{{name!r}: 8}} for eight devices"
                 )
         kinds = (AxisType.Explicit,) * len(mesh)
-        axes = AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=kinds)
+        axes = AbstractMesh(tuple(map(int, mesh.values())), tuple(mesh), axis_types=kinds)
     else:
         check_mesh(mesh)
         axes = mesh.abstract_mesh
