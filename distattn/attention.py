@@ -13,7 +13,7 @@ from distattn.derivatives import forward_mode_refused
 from distattn.movement import Combine, check_combine, check_exchange
 from distattn.operands import Window, check_implementation, make_operands, make_scoring
 from distattn.placement import AxisNames
-from distattn.read_placement import read_placement
+from distattn.read_placement import read_placement, warn_of_one_device
 from distattn.units import units_of
 
 
@@ -131,7 +131,8 @@ def dot_product_attention(
 
     Warns:
       UserWarning: inside jit, vmap or `jax.checkpoint`, under Auto axes of more than one device, without
-        axis_name: how key is sharded cannot be read there.
+        axis_name: how key is sharded cannot be read there. Inside a `jax.shard_map` with check_vma=True,
+        where key varies over an axis and query does not.
 
     Example:
       >>> import jax, jax.numpy as jnp, distattn
@@ -172,6 +173,8 @@ def dot_product_attention(
         leave_none=reproducible,
     )
     check_exchange(placement, combine)
+    if axis_name is None:
+        warn_of_one_device(query, key, value)
     units = units_of(operands, implementation) if reproducible else None
     call = choose_call(
         operands, placement, scoring, implementation, combine, query_axis_name, units

@@ -68,7 +68,8 @@ def _check_shapes(query: Any, key: Any, value: Any, quantised: bool) -> None:
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"query has N={heads} heads and key has K={kv_heads}; N must be a multiple of K, "
-            "each key/value head serves N / K query heads"
+            "each key/value head serves N / K query heads, and arrays are [B, T, N, H] and [B, S, K, H]: "
+            f"{_shapes(query, key, value)}"
         )
 
 

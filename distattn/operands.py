@@ -261,6 +261,7 @@ def check_implementation(implementation: str | None) -> str:
         return "auto"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}"
+            f"implementation is {implementation!r}; it must be None, which takes what serves best, or one "
+            f"of {IMPLEMENTATIONS} ('blocked' is by XLA)"
         )
     return implementation

@@ -9,7 +9,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from distattn._compat import concrete
+from distattn._compat import concrete, varying_axes
 from distattn._manual import axes_of
 from distattn.division import as_axes
 from distattn.placement import (
@@ -131,6 +131,19 @@ def read_placement(
     return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
 
 
+def warn_of_one_device(query: Any, key: Any, value: Any) -> None:
+    """Of keys that are a part of those of a query: types tell, inside a shard_map with check_vma=True."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return
+    if axes := varying_axes(key, value) - varying_axes(query):
+        warnings.warn(
+            f"inside a shard_map key and value differ along {tuple(sorted(axes))} and query does not, so "
+            "this is attention to the keys of one device alone; for all keys call "
+            "distattn.sharded_attention with axis_name, and for a part to be merged partial_attention",
+            stacklevel=3,
+        )
+
+
 def _axes_unsaid(unread: Axes, mesh: Mesh | AbstractMesh, *, said: bool) -> Axes:
     """The axes of S that nobody says and that cannot be read: the only one of a mesh that is said."""
     if not unread:
@@ -139,7 +152,8 @@ def _axes_unsaid(unread: Axes, mesh: Mesh | AbstractMesh, *, said: bool) -> Axes
         warnings.warn(
             "over which axes S, the length of key and value, is sharded cannot be read inside jit, vmap "
             f"and jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may "
-            "gather all keys and values; pass axis_name=, or axis_name=() to say that it is over none",
+            "gather all keys and values; pass axis_name=, or axis_name=() to say that it is over none, and "
+            "batch_axis_name= and heads_axis_name= where B and heads are sharded",
             stacklevel=4,
         )
         return ()

@@ -136,6 +136,19 @@ def test_inside_a_shard_map_a_combine_is_that_of_sharded_attention(check_vma):
     agrees(run(functools.partial(distattn.sharded_attention, axis_name="kv")))
 
 
+def test_keys_of_one_device_are_told_by_their_types():
+    """Where they are tracked; a map over the batch is nothing to tell of."""
+    mesh, keys = mesh_of(2, "auto"), P(None, "kv")
+
+    def run(query, keys):
+        specs = {"in_specs": (query, keys, keys), "out_specs": P("kv")}
+        return jax.shard_map(attention, mesh=mesh, **specs)(*arrays())
+
+    with pytest.warns(UserWarning, match=r"differ along \('kv',\).*sharded_attention"):
+        run(P(), keys)
+    agrees(run(P("kv"), P("kv")))
+
+
 @pytest.mark.parametrize("kinds", [("auto", "explicit"), ("explicit", "auto")])
 def test_arrays_of_another_mesh_than_that_of_the_context(kinds):
     of_context, of_arrays = (mesh_of(4, kind) for kind in kinds)
