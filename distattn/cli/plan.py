@@ -5,6 +5,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ DTYPES = {
     "f64": jnp.dtype(jnp.float64),
 }
 # Of what may be left out; an argument of None is one that was.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "batch": 1,
     "head_dim": 128,
     "layers": 1,

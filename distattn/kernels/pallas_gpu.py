@@ -4,6 +4,9 @@ Nothing of the size of T x S exists, nor a copy of keys or values. None of it ha
 by Pallas' interpreter, and by the compiler for the H100.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 
 from distattn.block import Scoring
@@ -17,8 +20,8 @@ from distattn.tiles import Machine
 CANDIDATES = (16, 32, 64, 128), (16, 32, 64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-fold = late("gpu_forward", "fold")
-fold_gradients = late("gpu_backward", "fold_gradients")
+fold: Callable[..., Any] = late("gpu_forward", "fold")
+fold_gradients: Callable[..., Any] = late("gpu_backward", "fold_gradients")
 
 
 def refusal(

@@ -7,6 +7,9 @@ that of the numbers they stand for, which are then written out.
 None of it has been timed: it is checked by Pallas' interpreter, and by the compilers of v4 to tpu7x.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,8 +27,8 @@ from distattn.tiles import Machine
 CANDIDATES = (128, 256, 512, 1024), (128, 256, 512, 1024, 2048)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-fold = late("tpu_forward", "fold")
-fold_gradients = late("tpu_backward", "fold_gradients")
+fold: Callable[..., Any] = late("tpu_forward", "fold")
+fold_gradients: Callable[..., Any] = late("tpu_backward", "fold_gradients")
 
 
 def refusal(
