@@ -17,6 +17,7 @@ What one learns:
 
     pip install -e '.[train]'
     python examples/08_train.py
+    python examples/08_train.py --length 8192  # minutes: one device with dense attention would need 14 GiB
     python examples/08_train.py --length 512 --steps 20 --combine gather_kv --compare
     python examples/08_train.py --length 2048 --mesh 2x2x2 --combine auto --resume-mesh 1x4
     python examples/08_train.py --length 2048 --reproducible --resume-mesh 1x1

@@ -175,7 +175,7 @@ class Job:
 
     config: Config = Config()
     batch: int = 2
-    length: int = 8192
+    length: int = 1024
     steps: int = 8
     lr: float = 1e-2
     seed: int = 0

@@ -515,7 +515,8 @@ def test_a_process_too_many():
     assert code == 134
     assert "rank 1 was killed by SIGABRT" in text
     assert "as it says" not in text
-    assert re.search(r"^  \[1\] .*Unexpected task registered with task=2", text, re.M)
+    assert re.search(r"^\[1\] .*Unexpected task registered with task=2", text, re.M)
+    assert "its last lines are above" in text
 
 
 def alone(code: str) -> str:

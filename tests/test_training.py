@@ -186,7 +186,7 @@ def test_remat_keeps_what_attention_returns(example, job, trainer, start, expect
 
 
 def test_one_device_could_not_hold_it(example):
-    job = example.Job(example.Config(layers=1))
+    job = example.Job(example.Config(layers=1), length=8192)
     dense = example.Trainer.compile(job)
     assert dense.temp_mib > example.DEVICE_MIB
     ours = example.Trainer.compile(job, example.make_mesh((2, 4)), "zigzag", "ring")
