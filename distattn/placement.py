@@ -37,11 +37,6 @@ class Placement:
     manual: Axes = ()  # axes that our shard_map takes: those above, and all whose layout is known
     compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
 
-    @property
-    def key_known(self) -> bool:
-        """Whether it is known how the keys are sharded: said, read, or on no axis that is unseen."""
-        return bool(self.key) or not self.compiler_sharded
-
     def size(self, axes: Axes) -> int:
         """The number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import jax
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from distattn._compat import concrete, varying_axes
@@ -216,10 +215,10 @@ def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes
 
 
 def _sharding(x: Any) -> Any:
-    x = x if concrete(x) is None else concrete(x)
-    if isinstance(x, Tracer):
+    found = concrete(x)
+    if found is None:
         return jax.typeof(x).sharding
-    return x.sharding if isinstance(x, jax.Array) else None
+    return found.sharding if isinstance(found, jax.Array) else None
 
 
 def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:

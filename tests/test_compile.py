@@ -29,6 +29,11 @@ SLICES = ("v5p:2x2x2*2", {"slice": 2, "kv": 8})
 TWO_CORES = ("tpu7x:2x2x2", {"kv": 16})
 GPUS = ("h100:2x8", {"host": 2, "kv": 8})
 PODS = {pod[0]: pod for pod in (POD_16, POD_64, SLICES, TWO_CORES, GPUS)}
+# A sequence for each group of devices along dp, heads along tp, keys along sp.
+GROUPS = (
+    *("--mesh", "dp=4,tp=4,sp=4", "--batch-axis", "dp", "--heads-axis", "tp"),
+    *("--batch", "4"),
+)
 
 
 def shapes(rows, keys):
@@ -290,17 +295,7 @@ def test_the_command_compiles_what_it_plans(capsys):
     assert 80 * compiled["argument_bytes"] == pytest.approx(found["bytes_per_device"], rel=0.02)
     assert {"temp_bytes", "optimal_s"} <= set(compiled)
 
-    groups = [
-        "--mesh",
-        "dp=4,tp=4,sp=4",
-        "--batch-axis",
-        "dp",
-        "--heads-axis",
-        "tp",
-        "--batch",
-        "4",
-    ]
-    assert main([*command, *groups, "--combine", "butterfly", "--compile", "--json"]) == 0
+    assert main([*command, *GROUPS, "--combine", "butterfly", "--compile", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # Each group has a sequence of its own and a quarter of the heads, and sends along sp alone.
     sent = {"collective-permute": {"count": 2, "bytes": 2 * STATE // 4}}
@@ -328,16 +323,7 @@ def test_the_command_compiles_what_it_plans(capsys):
         ),
         (
             "v5p:4x4x4",
-            (
-                "--mesh",
-                "dp=4,tp=4,sp=4",
-                "--batch-axis",
-                "dp",
-                "--heads-axis",
-                "tp",
-                "--batch",
-                "4",
-            ),
+            GROUPS,
             ["sp=4", "psum"],
         ),
         ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
