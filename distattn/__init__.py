@@ -6,16 +6,16 @@ head dimension of value, D devices on the axis.
 """
 
 from distattn import distributed, layouts
-from distattn.attention import dot_product_attention
+from distattn.algebra.softmax_state import SoftmaxState, finalize, from_lse, identity, merge
+from distattn.attention.api import dot_product_attention
+from distattn.attention.sharded import sharded_attention
 from distattn.cache import KVCache
-from distattn.collectives import all_reduce
-from distattn.partial import partial_attention
-from distattn.scatter import reduce_scatter
-from distattn.schedule import ScatterSchedule, Schedule
-from distattn.sharded import sharded_attention
-from distattn.state import SoftmaxState, finalize, from_lse, identity, merge
-from distattn.streaming import PairJoin
-from distattn.totals import reproducible_sum
+from distattn.collectives.all_reduce import all_reduce
+from distattn.collectives.reduce_scatter import reduce_scatter
+from distattn.collectives.reproducible_sum import reproducible_sum
+from distattn.local.partial import partial_attention
+from distattn.local.streaming import PairJoin
+from distattn.planning.schedule import ScatterSchedule, Schedule
 
 __version__ = "0.1.0"
 

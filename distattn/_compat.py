@@ -1,5 +1,10 @@
-"""What differs between the JAX versions that are supported, in one place."""
+"""What differs between the JAX versions that are supported, in one place.
 
+What the optional packages are for, and the command that brings them.
+"""
+
+import contextlib
+from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any
 
@@ -89,7 +94,7 @@ def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.Shap
 
 def abstract_device(platform: str) -> AbstractDevice:
     """Any device of a platform, for an abstract mesh to stand for."""
-    # Of a GPU a kernel asks which (JAX from 0.12 on): the typical one, as in `distattn.chips`.
+    # Of a GPU a kernel asks which (JAX from 0.12 on): the typical one, as in `distattn.planning.chips`.
     kind = "NVIDIA H100 80GB HBM3" if platform == "gpu" else platform
     fields = {"device_kind": kind, "num_cores": None, "platform": platform}
     names = AbstractDevice.__dataclass_fields__  # platform is among them from JAX 0.10 on
@@ -168,3 +173,52 @@ def compute_capability() -> tuple[int, ...] | None:
     device = jax.local_devices()[0]
     parts = str(getattr(device, "compute_capability", None)).split(".")  # of AMD's 'gfx942'
     return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None
+
+
+def command(extra: str) -> str:
+    """What installs an extra: distattn is not released, so from a clone."""
+    return f"pip install -e '.[{extra}]' in a clone of distattn"
+
+
+@contextlib.contextmanager
+def needed(package: str, *, by: str, extra: str) -> Generator[None, None, None]:
+    """Around an import: where the package is not installed, the error says who needs it and what brings it.
+
+    Args:
+      package: the name under which it is imported, or the first part of it.
+      by: what cannot be had without it.
+      extra: of distattn, that has it.
+
+    Raises:
+      ModuleNotFoundError: the package is not installed. One that the package itself misses is not changed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f"{by} needs {package}, which is not installed: {command(extra)}", name=error.name
+        ) from error
+
+
+# Part of the key under which JAX caches what it has traced.
+_interpret = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def interpreted(params: Any = True) -> Generator[None, None, None]:
+    """While it is entered, the kernels that are traced run on a CPU, by Pallas' interpreter.
+
+    Args:
+      params: of `pallas_call`: True, or, for TPU kernels, a `pltpu.InterpretParams`, which simulates a
+        TPU's memories and needs PJRT_NPROC=16 in the environment before JAX starts where several fake
+        devices run kernels.
+    """
+    with _interpret(params):
+        yield
+
+
+def interpreter() -> Any:
+    """By which kernels run, as `pallas_call` wants it; None: by none."""
+    return _interpret.value

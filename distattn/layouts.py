@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from distattn.alignment import align, align_shards
+from distattn.attention.align import align, align_shards
 
 __all__ = ["align", "align_shards", "contiguous", "reorder", "restore", "striped", "zigzag"]
 

@@ -1,6 +1,6 @@
 """What the site needs besides Markdown: links into the repository, and nothing from elsewhere.
 
-A page links to a file of the repository as a reader on a code host needs it, `../../tests/test_state.py`.
+A page links to a file of the repository as a reader on a code host needs it, `../../tests/algebra/test_state.py`.
 On the site a figure is copied, and any other file becomes a page that shows it.
 """
 

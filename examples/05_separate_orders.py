@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import distattn
 from distattn import layouts
-from distattn.streaming import PairJoin
+from distattn.local.streaming import PairJoin
 from distattn.testing import collectives, fake_devices
 
 DEVICES = 8

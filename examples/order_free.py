@@ -24,7 +24,7 @@ from flax import nnx
 from jax import lax
 
 import distattn
-from distattn.elementary import exp, log, ordered_sum, rounded
+from distattn.algebra.deterministic_math import exp, log, ordered_sum, rounded
 
 BLOCK = 64  # tokens
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from distattn import KVCache, layouts, reference
+from distattn import KVCache, layouts
 from distattn.cache.replicas import replica_letters, wards_of
+from distattn.testing import reference
 from tests.tolerance import assert_close
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")

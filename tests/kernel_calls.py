@@ -16,10 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn import kernels
-from distattn.kernels.tpu_scales import QUANTISED
-from distattn.pods import pod
-from distattn.testing import Report, compile_for
+from distattn.local.kernels.tpu.tiling import QUANTISED
+from distattn.planning.pods import pod
+from distattn.testing import Report, compile_for, interpreted
 
 TPU_TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 GPU_TARGETS = ("h100:1x4",)
@@ -43,7 +42,7 @@ every_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_
 def simulated(implementation: str) -> contextlib.AbstractContextManager:
     """Where kernels run on one device, by the interpreter."""
     on_a_tpu = implementation == "pallas_tpu"
-    return kernels.interpreted(pltpu.InterpretParams() if on_a_tpu else True)
+    return interpreted(pltpu.InterpretParams() if on_a_tpu else True)
 
 
 def attention_by(implementation: str) -> Callable:

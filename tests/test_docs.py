@@ -75,7 +75,7 @@ def test_links_lead_somewhere(path):
 def test_links_are_found():
     found = [link for path in TEXTS for link in links(path)]
     assert "docs/pages/why.md" in found
-    assert "../../tests/test_state.py" in found
+    assert "../../tests/algebra/test_state.py" in found
     assert "the-network-measured" in anchors(PAGES / "hosts.md")
 
 

@@ -11,126 +11,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "distattn"
 
-# A module imports only from those before it. A package stands here for all of its files.
-LAYERS = (
-    "extras",
-    "_compat",
-    "_manual",
-    "elementary",
-    "state",
-    "mask",
-    "visits",
-    "block_sizes",
-    "block",
-    "checks",
-    "operands",
-    "tiles",
-    "gauge",
-    "words",
-    "fixed_point",
-    "sums",
-    "step",
-    "units",
-    "by_key",
-    "reproducible",
-    "link",
-    "chips",
-    "kernels",
-    "derivatives",
-    "local",
-    "partial",
-    "amounts",
-    "merge_trees",
-    "schedule",
-    "wiring",
-    "cost",
-    "traffic",
-    "planner",
-    "pods",
-    "workload",
-    "division",
-    "roofline",
-    "memory",
-    "remedies",
-    "backward_traffic",
-    "plan",
-    "monoid",
-    "axes",
-    "fused",
-    "collectives",
-    "scatter",
-    "ring",
-    "ulysses",
-    "totals",
-    "placement",
-    "read_placement",
-    "pair_exchange",
-    "alignment",
-    "layouts",
-    "streaming",
-    "movement",
-    "completion",
-    "work",
-    "call",
-    "across",
-    "within",
-    "sharded",
-    "attention",
-    "distributed",
-    "cache",
-    "integrations",
-    "reference",
-    "hlo",
-    "report",
-    "compilers",
-    "testing",
-    "checkup",
-    "tuning",
-    "cli",
-    "__init__",
-    "__main__",
-)
-# The same for the files of a package. KVCache comes last: the functions before it are its methods.
-INSIDE = {
-    "cache": (
-        "arguments",
-        "storage",
-        "layout",
-        "slots",
-        "replicas",
-        "capacity",
-        "moving",
-        "edits",
-        "forking",
-        "reserving",
-        "writing",
-        "reading",
-        "recovery",
-        "manifest",
-        "steps",
-        "checkpoint",
-        "kv_cache",
-        "__init__",
-    )
+# Each package may import only from these, beside `_compat`.
+ARROWS = {
+    "algebra": set(),
+    "planning": set(),
+    "local": {"algebra", "planning"},
+    "collectives": {"algebra", "planning", "experimental"},
+    "attention": {"local", "collectives", "algebra", "planning", "experimental"},
+    "experimental": {"local", "collectives", "algebra", "planning"},
+    "distributed": {"collectives", "planning"},
+    "cache": {"attention", "local", "collectives", "distributed", "planning"},
+    "integrations": {"attention", "cache", "algebra", "local", "collectives", "planning"},
+    "testing": {"planning", "collectives"},
+    "layouts": {"attention"},
 }
-# A method's own class, which stands above it, is there for type checkers: nothing is imported when it runs.
-ANNOTATED = {"cache": ("distattn", "cache", "kv_cache", "KVCache")}
-MAX_LINES = 300
-PURE = {  # run, and tested, without jax
-    *(
-        "amounts",
-        "block_sizes",
-        "merge_trees",
-        "schedule",
-        "link",
-        "chips",
-        "wiring",
-        "cost",
-        "traffic",
-        "planner",
-    ),
-    *("pods", "workload", "division", "roofline", "memory", "remedies", "backward_traffic", "plan"),
-}
+TOPS = {"cli", "__init__", "__main__"}  # import what they like
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
 
 
@@ -146,11 +41,8 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(LIBRARY).with_suffix("").parts[0]
-
-
-every_module = pytest.mark.parametrize("path", python_files("distattn"), ids=name)
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(tree: ast.AST, package: tuple[str, ...] = ("distattn",)) -> Iterator[tuple[str, ...]]:
@@ -164,105 +56,48 @@ def imports(tree: ast.AST, package: tuple[str, ...] = ("distattn",)) -> Iterator
             yield from ((*module, alias.name) for alias in node.names)
 
 
-def layers_imported(tree: ast.AST, package: tuple[str, ...] = ("distattn",)) -> set[str]:
-    """The layers that a file imports; a name that is no module comes from `__init__`."""
-    parts = [parts for parts in imports(tree, package) if parts[0] == "distattn"]
-    return {p[1] if len(p) > 1 and p[1] in LAYERS else "__init__" for p in parts}
+def graph() -> dict[str, set[str]]:
+    """The modules of the library that each module imports, for type checkers too."""
+    modules = {dotted(path): path for path in python_files("distattn")}
+    edges: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = {".".join(p[:n]) for p in imports(parse(path)) for n in (len(p), len(p) - 1)}
+        edges[module] = {x for x in found & {*modules} if x not in (module, "distattn")}
+    return edges
 
 
-def package_of(path: Path) -> tuple[str, ...]:
-    return path.parent.relative_to(ROOT).parts
+def package_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-@every_module
-def test_every_module_has_a_layer(path):
-    assert layer(path) in LAYERS, "a new module is a new line in LAYERS, at its height"
-
-
-@every_module
-def test_imports_point_down(path):
-    own = layer(path)
-    below = LAYERS[: LAYERS.index(own)]
-    inside_package = {own} if path.parent != LIBRARY else set()
-    assert layers_imported(parse(path), package_of(path)) <= {*below, *inside_package}
-
-
-def without_annotations(tree: ast.AST) -> tuple[ast.Module, ast.Module]:
-    """What is imported when the file runs, and what only a type checker imports."""
-    checking = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and names(node.test) == {"TYPE_CHECKING"}
+def test_arrows_point_down():
+    wrong = [
+        f"{module} -> {imported}"
+        for module, found in graph().items()
+        if package_of(module) not in TOPS
+        for imported in found
+        if package_of(imported)
+        not in {package_of(module), "_compat", *ARROWS.get(package_of(module), ())}
     ]
-    hidden = {inner for node in checking for inner in ast.walk(node)}
-    shown = [node for node in ast.walk(tree) if node not in hidden and is_import(node)]
-    return ast.Module(shown, []), ast.Module([x for node in checking for x in node.body], [])
+    assert wrong == []
 
 
-def is_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.Import | ast.ImportFrom)
+def test_no_circle_of_imports():
+    edges = graph()
+    while edges:  # take away what imports nothing that is left
+        leaves = {module for module, found in edges.items() if not found & {*edges}}
+        assert leaves, f"a circle among {sorted(edges)}"
+        edges = {module: found for module, found in edges.items() if module not in leaves}
 
 
-@pytest.mark.parametrize("package", INSIDE)
-def test_imports_inside_a_package_point_down(package):
-    order = INSIDE[package]
-    files = python_files(f"distattn/{package}")
-    assert sorted(path.stem for path in files) == sorted(order)
-    for path in files:
-        run, annotations = (
-            [x for x in imports(tree, package_of(path)) if x[:2] == ("distattn", package)]
-            for tree in without_annotations(parse(path))
-        )
-        below = order[: order.index(path.stem)]
-        assert {x[2] for x in run} <= {*below}, path.stem
-        assert {*annotations} <= {ANNOTATED[package]}, path.stem
+def test_planning_does_not_know_jax():
+    for path in python_files("distattn/planning"):
+        assert not {"jax", "jaxlib"} & {parts[0] for parts in imports(parse(path))}, path
 
 
-def test_what_is_imported_for_type_checkers_is_told_from_the_rest():
-    source = """
-from distattn.cache.layout import Layout
-if TYPE_CHECKING:
-    from distattn.cache.kv_cache import KVCache
-class A:
-    from distattn.cache.edits import reset
-def f():
-    from distattn.cache import kv_cache
-"""
-    run, annotations = without_annotations(ast.parse(source))
-    assert {x[2] for x in imports(run)} == {"layout", "edits", "kv_cache"}
-    assert [*imports(annotations)] == [ANNOTATED["cache"]]
-
-
-# `distattn check` compares the user's own devices with the oracle: that is what it is for.
-COMPARES = "distattn/checkup/correctness.py"
-
-
-@every_module
-def test_reference_is_imported_by_no_module(path):
-    imported = "reference" in layers_imported(parse(path), package_of(path))
-    assert imported == (name(path) == COMPARES)
-
-
-@pytest.mark.parametrize("module", sorted(PURE))
-def test_plans_do_not_know_jax(module):
-    path = LIBRARY / f"{module}.py"
-    trees = [parse(path)] if path.exists() else []
-    for tree in trees:
-        assert not {"jax", "jaxlib"} & {parts[0] for parts in imports(tree)}
-        assert layers_imported(tree) <= PURE
-
-
-def test_imports_are_seen_however_they_are_written():
-    source = """
-import distattn.state
-from distattn import mask, SoftmaxState
-from .local import partial_attention
-def f():
-    from .. import cost
-    from ..schedule import Schedule
-"""
-    in_package = layers_imported(ast.parse(source), ("distattn", "kernels"))
-    assert in_package == {"state", "mask", "__init__", "kernels", "cost", "schedule"}
+def test_reference_is_imported_by_the_check_command_alone():
+    users = {module for module, found in graph().items() if "distattn.testing.reference" in found}
+    assert all(package_of(module) in ("cli", "testing") for module in users), users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +165,13 @@ RULES = (
         ("jnp.expm1(x)", "f(exp=x)"),
         frozenset(
             f"distattn/{file}.py"
-            for file in ("elementary", "state", "gauge", "reproducible", "reference")
+            for file in (
+                "algebra/deterministic_math",
+                "algebra/softmax_state",
+                "algebra/fixed_point",
+                "local/reproducible",
+                "testing/reference",
+            )
         ),
     ),
     Rule(
@@ -339,7 +180,7 @@ RULES = (
         ("distattn",),
         ("jax.shard_map(f)", "from jax import shard_map", "import jax.experimental.shard_map"),
         ("'shard_map'", "shard_maps(f)"),
-        frozenset({"distattn/_manual.py"}),
+        frozenset({"distattn/collectives/mesh.py"}),
     ),
     Rule(
         "nothing private to jax",
@@ -405,12 +246,6 @@ def test_vma_checks_are_off_in_one_place():
         if not (isinstance(node.value, ast.Constant) and node.value.value)
     ]
     assert len(places) == 1, places
-
-
-@every_module
-def test_files_are_short(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, "two rooms in one?"
 
 
 def test_no_file_is_a_drawer():

@@ -16,7 +16,7 @@ import jax
 import pytest
 
 import distattn
-from distattn.extras import needed
+from distattn._compat import needed
 
 PUBLIC = [
     "KVCache",
@@ -54,7 +54,9 @@ def test_what_is_optional_is_imported_where_it_is_used():
     code = f"""
 import sys
 import distattn, distattn.integrations, distattn.integrations.jax_nn, distattn.testing
-from distattn.kernels import cudnn, pallas_gpu, pallas_tpu, splash
+from distattn.local.kernels import cudnn, splash
+from distattn.local.kernels.gpu import support
+from distattn.local.kernels.tpu import support
 print(*sorted({OPTIONAL} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -76,7 +78,7 @@ LOAD = "from distattn.integrations import smollm2; smollm2."
     ],
 )
 def test_a_package_that_is_not_there_is_named_with_what_brings_it(package, use, who, extra):
-    """As orbax is: tests/test_cache_moves.py."""
+    """As orbax is: tests/cache/test_cache_moves.py."""
     code = f"import sys; sys.modules[{package!r}] = None; {use}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -144,7 +146,7 @@ def test_help_tells_of_every_argument_and_of_the_result(name):
 
 # Modules that are public besides those that `distattn` itself names.
 BESIDE = (
-    *("fixed_point", "planner", "report", "streaming", "testing"),
+    *("algebra.fixed_point", "planning.cost", "local.streaming", "testing.programs"),
     *(f"integrations.{name}" for name in ("equinox", "flax", "generation", "jax_nn", "sampling")),
     *("integrations.drafts", "integrations.smollm2"),
 )

@@ -1,4 +1,4 @@
-"""How close is close enough: the rule of `distattn.checkup.tolerance`; no other test has such numbers."""
+"""How close is close enough: the rule of `distattn.testing.reference`; no other test has such numbers."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distattn.checkup.tolerance import FLOAT64_EPS, tolerance, worst
+from distattn.testing.reference import FLOAT64_EPS, tolerance, worst
 
 # A central difference of step h is off by h^2 |f'''| / 6 + eps |f| / h. At h = eps^(1/3) both terms
 # have the order eps^(2/3); 64 stands for |f| and |f'''| in units of the gradient.

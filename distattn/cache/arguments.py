@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from distattn.checks import integers
+from distattn.local.inputs import integers
 
 INT32 = np.iinfo(np.int32)
 

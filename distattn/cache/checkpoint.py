@@ -21,15 +21,15 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from distattn._compat import needed
 from distattn.cache import steps
 from distattn.cache.capacity import counted
 from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
 from distattn.cache.manifest import read_manifest, sync, write_manifest
 from distattn.cache.replicas import check_replicas
 from distattn.cache.slots import FREE
-from distattn.distributed.health import fail_together, from_first, meet, present, ranks
-from distattn.extras import needed
-from distattn.placement import AxisNames
+from distattn.distributed.agreement import fail_together, from_first, meet, present, ranks
+from distattn.planning.plan import AxisNames
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

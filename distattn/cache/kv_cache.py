@@ -16,7 +16,7 @@ from distattn.cache.layout import Layout, all_letters, make_layout
 from distattn.cache.replicas import Replica, check_replicas
 from distattn.cache.slots import FREE, PLACEMENTS
 from distattn.cache.storage import is_quantised
-from distattn.placement import AxisNames
+from distattn.planning.plan import AxisNames
 
 
 @jax.tree_util.register_dataclass

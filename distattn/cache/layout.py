@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from distattn._manual import manual
-from distattn.division import as_axes
-from distattn.placement import Axes, AxisNames, check_mesh, free_axes
+from distattn.collectives.mesh import check_mesh, free_axes, manual
+from distattn.planning.plan import Axes, AxisNames, as_axes
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

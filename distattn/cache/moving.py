@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from distattn.cache.capacity import counted, with_slots
 from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
 from distattn.cache.replicas import check_replicas, with_replica
-from distattn.placement import AxisNames
+from distattn.planning.plan import AxisNames
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from distattn.across import attend as attend_across
+from distattn.attention.global_call import attend as attend_across
+from distattn.attention.global_call import choose_call
+from distattn.attention.sharding import Placement, read_placement
+from distattn.attention.strategy import QUERY_SHARDED, Combine, check_combine
 from distattn.cache.arguments import layer_index, on_host
 from distattn.cache.layout import Layout
-from distattn.call import choose_call
-from distattn.checks import Window
-from distattn.movement import QUERY_SHARDED, Combine, check_combine
-from distattn.operands import check_implementation, make_operands, make_scoring
-from distattn.placement import AxisNames, Placement
-from distattn.read_placement import read_placement
-from distattn.units import units_of
+from distattn.local.inputs import Window, check_implementation, make_operands, make_scoring
+from distattn.local.reproducible import units_of
+from distattn.planning.plan import AxisNames
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

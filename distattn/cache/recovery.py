@@ -28,7 +28,7 @@ from distattn.cache.replicas import (
     with_replica,
 )
 from distattn.cache.slots import FREE
-from distattn.placement import check_mesh
+from distattn.collectives.mesh import check_mesh
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

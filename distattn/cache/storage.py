@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import platform_of
-from distattn.tiles import loop
+from distattn.local.tiling import loop
 
 
 def is_quantised(dtype: jnp.dtype) -> bool:

@@ -11,13 +11,13 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from distattn._manual import axes_of
 from distattn.cache import storage
 from distattn.cache.arguments import check_new, layer_index
 from distattn.cache.layout import Layout, letters_of
 from distattn.cache.replicas import Replica, replica_layout, sent_to_replica
 from distattn.cache.reserving import LOCAL
 from distattn.cache.slots import Slots
+from distattn.collectives.mesh import axes_of
 
 if TYPE_CHECKING:
     from distattn.cache.kv_cache import KVCache

@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distattn.cli import bench, check, generate, launch, plan
+from distattn.cli import bench, generate, launch, plan
 from distattn.cli.arguments import CommandError
+from distattn.cli.check import command as check
 
 COMMANDS = (check, plan, bench, launch, generate)
 

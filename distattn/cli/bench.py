@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from distattn import kernels
 from distattn.cli.arguments import CommandError, Subparsers, at_least, refuse, some_of
-from distattn.kernels.tuned import VARIABLE, Measured, read, write
-from distattn.tuning import Workload, tune
+from distattn.cli.tuning import Workload, tune
+from distattn.local.kernels.tuned import VARIABLE, Measured, read, write
 
 KINDS = ("decode", "prefill", "gradient")
 
@@ -112,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
     with _mended():
         if options.tune and Path(options.tune).exists():
             read(options.tune)  # before minutes have gone into it
-        with kernels.interpreted() if options.interpret else contextlib.nullcontext():
+        with interpreted() if options.interpret else contextlib.nullcontext():
             rows = [_timed(workload, options.repeats) for workload in workloads]
         if options.tune:
             write(options.tune, rows)

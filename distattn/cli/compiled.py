@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from distattn.attention import dot_product_attention
-from distattn.plan import Plan
-from distattn.testing import Report, compile_for
+from distattn.attention.api import dot_product_attention
+from distattn.planning.plan import Plan
+from distattn.testing.programs import Report, compile_for
 
 
 def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from distattn.cli.arguments import CommandError, Subparsers, at_least
 from distattn.integrations import smollm2
 from distattn.integrations.generation import Completion, Request, TextStream, generate
-from distattn.testing import fake_devices
+from distattn.testing.programs import fake_devices
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2")
 LINE = 72  # columns of text, where several answers come at once

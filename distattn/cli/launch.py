@@ -15,8 +15,8 @@ from types import FrameType
 
 from distattn.cli.arguments import CommandError, Subparsers, at_least
 from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
-from distattn.distributed.health import ranks as ranks_text
-from distattn.distributed.launched import Launched
+from distattn.distributed.agreement import ranks as ranks_text
+from distattn.distributed.start import Launched
 
 POLL_S = 0.05
 # After the first failure: how long others that fail may turn out to be the cause; and how long, where

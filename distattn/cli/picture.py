@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distattn.amounts import seconds_text
-from distattn.plan import Plan, plan
-from distattn.pods import Pod
-from distattn.schedule import butterfly
+from distattn.planning.plan import Plan, plan
+from distattn.planning.pods import Pod
+from distattn.planning.schedule import butterfly
+from distattn.planning.text import seconds_text
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")

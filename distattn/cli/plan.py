@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from distattn.chips import CHIPS
 from distattn.cli.arguments import (
     CommandError,
     Subparsers,
@@ -21,11 +20,10 @@ from distattn.cli.arguments import (
 from distattn.cli.compiled import compiled_layer
 from distattn.cli.picture import draw
 from distattn.cli.plan_text import plan_text
-from distattn.cost import Link, links_from
-from distattn.plan import plan
-from distattn.pods import FORM, Pod, pod
-from distattn.traffic import FORMULAS
-from distattn.workload import Workload
+from distattn.planning.chips import CHIPS
+from distattn.planning.cost import FORMULAS, Link, links_from
+from distattn.planning.plan import Workload, plan
+from distattn.planning.pods import FORM, Pod, pod
 
 SUFFIXES = (".svg", ".png", ".pdf")
 DTYPES = {

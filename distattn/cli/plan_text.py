@@ -3,9 +3,9 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-from distattn.amounts import bytes_text, count_text, seconds_text
-from distattn.plan import Plan
-from distattn.pods import pod
+from distattn.planning.plan import Plan
+from distattn.planning.pods import pod
+from distattn.planning.text import bytes_text, count_text, seconds_text
 
 Rows = Sequence[tuple[str, ...]]
 

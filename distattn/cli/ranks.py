@@ -16,7 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 from distattn.cli import child
-from distattn.distributed.launched import Launched
+from distattn.distributed.start import Launched
 
 LINES = 20  # of each rank that are kept
 DRAIN_S, LAST_DRAIN_S = 0.3, 2.0  # for the last lines of a rank that has ended; and at the very end

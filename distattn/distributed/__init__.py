@@ -4,11 +4,10 @@ JAX's own distributed runtime does the work: its cluster detection, its coordina
 collectives. A rank is a process, by its number.
 """
 
-from distattn.distributed.arrays import fetch, from_process_local
-from distattn.distributed.health import assert_same, barrier
-from distattn.distributed.meshes import make_mesh
+from distattn.distributed.agreement import assert_same, barrier
+from distattn.distributed.arrays import fetch, from_process_local, make_mesh
+from distattn.distributed.failover import HostsLost, all_or_none
 from distattn.distributed.start import initialize
-from distattn.distributed.surviving import HostsLost, all_or_none
 
 __all__ = [
     "HostsLost",

@@ -1,23 +1,156 @@
-"""The start of a process that is one of many."""
+"""What can be seen of the coordinator before JAX waits for it, in which it cannot be interrupted.
+
+What `distattn launch` tells a rank, in the variables of its environment.
+
+The end of a process that JAX would make wait for the others.
+
+The start of a process that is one of many.
+"""
 
 import atexit
 import contextlib
 import dataclasses
+import errno
+import json
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
 
 import jax
 import jaxlib.version
 
-from distattn.distributed import launched
-from distattn.distributed.coordinator import await_coordinator, check_port
-from distattn.distributed.health import assert_same, barrier, differences
-from distattn.distributed.launched import Launched
-from distattn.distributed.leaving import LINGER_S, end, leave_at_once_on_error
+from distattn.distributed.agreement import assert_same, barrier, differences
+
+
+def check_port(address: str) -> None:
+    """Refuses a port on which somebody listens: JAX would share it, and end the other job.
+
+    Raises:
+      RuntimeError: somebody does.
+    """
+    port = int(address.rpartition(":")[2])
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not: after a job that ended
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return  # JAX will say what it thinks of the address
+            raise RuntimeError(
+                f"port {port} of coordinator_address is in use on this machine, maybe by another job; "
+                "choose a free one, in all processes"
+            ) from None
+
+
+def await_coordinator(address: str, rank: int, timeout_s: float) -> None:
+    """Waits until something listens where rank 0 should.
+
+    Raises:
+      TimeoutError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"rank {rank}: nobody answers at coordinator_address={address!r} after {timeout_s:g} s "
+                    f"({error}); rank 0 must have started, and this must be its address"
+                ) from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+PREFIX = "DISTATTN_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A rank's place in its job."""
+
+    coordinator_address: str  # host:port, of rank 0
+    num_processes: int
+    process_id: int
+    cpu_devices: int  # of each process
+    roll_call: str  # a directory, in which each rank that comes to `initialize` says so
+
+    def variables(self) -> dict[str, str]:
+        """The variables that `read` understands."""
+        fields = dataclasses.asdict(self)
+        return {f"{PREFIX}{name.upper()}": str(value) for name, value in fields.items()}
+
+    def answer(self, facts: dict[str, str]) -> dict[int, dict[str, str]]:
+        """Leaves this rank's facts in the roll call; returns those of all that have come so far."""
+        directory = Path(self.roll_call)
+        unfinished = directory / f"{self.process_id}.unfinished"
+        unfinished.write_text(json.dumps(facts), encoding="utf-8")
+        unfinished.rename(directory / str(self.process_id))
+        present = (path for path in directory.iterdir() if path.name.isdecimal())
+        return {int(path.name): json.loads(path.read_text(encoding="utf-8")) for path in present}
+
+    def absent(self) -> list[int]:
+        """The ranks that have not come to `initialize` yet."""
+        there = {path.name for path in Path(self.roll_call).iterdir()}
+        return [rank for rank in range(self.num_processes) if str(rank) not in there]
+
+
+NAMES = frozenset(f"{PREFIX}{field.name.upper()}" for field in dataclasses.fields(Launched))
+
+
+def read(environment: Mapping[str, str]) -> Launched | None:
+    """What the launcher has set, or None where there is no launcher.
+
+    Raises:
+      ValueError: some of the variables and not the others, or no numbers in them.
+    """
+    fields = {f.name: int if f.type is int else str for f in dataclasses.fields(Launched)}
+    given = {name: environment.get(f"{PREFIX}{name.upper()}") for name in fields}
+    absent = [f"{PREFIX}{name.upper()}" for name, text in given.items() if text is None]
+    if len(absent) == len(fields):
+        return None
+    remedy = "they are set by `distattn launch`: leave all of them to it, or unset all of them"
+    if absent:
+        raise ValueError(f"the environment lacks {', '.join(absent)}; {remedy}")
+    try:
+        return Launched(**{name: kind(given[name]) for name, kind in fields.items()})
+    except ValueError as error:
+        raise ValueError(f"the variables {PREFIX}* of the environment: {error}; {remedy}") from None
+
+
+LINGER_S = 1.0  # of rank 0, with which the others end: they may be about to say why, or to leave
+
+
+def leave_at_once_on_error() -> None:
+    """An exception that nobody catches ends the process, which at its end would wait for the others."""
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        show(kind, error, trace)
+        if jax.process_index() == 0:
+            time.sleep(LINGER_S)
+        end(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    sys.excepthook = hook
+
+
+def end(code: int, message: str = "") -> NoReturn:
+    """Ends this process now: what it has printed is out, and nothing else is waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            if message and stream is sys.stderr:
+                stream.write(f"{message}\n")
+            stream.flush()
+    os._exit(code)
+
 
 LOCAL_TIMEOUT_S, CLUSTER_TIMEOUT_S = 60, 300
 SPARE_S = 30  # by which JAX's own time-out is later: it ends the process without saying why
@@ -102,7 +235,7 @@ def initialize(
       >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split()
       ['1', '2']
     """
-    job = launched.read(os.environ)
+    job = read(os.environ)
     given = Place(coordinator_address, num_processes, process_id, cpu_devices)
     if _first:
         _check_same_call(given, _first[0])

@@ -3,7 +3,7 @@
 As `plain`, but: 1. Each weight lies in `BLOCKS` blocks of outputs, `down` of inputs, and products are
 made block by block, each of one shape wherever it is made. Devices that do not divide the blocks get empty
 ones too. 2. Sums over the blocks of inputs, and of squares, are `distattn.reproducible_sum`. 3. Between the
-products stands what rounds in one way only (`distattn.elementary`).
+products stands what rounds in one way only (`distattn.algebra.deterministic_math`).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distattn import elementary
-from distattn.totals import reproducible_sum
+from distattn.algebra import deterministic_math
+from distattn.collectives.reproducible_sum import reproducible_sum
 
 BLOCKS = 24  # which 1, 2, 3, 4, 6 and 8 devices divide
 Tree = dict[str, Any]
@@ -44,9 +44,9 @@ class Exact:
     def norm(self, x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
         """x [B, T, E] over its root mean square, times weight [E]."""
         total = reproducible_sum(x * x, axis=-1, keepdims=True)
-        mean = elementary.rounded(total * np.float32(1 / x.shape[-1]))
+        mean = deterministic_math.rounded(total * np.float32(1 / x.shape[-1]))
         # Divided by a root that is rounded before: not what XLA makes of a quotient by a root.
-        return x / elementary.rounded(jnp.sqrt(mean + epsilon)) * weight[None, None]
+        return x / deterministic_math.rounded(jnp.sqrt(mean + epsilon)) * weight[None, None]
 
     def turn(self, x: jax.Array, positions: jax.Array, base: float, most: int) -> jax.Array:
         """x [B, T, N, H] with the pairs (i, i + H/2) turned by angles proportional to positions [B, T].
@@ -58,7 +58,7 @@ class Exact:
         angle = np.arange(most)[:, None] * frequency
         index = jnp.clip(positions, 0, most - 1)
         cos, sin = (jnp.asarray(f(angle), jnp.float32)[index][:, :, None] for f in (np.cos, np.sin))
-        a, b, rounded = x[..., :half], x[..., half:], elementary.rounded
+        a, b, rounded = x[..., :half], x[..., half:], deterministic_math.rounded
         parts = rounded(a * cos) - rounded(b * sin), rounded(b * cos) + rounded(a * sin)
         return jnp.concatenate(parts, axis=-1)
 
@@ -72,7 +72,7 @@ class Exact:
     def swiglu(self, x: jax.Array, w: Tree) -> jax.Array:
         """[B, T, E] of x [B, T, E]: the layer of weights gate, up and down."""
         gate, up = self._by_blocks(x, w["gate"]), self._by_blocks(x, w["up"])
-        y = gate * elementary.sigmoid(gate) * up
+        y = gate * deterministic_math.sigmoid(gate) * up
         return self._pin(reproducible_sum(self._products(y, w["down"]), axis=0))
 
     def _by_blocks(self, x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from distattn.attention import dot_product_attention
-from distattn.checks import Window, window_sides
-from distattn.extras import needed
-from distattn.movement import Combine
-from distattn.placement import AxisNames
+from distattn._compat import needed
+from distattn.attention.api import dot_product_attention
+from distattn.attention.strategy import Combine
+from distattn.local.inputs import Window, window_sides
+from distattn.planning.plan import AxisNames
 
 with needed("flax", by=__name__, extra="flax"):
     from flax.linen import dtypes

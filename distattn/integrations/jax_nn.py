@@ -9,10 +9,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from distattn.attention import dot_product_attention
-from distattn.checks import Window
-from distattn.movement import Combine
-from distattn.placement import AxisNames
+from distattn.attention.api import dot_product_attention
+from distattn.attention.strategy import Combine
+from distattn.local.inputs import Window
+from distattn.planning.plan import AxisNames
 
 
 def stand_in(

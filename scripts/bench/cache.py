@@ -16,11 +16,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import medians
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attention import medians
 from distattn import KVCache
 from distattn.testing import collectives, fake_devices
 

@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn import distributed, reference
-from distattn.distributed import launched
-from distattn.testing import collectives
+from distattn import distributed
+from distattn.distributed import start
+from distattn.testing import collectives, reference
 
 AXES = ("host", "device")
 TOLERANCE = 1e-4  # of the largest magnitude: float32, sums over thousands of keys
@@ -183,7 +183,7 @@ def round_trip_ms(first: str) -> float:
 
 def main() -> None:
     path, plan = sys.argv[1], Plan(**json.loads(sys.argv[2]))
-    place = launched.read(os.environ)
+    place = start.read(os.environ)
     rank, first = place.process_id, place.coordinator_address.partition(":")[0]
     bench = Bench(path, rank)
     bench.meet("the start")  # whoever is late is named: in what follows all wait for it

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
-from distattn.distributed.health import ranks as ranks_text
-from distattn.distributed.launched import Launched
+from distattn.distributed.agreement import ranks as ranks_text
+from distattn.distributed.start import Launched
 
 MAX_HOSTS = 64
 PORT = 4711  # of rank 0's coordinator: nobody else is in its network

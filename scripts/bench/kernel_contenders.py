@@ -19,9 +19,9 @@ import numpy as np
 from samples import by_turns
 
 import distattn
-from distattn import chips, roofline
-from distattn.cost import Shape
-from distattn.operands import KERNELS
+from distattn.local.inputs import KERNELS
+from distattn.planning import chips, plan
+from distattn.planning.cost import Shape
 
 OURS = "distattn"
 
@@ -113,7 +113,7 @@ def least_s(case: Case, device: jax.Device) -> float | None:
     if chip is None or chip.platform == "cpu":
         return None
     peak = dataclasses.replace(chip, attained=1.0)
-    return roofline.local_s(case.shape, 1, peak, training=case.gradient)
+    return plan.local_s(case.shape, 1, peak, training=case.gradient)
 
 
 def time_all(repeats: int, out: str | None, *, tiny: bool) -> None:

@@ -8,12 +8,10 @@ XLA:TPU's own estimates of a packed butterfly (jax 0.10.2, libtpu). No constant 
 
 import dataclasses
 
-from distattn.chips import CHIPS
-from distattn.cost import Shape, Topology
-from distattn.plan import plan
-from distattn.pods import pod
-from distattn.traffic import traffic
-from distattn.workload import Workload
+from distattn.planning.chips import CHIPS
+from distattn.planning.cost import Shape, Topology, traffic
+from distattn.planning.plan import Workload, plan
+from distattn.planning.pods import pod
 
 # Microseconds a layer: one token, N=32 K=8 H=128 bfloat16, 8192 keys a chip.
 XLA_US = {

@@ -17,10 +17,9 @@ from jax.sharding import PartitionSpec as P
 from samples import array, by_turns, hand_in, samples_of
 
 import distattn
-from distattn import planner
-from distattn.cost import Shape, Topology
+from distattn.planning import cost
+from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Shape, Topology, fits
 from distattn.testing import fake_devices
-from distattn.traffic import QUERY_REPLICATED, QUERY_SHARDED, fits
 
 # B, T, S, N, K, H, whether the query is sharded
 SHAPES = (
@@ -47,7 +46,7 @@ def measure(mesh, processes, repeats):
         topology = Topology("cpu", (mesh.size,), processes)
         known = QUERY_SHARDED if sharded else QUERY_REPLICATED
         names = [name for name in known if fits(name, shape, topology)]
-        choice = planner.choose(shape, topology, query_sharded=sharded).combine
+        choice = cost.choose(shape, topology, query_sharded=sharded).combine
         along = P(None, "kv")
         query = array((b, t, n, h), mesh, along if sharded else P())
         key = array((b, s, k, h), mesh, along)

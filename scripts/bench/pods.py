@@ -36,12 +36,10 @@ from pods_programs import (  # noqa: E402
 )
 
 import distattn  # noqa: E402
-from distattn.cost import time_s  # noqa: E402
-from distattn.plan import plan  # noqa: E402
-from distattn.pods import pod  # noqa: E402
+from distattn.planning.cost import sum_traffic, time_s  # noqa: E402
+from distattn.planning.plan import Workload, plan  # noqa: E402
+from distattn.planning.pods import pod  # noqa: E402
 from distattn.testing import compile_for  # noqa: E402
-from distattn.traffic import sum_traffic  # noqa: E402
-from distattn.workload import Workload  # noqa: E402
 
 TOPOLOGIES = (
     "v4:4x4x4",

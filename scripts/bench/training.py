@@ -22,16 +22,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import compiled_runner, gradient, inputs, medians
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
+from attention import compiled_runner, gradient, inputs, medians
 from distattn import layouts
-from distattn.mask import Span
-from distattn.operands import make_operands
+from distattn.local.inputs import make_operands
+from distattn.local.mask import Span
+from distattn.local.tiling import Machine, Tiles, choose_tiling
 from distattn.testing import fake_devices
-from distattn.tiles import Machine, Tiles, choose_tiling
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 LENGTHS = (2048, 8192, 32768)

@@ -1,0 +1,1 @@
+"""Attention states that merge, without a mesh or a mask."""

@@ -1,0 +1,255 @@
+"""What moves between devices in one call: chosen by name, or by the planner."""
+
+import dataclasses
+import math
+
+import jax
+
+from distattn.attention.sharding import Placement
+from distattn.collectives.all_reduce import BY_NAME
+from distattn.local.inputs import Operands
+from distattn.local.reproducible import Units
+from distattn.planning import cost
+from distattn.planning import cost as planner
+from distattn.planning.cost import HEADS_SHARDED, TWO_LEVELS, Shape, Topology, fits, gather_traffic
+from distattn.planning.cost import QUERY_SHARDED as SHARDED_FORMULAS
+from distattn.planning.plan import Axes
+from distattn.planning.schedule import Schedule
+
+QUERY_SHARDED = tuple(SHARDED_FORMULAS)
+COMBINES = ("auto", *BY_NAME, *QUERY_SHARDED)
+Combine = str | Schedule
+# Where it is not known whether the query is sharded, nor how the result is wanted: 256 queries on 2 x 4 and
+# 4 x 2 processes and devices (Gloo) took 1.06 to 1.14 times as long for 0.8 of the predicted time.
+CLEARLY = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Movement:
+    """What moves before, during and after the local part."""
+
+    gather_rows: Axes = ()  # of T: the query (and all that goes by its rows) is gathered over these
+    gather_keys: Axes = ()  # of S: keys and values are gathered over these
+    ring: Axes = ()  # of T and S: keys and values travel round these, and rows stay
+    heads: Axes = ()  # of T and S: while devices compute, these shard heads instead
+    all_reduce: Axes = ()  # states are merged over these, and stay whole
+    scatter: Axes = ()  # states are merged over these, and scattered along T
+    schedule: Combine = "auto"  # of the all-reduce
+    # Of "T" (of query and result) and "S" what is whole at rest, though axes shard it: cut for the work, or
+    # not to be gathered.
+    whole: str = ""
+
+    @property
+    def gathers(self) -> tuple[Axes, Axes]:
+        """The axes over which what goes by T, and keys and values, have to be gathered."""
+        rows, keys = self.gather_rows, self.gather_keys
+        return () if "T" in self.whole else rows, () if "S" in self.whole else keys
+
+    def keys_at_work(self, axes: Axes) -> Axes:
+        """Of the axes of S those that shard it while devices compute."""
+        return tuple(axis for axis in axes if axis not in self.gather_keys + self.heads)
+
+
+def check_combine(combine: Combine) -> None:
+    """That the combine exists."""
+    if isinstance(combine, Schedule):
+        return
+    if combine not in COMBINES:
+        raise ValueError(
+            f"combine is {combine!r}; it must be one of {COMBINES} or a distattn.Schedule"
+        )
+
+
+def check_exchange(placement: Placement, combine: Combine) -> None:
+    """That a combine that is named has devices to combine.
+
+    Raises:
+      ValueError: key is sharded over no axis, or it is not known over which.
+    """
+    if combine == "auto" or placement.key:
+        return
+    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    if manual:
+        remedy = (
+            f"the call is inside a shard_map over {manual}, and sees what one device has: call "
+            "distattn.sharded_attention there, with axis_name"
+        )
+    elif placement.compiler_sharded:
+        remedy = (
+            "how key is sharded along S cannot be read here, inside jit and under Auto axes: pass "
+            "axis_name, the axes of S"
+        )
+    else:
+        remedy = (
+            "key is sharded along S over no axis: pass mesh= and axis_name=, or sharded arrays, or "
+            "combine='auto'"
+        )
+    raise ValueError(f"combine={combine!r} says how the devices of the keys exchange, and {remedy}")
+
+
+def choose_movement(
+    placement: Placement,
+    operands: Operands,
+    combine: Combine,
+    query_axis_name: object,
+    units: Units | None = None,
+) -> tuple[Placement, Movement]:
+    """The movement of a call, and the placement with T sharded where the movement needs that.
+
+    Args:
+      placement: where the arrays lie.
+      operands: global shapes.
+      combine: as in `dot_product_attention`.
+      query_axis_name: as passed by the caller.
+      units: of a reproducible call.
+
+    Returns:
+      Placement and Movement.
+
+    Raises:
+      ValueError: a combine that does not fit where the query lies, or heads that do not divide.
+    """
+    devices, cuts_rows = placement.size(placement.key), False
+    if devices > 1 and placement.sized(placement.query) == placement.sized(placement.key):
+        placement = dataclasses.replace(placement, query=placement.key)
+    shared = tuple(axis for axis in placement.query if axis in placement.key)
+    if isinstance(combine, Schedule) and combine.size != devices:
+        raise ValueError(
+            f"combine is a Schedule for {combine.size} devices, but the keys lie on {devices} (axes "
+            f"{placement.key}); build it for {devices}"
+        )
+    if devices == 1:
+        # Rows may still be sharded over an axis of the keys that has one device: nothing to move.
+        return placement, Movement(gather_keys=placement.key)
+    if combine == "auto":
+        combine = _by_cost(placement, operands, shared, units)
+        cuts_rows = combine in QUERY_SHARDED and not shared and placement.query_known
+    if combine not in QUERY_SHARDED:
+        movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=combine)
+        return placement, movement
+    if not shared:
+        if query_axis_name != "auto" and not cuts_rows:
+            raise ValueError(
+                f"combine={combine!r} needs a query that is sharded along T over {placement.key}, and "
+                f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
+                "'auto', or use 'butterfly', 'psum', 'all_gather' or 'fused' for a replicated query"
+            )
+        placement = dataclasses.replace(placement, query=placement.query + placement.key)
+        shared = placement.key
+    if combine in HEADS_SHARDED and placement.query != placement.key:
+        raise ValueError(
+            f"combine={combine!r} needs query and keys sharded over the same axes, and T is sharded over "
+            f"{placement.query}, S over {placement.key}; use 'ring', 'gather_kv' or 'reduce_scatter'"
+        )
+    sizes = {axis: placement.size((axis,)) for axis in placement.key}
+    heads = operands.query.shape[2] // placement.size(placement.heads)
+    movement = movement_of(combine, shared, sizes, heads)
+    return placement, dataclasses.replace(movement, whole="T" if cuts_rows else "")
+
+
+def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
+    """The movement of a combine for a sharded query, by its name.
+
+    Args:
+      combine: one of `QUERY_SHARDED`.
+      shared: the axes that shard T and S.
+      sizes: of the axes of S, in the order of its shards.
+      heads: N on each device.
+
+    Raises:
+      ValueError: no two levels, or heads that do not divide.
+    """
+    rest = tuple(axis for axis in sizes if axis not in shared)
+    if combine == "reduce_scatter":
+        return Movement(gather_rows=shared, scatter=shared, all_reduce=rest)
+    if combine == "gather_kv":
+        return Movement(gather_keys=shared, all_reduce=rest)
+    if combine == "ring":
+        return Movement(ring=shared, all_reduce=rest)
+    way = combine.removeprefix("ulysses").removeprefix("_")
+    if way and len(sizes) < 2:
+        raise ValueError(
+            f"combine={combine!r} needs two levels, a tuple of axes with the fast one last, and the keys "
+            f"lie on {shared}; on one axis use 'ulysses' or {way!r}"
+        )
+    inner = shared[-1:] if way else shared
+    outer = tuple(axis for axis in shared if axis not in inner)
+    size = math.prod(sizes[axis] for axis in inner)
+    if heads % size:
+        raise ValueError(
+            f"combine={combine!r} shards the heads of query over the {size} devices of {inner}, and there "
+            f"are {heads} on each device, no multiple of {size}; use 'ring' or 'gather_kv', which "
+            "leave heads where they are, or axes on which the heads divide"
+        )
+    if math.prod(sizes[axis] for axis in outer) == 1:
+        return Movement(heads=inner)
+    if way == "ring":
+        return Movement(heads=inner, ring=outer)
+    return Movement(heads=inner, gather_keys=outer)
+
+
+def choose_sharded(
+    shape: Shape, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
+) -> planner.Choice:
+    """The cheapest combine for a sharded query.
+
+    Args:
+      shape: sizes over all devices.
+      topology: the devices, in the order of the mesh.
+      sizes: the same, in the order of the shards of S; () where T and S are sharded differently.
+      all_keys: whether a bias or mask has been cut for those that bring all keys to a row.
+    """
+    excluded = ("reduce_scatter",) if all_keys else ()
+    if not sizes:
+        excluded += HEADS_SHARDED
+    elif sizes != topology.sizes:  # the fast axis is not where the heads would go
+        excluded += TWO_LEVELS
+    names = [x for x in QUERY_SHARDED if x not in excluded and fits(x, shape, topology)]
+    return planner.choose(shape, topology, query_sharded=True, candidates=names)
+
+
+def _by_cost(placement: Placement, operands: Operands, shared: Axes, units: Units | None) -> str:
+    shape = _shape(placement, operands)
+    topology = placement.topology(placement.key)
+    devices = placement.size(placement.key)
+    same = not placement.query or placement.query == placement.key
+    sizes = tuple(placement.size((axis,)) for axis in placement.key) if same else ()
+    rows = operands.query.shape[1]
+    if units is not None:
+        shape = dataclasses.replace(shape, words=units.by_keys.words)
+    if shared:
+        return choose_sharded(shape, topology, sizes).combine
+    choice = planner.choose(shape, topology, query_sharded=False)
+    if placement.query or rows % devices:
+        return choice.combine
+    if placement.query_known:
+        # Large states in fixed point take longer than keys, values and results together. In a cache keys
+        # stay, and rows that are padded to blocks on each device would be work for nothing.
+        if units is None or units.keys == 1 or rows % (devices * units.rows):
+            return choice.combine
+        other, least = choose_sharded(shape, topology, sizes), 1.0
+        results_s = cost.time_s(gather_traffic(shape.out_bytes, topology), topology)
+    else:
+        # The layout is not known, so it may as well count as sharded where that is clearly cheaper.
+        other, least, results_s = choose_sharded(shape, topology, sizes), CLEARLY, 0.0
+    return (other if other.predicted_s + results_s < least * choice.predicted_s else choice).combine
+
+
+def _shape(placement: Placement, operands: Operands) -> Shape:
+    """Sizes on one group of devices along the axes of the keys."""
+    batch, rows, heads, width = operands.query.shape
+    keys, kv_heads, value_width = operands.value.shape[-3:]
+    head_shards = placement.size(placement.heads)
+    extra = tuple(axis for axis in placement.query if axis not in placement.key)
+    return Shape(
+        batch=max(batch // placement.size(placement.batch), 1),
+        query_length=max(rows // placement.size(extra), 1),
+        key_length=keys,
+        num_heads=heads // head_shards,
+        num_kv_heads=max(kv_heads // head_shards, 1),
+        head_dim=width,
+        value_dim=value_width,
+        itemsize=operands.key.dtype.itemsize,
+        # In index order the last device works as without a mask; in one of the caller's, all work alike.
+        causal=operands.mask.is_causal and operands.mask.index_order is None,
+    )

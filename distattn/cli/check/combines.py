@@ -1,0 +1,129 @@
+"""What each combine takes for a little and for much, and what 'auto' would have taken."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from distattn.attention.api import dot_product_attention
+from distattn.cli.check.correctness import wide_axes
+from distattn.cli.check.programs import medians, on_mesh, prepare
+from distattn.planning import cost
+from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Link, Shape, Topology, fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A shape of which each combine is timed, forward."""
+
+    name: str
+    shape: Shape
+    query_sharded: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A workload, and what was measured and predicted."""
+
+    workload: Workload
+    seconds: dict[str, float]  # by combine
+    by_table: str  # what `auto` takes
+    by_links: str  # and what it would, with the links that were measured
+
+    @property
+    def fastest(self) -> str:
+        """The combine that took least."""
+        return min(self.seconds, key=lambda name: self.seconds[name])
+
+
+def workloads(devices: int, *, quick: bool) -> tuple[Workload, ...]:
+    """One query and many for all keys, and rows that lie with the keys, a few and as many as keys."""
+    keys, rows = (16, 32) if quick else (64, 256)  # keys of a device
+
+    def shape(queries: int) -> Shape:
+        return Shape(1, queries, keys * devices, 8, 2, 64, 64, 4)
+
+    return (
+        Workload("replicated query, 1 row", shape(1), False),
+        Workload(f"replicated query, {rows} rows", shape(rows), False),
+        Workload("sharded query, 1 row a device", shape(devices), True),
+        Workload(f"sharded query, {keys} rows a device", shape(keys * devices), True),
+    )
+
+
+def measure_combines(
+    mesh: Mesh,
+    chosen: Sequence[Workload],
+    combines: Sequence[str],
+    links: Mapping[str, Link],
+    repeats: int,
+    say: Callable[[str], None],
+) -> list[Timing]:
+    """Times every combine that fits, over all axes in the order of the mesh, in turn.
+
+    Args:
+      mesh: of devices of all processes.
+      chosen: workloads.
+      combines: names; those that do not fit a workload are not timed there.
+      links: as measured, by axis: of `cost.links_from`.
+      repeats: how often each is timed.
+      say: is told what comes next.
+
+    Returns:
+      Timing for each workload with a combine that fits, the same in every process.
+    """
+    axes = wide_axes(mesh)
+    sizes = tuple(mesh.shape[axis] for axis in axes)
+    table = Topology(mesh.devices.flat[0].platform, sizes, jax.process_count())
+    measured = dataclasses.replace(table, links=tuple(links[axis] for axis in axes))
+    timings = []
+    for workload in chosen:
+        known = QUERY_SHARDED if workload.query_sharded else QUERY_REPLICATED
+        names = [x for x in known if x in combines and fits(x, workload.shape, table)]
+        if not names:
+            continue
+        say(f"{workload.name}: timing {', '.join(names)}")
+        arrays = _arrays(mesh, workload)
+        programs = {
+            name: (prepare(f"{name}, {workload.name}", _run(mesh, workload, name), *arrays), arrays)
+            for name in names
+        }
+        seconds = medians(programs, repeats)
+        picks = (
+            cost.choose(
+                workload.shape, where, query_sharded=workload.query_sharded, candidates=names
+            )
+            for where in (table, measured)
+        )
+        timings.append(Timing(workload, seconds, *(pick.combine for pick in picks)))
+    return timings
+
+
+def _arrays(mesh: Mesh, workload: Workload) -> tuple[jax.Array, ...]:
+    shape = workload.shape
+    rows, heads = (shape.query_length, shape.num_heads), (shape.key_length, shape.num_kv_heads)
+    cut = PartitionSpec(None, wide_axes(mesh))
+    dims = ((*rows, shape.head_dim), (*heads, shape.head_dim), (*heads, shape.value_dim))
+    specs = (cut if workload.query_sharded else PartitionSpec(), cut, cut)
+    rng = np.random.default_rng(0)
+    return tuple(
+        on_mesh(rng.normal(size=(shape.batch, *d)).astype(np.float32), mesh, spec)
+        for d, spec in zip(dims, specs, strict=True)
+    )
+
+
+def _run(mesh: Mesh, workload: Workload, combine: str) -> Callable[..., Any]:
+    axes = wide_axes(mesh)
+    rows = axes if workload.query_sharded else None
+    options = {"mesh": mesh, "axis_name": axes, "query_axis_name": rows, "combine": combine}
+    return lambda *arrays: dot_product_attention(*arrays, **options)
+
+
+def slower(timing: Timing, combine: str) -> float:
+    """How many times the time of the fastest a combine took."""
+    least = timing.seconds[timing.fastest]
+    return timing.seconds[combine] / least if least else math.inf

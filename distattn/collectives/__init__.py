@@ -1,0 +1,1 @@
+"""What one device exchanges with the others inside `shard_map`."""

@@ -1,0 +1,110 @@
+"""Checks of single arguments at the boundary: each gives the argument in its one form, or a ValueError.
+
+An error names the argument, what it got, what it needs and what to do.
+
+Sums of arrays whose bits do not depend on how the arrays are cut, nor on where the pieces lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distattn._compat import vary
+from distattn.algebra import fixed_point
+from distattn.algebra.fixed_point import lattice, merge_axes, quantise
+from distattn.collectives.all_reduce import all_reduce, sum_schedule
+from distattn.collectives.mesh import AxisName, axes_size, mesh_order, typed_as_varying
+
+
+def sum_axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The dimensions of x that are summed, counted from the first; x must be floating-point."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x has dtype {x.dtype}; it must be floating-point: integers have the same sum in any order, "
+            "use jnp.sum"
+        )
+    if x.dtype == jnp.float64:
+        raise NotImplementedError(
+            "a reproducible sum of float64 is not built; cast x to float32, with x.astype(jnp.float32)"
+        )
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -x.ndim <= a < x.ndim for a in axes) or len({a % x.ndim for a in axes}) < len(axes):
+        raise ValueError(
+            f"axis is {axis}, and x has {x.ndim} dimensions; name each of them once, by a number from "
+            f"{-x.ndim} to {x.ndim - 1}"
+        )
+    return tuple(a % x.ndim for a in axes)
+
+
+def reproducible_sum(
+    x: jax.Array,
+    axis: int | tuple[int, ...] | None = None,
+    *,
+    axis_name: AxisName | None = None,
+    keepdims: bool = False,
+) -> jax.Array:
+    """The sum of an array with the same bits however it is sharded and in whatever order its items are.
+
+    Items become integers, by the rule of `distattn.algebra.fixed_point`, and integers are added, so nothing rounds
+    until the end. For sums along a dimension that is sharded nothing need be said: XLA adds integers too.
+    It is how a loss, or the gradient of weights that all devices share, is made reproducible.
+
+    Args:
+      x: float32, or bfloat16 or float16, which are summed as float32; at most 2^24 terms a sum.
+      axis: the dimensions to sum over, as in `jax.numpy.sum`; None: all. (): none, only over devices.
+      axis_name: inside `jax.shard_map`, the axis, or tuple of axes, of the devices to sum over too.
+      keepdims: whether summed dimensions stay, with size 1.
+
+    Returns:
+      The sum in x's dtype. Its error is below one unit in the last place of the largest item, or of itself
+      if that is larger. NaN where an item is no finite number. Differentiable, as a sum is.
+
+    Raises:
+      ValueError: no floating-point array, an axis that it has not, more than 2^24 terms.
+      NotImplementedError: float64.
+
+    Example:
+      >>> import jax.numpy as jnp, distattn
+      >>> x = jnp.array([1e8, 1.0, -1e8])
+      >>> float(distattn.reproducible_sum(x, axis=0)), float(distattn.reproducible_sum(x[::-1], axis=0))
+      (1.0, 1.0)
+
+    Reference: Demmel & Nguyen, "Parallel Reproducible Summation", IEEE Trans. Computers 64(7), 2015.
+    """
+    x = jnp.asarray(x)
+    axes = sum_axes(x, axis)
+    names = () if axis_name is None else mesh_order(axis_name)
+    x = vary(x, frozenset(names)) if typed_as_varying(names) else x
+    return _sum(x, axes, names, keepdims)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _sum(x: jax.Array, axes: tuple[int, ...], names: tuple[str, ...], keepdims: bool) -> jax.Array:
+    terms = math.prod(x.shape[axis] for axis in axes) * axes_size(names)
+    total = quantise(x.astype(jnp.float32)[None], lattice(max(terms, 1)))
+    if axes:
+        total = merge_axes(total, axes, keepdims=keepdims)
+    if names:
+        # Typed as replicated, as the tangent is, where types are tracked.
+        schedule = "psum" if typed_as_varying(names) else sum_schedule(total, names)
+        total = all_reduce(total, names, schedule=schedule)
+    return fixed_point.value(total)[0].astype(x.dtype)
+
+
+@_sum.defjvp
+def _sum_jvp(
+    axes: tuple[int, ...],
+    names: tuple[str, ...],
+    keepdims: bool,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    out = _sum(x, axes, names, keepdims)
+    dx = dx.sum(axis=axes, keepdims=keepdims) if axes else dx
+    return out, lax.psum(dx, names) if names else dx

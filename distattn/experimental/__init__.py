@@ -1,0 +1,1 @@
+"""Built, tested in the interpreter and compiled, but never timed."""

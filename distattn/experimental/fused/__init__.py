@@ -1,0 +1,1 @@
+"""The exchange of states inside one TPU kernel."""

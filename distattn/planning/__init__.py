@@ -1,0 +1,1 @@
+"""What a strategy sends and what that costs, in pure Python without jax."""

@@ -1,0 +1,23 @@
+"""Fake devices, programs compiled and counted, and the float64 reference."""
+
+from distattn._compat import interpreted
+from distattn.testing.programs import (
+    Exchange,
+    Report,
+    collective_bytes,
+    collectives,
+    compile_for,
+    fake_devices,
+    lower,
+)
+
+__all__ = [
+    "Exchange",
+    "Report",
+    "collective_bytes",
+    "collectives",
+    "compile_for",
+    "fake_devices",
+    "interpreted",
+    "lower",
+]

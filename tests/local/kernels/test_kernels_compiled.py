@@ -1,0 +1,145 @@
+"""The kernels compiled by the real compilers, for TPUs and GPUs that are not here."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from distattn.local.kernels.gpu import tiling as gpu_tiling
+from distattn.local.kernels.tpu import tiling as tpu_tiling
+from distattn.testing.programs import compile_for
+from tests.kernel_calls import (
+    DTYPES,
+    GPU_TARGETS,
+    TPU_TARGETS,
+    WIDTHS,
+    Given,
+    arrays_like_keys,
+    compiled,
+    inside,
+    key_bytes,
+    launches,
+)
+
+# Every width and dtype on every TPU decodes, and on GPUs, whose compiler takes longer, every width in one
+# dtype; other calls are thinned out, and all together are in scripts/bench/kernels.py.
+DECODES = [
+    (target, ("decode", "decode_3_heads")[n % 2], width, dtype)
+    for target in TPU_TARGETS[1:]
+    for n, (width, dtype) in enumerate(itertools.product(WIDTHS, DTYPES))
+]
+DECODES += [
+    (target, ("decode", "decode_3_heads")[n % 2], width, DTYPES[n % 3])
+    for target in GPU_TARGETS
+    for n, width in enumerate(WIDTHS)
+]
+PREFILLS = [
+    (TPU_TARGETS[1:][n % 4], "prefill", width, DTYPES[n % 3]) for n, width in enumerate(WIDTHS[::2])
+]
+PREFILLS += [("h100:1x4", "prefill", 192, jnp.float32)]
+GRADIENTS = [
+    ("v5e:2x2", 128, jnp.bfloat16),
+    ("tpu7x:2x2x1", 64, jnp.bfloat16),
+    ("h100:1x4", 128, jnp.bfloat16),
+]
+
+
+def check_compiled(report, call, width, dtype, count):
+    assert launches(report) == count
+    assert arrays_like_keys(report, call, width) == []
+    assert report.temp_bytes < key_bytes(call, width, dtype) / 2
+
+
+@pytest.mark.parametrize(("target", "call", "width", "dtype"), DECODES + PREFILLS)
+def test_compiled_for(target, call, width, dtype):
+    check_compiled(compiled(target, call, width, dtype), call, width, dtype, 1)
+
+
+@pytest.mark.parametrize(("target", "width", "dtype"), GRADIENTS)
+def test_gradients_compiled_for(target, width, dtype):
+    report = compiled(target, "gradient", width, dtype)
+    check_compiled(report, "gradient", width, dtype, 3)
+
+
+# Pallas' interpreter does not know the types of check_vma=True; the compiler does.
+@pytest.mark.parametrize(
+    ("topology", "implementation", "check_vma"),
+    [
+        ("v5e:2x2", "pallas_tpu", True),
+        ("v5e:2x2", "pallas_tpu", False),
+        ("h100:1x4", "pallas_gpu", True),
+    ],
+)
+def test_inside_a_shard_map_compiled(topology, implementation, check_vma):
+    def loss(*arrays):
+        named = Given(*arrays)._asdict()
+        out, lse = inside(implementation, **named, check_vma=check_vma, is_causal=True)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    report = compile_for(
+        jax.grad(loss, argnums=(0, 1, 2)),
+        *Given.of((1, 8, 1024, 8, 2), 4, 64, jnp.bfloat16),
+        topology=topology,
+        mesh={"kv": 4},
+        specs=Given.specs(),
+    )
+    assert launches(report) == 3
+
+
+def test_keys_wider_than_values_compiled():
+    report = compiled("v6e:2x2", "prefill", 192, jnp.bfloat16, value_width=128)
+    check_compiled(report, "prefill", 128, jnp.bfloat16, 1)
+
+
+# What JAX calls the devices.
+KINDS_OF = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}
+
+
+@pytest.mark.parametrize("target", tpu_tiling.TARGETS, ids=lambda x: x.name)
+def test_blocks_fit_a_tpu(target):
+    assert tpu_tiling.target_of(KINDS_OF[target.name]) == target
+    for rows, groups, heads, width, itemsize, backward in itertools.product(
+        (1, 96, 100_000),
+        (1, 3, 8),
+        (1, 3) if target.name == "v4" else (1, 3, 8),
+        WIDTHS,
+        (2, 4),
+        (False, True),
+    ):
+        shape = tpu_tiling.Shape(
+            rows * groups, groups, 100_000, heads, width, width, itemsize, backward
+        )
+        size = tpu_tiling.sizes(shape, target)
+        assert tpu_tiling.vmem_bytes(shape, *size) <= target.budget_bytes, shape
+        assert size[1] % 128 == 0
+        assert size[0] % 128 == 0 or size[0] >= rows * groups
+
+
+GPU_KINDS = {
+    "other": "NVIDIA L4",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+@pytest.mark.parametrize("target", gpu_tiling.TARGETS, ids=lambda x: x.name)
+def test_blocks_fit_a_gpu(target):
+    assert gpu_tiling.target_of(GPU_KINDS[target.name]) == target
+    for rows, groups, width, itemsize, backward in itertools.product(
+        (1, 96, 100_000), (1, 3, 8), WIDTHS, (2, 4), (False, True)
+    ):
+        shape = gpu_tiling.Shape(rows * groups, groups, 100_000, width, width, itemsize, backward)
+        size = gpu_tiling.sizes(shape, target)
+        assert gpu_tiling.fits(shape, size, target), shape
+        for x in (size.rows, size.keys):
+            assert x >= 16
+            assert x & (x - 1) == 0

@@ -1,0 +1,137 @@
+"""What is masked adds nothing in the kernels, whatever it holds; and blocks of it are not visited."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import distattn
+from distattn.local.kernels.shared import tables
+from distattn.local.mask import Mask
+from tests.cases import CASES, as_float32
+from tests.kernel_calls import attention_by, every_kernel, simulated
+from tests.tolerance import assert_close
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@every_kernel
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
+def test_nothing_leaks_from_slots_that_some_rows_may_not_see(implementation, garbage):
+    # The last key is garbage, and the last query sees it.
+    keys = 12
+    query, key, value = random(1, keys, 4, 8), random(1, keys, 2, 8, seed=1), random(1, keys, 2, 8)
+    dirty = [x.copy() for x in (query, key, value)]
+    for x in dirty[1:]:
+        x[:, -1] = garbage
+
+    def loss(query, key, value):
+        out, lse = attention_by(implementation)(query, key, value, is_causal=True)
+        return (out[:, :-1] ** 2).sum() + lse[:, :-1].sum(), (out[:, :-1], lse[:, :-1])
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    with simulated(implementation):
+        grads, results = run(*dirty)
+        clean_grads, clean = run(query, key, value)
+    for x, y in zip(results, clean, strict=True):
+        assert_close(x, np.asarray(y), jnp.float32, keys)
+    # Keys and values have the last row's part in their gradients, which is not finite.
+    assert_close(grads[0][:, :-1], np.asarray(clean_grads[0][:, :-1]), jnp.float32, 2 * keys)
+
+
+@every_kernel
+def test_infinite_values_that_are_attended_show(implementation):
+    query, key, value = random(1, 2, 2, 4), random(1, 4, 2, 4, seed=1), random(1, 4, 2, 4, seed=2)
+    value[:, 1, 0, 0], value[:, 1, 0, 1], value[:, 1, 0, 2] = np.inf, -np.inf, np.nan
+    with simulated(implementation):
+        out = np.asarray(attention_by(implementation)(query, key, value)[0])
+    np.testing.assert_array_equal(out[0, :, 0, 0], np.inf)
+    np.testing.assert_array_equal(out[0, :, 0, 1], -np.inf)
+    assert np.isnan(out[0, :, 0, 2]).all()
+    assert np.isfinite(out[0, :, 0, 3]).all()
+    assert np.isfinite(out[0, :, 1]).all()
+
+
+@every_kernel
+def test_rows_without_keys(implementation):
+    query, key = random(1, 5, 2, 8), np.full((1, 24, 2, 8), np.nan, np.float32)
+
+    def loss(query, key, value):
+        out, lse = attention_by(implementation)(
+            query, key, value, key_positions=np.full(24, -1, np.int32)
+        )
+        return out.sum() + lse.sum(), (out, lse)
+
+    with simulated(implementation):
+        grads, (out, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, key)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    for x in grads:
+        np.testing.assert_array_equal(x, 0)
+
+
+@every_kernel
+def test_windows_at_the_ends_of_int32_do_not_wrap(implementation):
+    big = np.iinfo(np.int32).max
+    query, key = random(1, 2, 1, 4), random(1, 3, 1, 4, seed=1)
+    positions = {
+        "query_positions": np.array([0, big], np.int32),
+        "key_positions": np.array([0, 5, big], np.int32),
+    }
+    for window in ((big, big), (big, 0), (0, big)):
+        with simulated(implementation):
+            got = attention_by(implementation)(
+                query, key, key, **positions, local_window_size=window
+            )
+        want = distattn.dot_product_attention(
+            query, key, key, **positions, local_window_size=window, return_residual=True
+        )
+        for x, y in zip(got, want, strict=True):
+            assert_close(x, np.asarray(y), jnp.float32, 3)
+
+
+@every_kernel
+def test_states_of_parts_merge(implementation):
+    case = CASES["causal_permuted"]
+    arguments = as_float32(case.arguments())
+    by_key = ("key", "value", "key_positions")
+    with simulated(implementation):
+        parts = [
+            distattn.partial_attention(
+                **{name: x[:, half] if name in by_key else x for name, x in arguments.items()},
+                implementation=implementation,
+            )
+            for half in (slice(0, 10), slice(10, None))
+        ]
+    out, lse = distattn.finalize(distattn.merge(*parts))
+    want = distattn.dot_product_attention(**arguments, return_residual=True)
+    for x, y in zip((out, lse), want, strict=True):
+        assert_close(x, np.asarray(y), jnp.float32, case.keys)
+
+
+def test_blocks_that_no_row_can_see_are_not_visited():
+    cut = types.SimpleNamespace(
+        rows=256, groups=2, queries=512, keys=500, key_block=128, row_blocks=4, key_blocks=4
+    )
+    order = np.random.default_rng(0).permutation(4)
+    keys = np.concatenate([np.arange(128) + 128 * block for block in order])[:500]
+    keys = np.where(keys // 128 == 1, -1, keys)  # a block of empty slots
+    mask = Mask(
+        query_positions=jnp.arange(512, dtype=jnp.int32)[None],
+        key_positions=jnp.asarray(keys, jnp.int32)[None],
+        is_causal=True,
+    )
+    by_rows, by_keys = tables(mask, cut)
+    blocks = [block for block in range(4) if order[block] != 1]
+    needed = {row: [x for x in blocks if order[x] <= row] for row in range(4)}
+    for table, wanted in (
+        (by_rows, needed),
+        (by_keys, {x: [row for row in range(4) if x in needed[row]] for x in range(4)}),
+    ):
+        counts, found = np.asarray(table.counts), np.asarray(table.order).reshape(4, 4)
+        for own, others in wanted.items():
+            assert sorted(found[own, : counts[own]]) == others
