@@ -33,7 +33,7 @@ def concrete(x: Any) -> Any:
 def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The same values, typed as varying over `axes` too.
 
-    Loop carries, `cond` branches and the operands of a `custom_vjp` inside `shard_map` must agree
+    Loop carries, `cond` branches and the inputs of a `custom_vjp` inside `shard_map` must agree
     in this type; the transpose of the cast is the sum over devices that a replicated operand needs.
     """
     missing = tuple(sorted(axes - varying_axes(x)))

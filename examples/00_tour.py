@@ -59,16 +59,16 @@ print("2. eight devices, keys in random order, causal mask: the same")
 # %% [markdown]
 # ## 3. What moves is states, in log2 D messages
 #
-# Counted in the compiled program. `combine=` names another exchange; None of them changes the result.
+# Counted in the compiled program. `strategy=` names another exchange; None of them changes the result.
 
 # %%
-for combine, sent in (("butterfly", "3 collective-permute"), ("all_gather", "1 all-gather")):
-    run = jax.jit(distattn.dot_product_attention, static_argnames="combine")
-    program = run.lower(query, keys, values, combine=combine).compile()
+for strategy, sent in (("butterfly", "3 collective-permute"), ("all_gather", "1 all-gather")):
+    run = jax.jit(distattn.dot_product_attention, static_argnames="strategy")
+    program = run.lower(query, keys, values, strategy=strategy).compile()
     moved = ", ".join(f"{n} {kind}" for kind, n in collectives(program.as_text()).items())
     assert moved == sent
-    assert same(run(query, keys, values, combine=combine), plain)
-    print(f"3. {combine}: {moved}")
+    assert same(run(query, keys, values, strategy=strategy), plain)
+    print(f"3. {strategy}: {moved}")
 
 # %% [markdown]
 # ## 4. Gradients stay where keys and values are
@@ -120,7 +120,7 @@ print("6. reproducible=True: one device and eight agree to the last bit")
 # %%
 struct, where = jax.ShapeDtypeStruct, (jax.P(), jax.P(None, "kv"), jax.P(None, "kv"))
 report = lower(
-    lambda *x: distattn.dot_product_attention(*x, combine="butterfly"),
+    lambda *x: distattn.dot_product_attention(*x, strategy="butterfly"),
     struct((1, 1, 32, 128), jnp.bfloat16),
     *(struct((1, 8192 * 4096, 8, 128), jnp.bfloat16),) * 2,
     mesh={"kv": 4096},

@@ -5,7 +5,7 @@ What one learns:
 1. How keys are given to a mesh in any order: each slot says which position its key has.
 2. That the mask goes by these positions: causal, a window, and empty slots that hold NaN.
 3. What moves between the devices, counted in the compiled program: softmax states, in as many
-   messages as the combine has, and nothing of the size of the keys and values.
+   messages as the strategy has, and nothing of the size of the keys and values.
 
     python examples/02_eight_devices_random_order.py
 """
@@ -27,8 +27,8 @@ WINDOW = 3000  # a query sees so many keys before it
 QUERY_POSITIONS = np.array([17, 1000, 3999], np.int32)
 BOUND = 1e-5
 
-# What each combine is in the compiled program, and nothing else is.
-COMBINES = {
+# What each strategy is in the compiled program, and nothing else is.
+STRATEGIES = {
     "butterfly": {"collective-permute": 3},  # log2 of 8
     "psum": {"all-reduce": 2},  # the maximum, then all the rest in one message
     "all_gather": {"all-gather": 1},
@@ -43,7 +43,7 @@ def in_order(query: jax.Array, key: np.ndarray, value: np.ndarray) -> jax.Array:
 
 
 def main() -> None:
-    """Compiles, runs and counts each combine."""
+    """Compiles, runs and counts each strategy."""
     fake_devices(DEVICES)
     rng = np.random.default_rng(0)
     shape = (1, KEYS, KV_HEADS, WIDTH)
@@ -70,20 +70,20 @@ def main() -> None:
     for shard in positions.addressable_shards:
         print(f"  device {shard.device.id}: positions {np.asarray(shard.data)[:8]} ...")
 
-    print(f"\n{'combine':<11} {'what moves, counted in the program':<34} bytes  from jax.nn")
-    for combine, counts in COMBINES.items():
+    print(f"\n{'strategy':<11} {'what moves, counted in the program':<34} bytes  from jax.nn")
+    for strategy, counts in STRATEGIES.items():
         attention = functools.partial(
             distattn.dot_product_attention,
             is_causal=True,
             local_window_size=(WINDOW, 0),
-            combine=combine,
+            strategy=strategy,
         )
         program = jax.jit(attention).lower(query, key, value, **arguments).compile()
         out = program(query, key, value, **arguments)
         found, moved = collectives(program.as_text()), collective_bytes(program.as_text())
         error = float(np.abs(np.asarray(out) - expected).max() / np.abs(expected).max())
         listed = ", ".join(f"{n} {kind}" for kind, n in found.items())
-        print(f"{combine:<11} {listed:<34} {sum(moved.values()):<6} {error:.1e}")
+        print(f"{strategy:<11} {listed:<34} {sum(moved.values()):<6} {error:.1e}")
         assert found == counts
         assert error < BOUND
         assert sum(moved.values()) < (key.nbytes + value.nbytes) / 20

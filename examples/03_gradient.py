@@ -57,7 +57,7 @@ def main() -> None:
             mesh=mesh,
             axis_name="kv",
             query_axis_name=None,
-            combine="butterfly",
+            strategy="butterfly",
         )
         return ((out - target) ** 2).mean()
 

@@ -80,7 +80,7 @@ def answer(
     *,
     owners: np.ndarray | None = None,
     mesh: Mesh | None = None,
-    combine: str = "auto",
+    strategy: str = "auto",
 ) -> Answer:
     """Reads the prompt, then chooses the likeliest token `count` times, printing as it goes.
 
@@ -89,7 +89,7 @@ def answer(
     """
     config, weights, tokenizer = model
     weights = smollm2.place(weights, mesh)
-    run = functools.partial(smollm2.forward, config=config, mesh=mesh, combine=combine)
+    run = functools.partial(smollm2.forward, config=config, mesh=mesh, strategy=strategy)
     run = jax.jit(run, donate_argnums=1)
     everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -144,11 +144,11 @@ def both_ends(text: str, size: int = 400) -> str:
 # ------------------------------------------------------------------------ counting
 
 
-def attention_hlo(config: smollm2.Config, cache: KVCache, combine: str) -> str:
+def attention_hlo(config: smollm2.Config, cache: KVCache, strategy: str) -> str:
     """The compiled attention of one layer for one token."""
 
     def attend(cache: KVCache, query: jax.Array, positions: jax.Array) -> jax.Array:
-        return cache.attend(query, layer=0, query_positions=positions, combine=combine)
+        return cache.attend(query, layer=0, query_positions=positions, strategy=strategy)
 
     everywhere = cache.layout.sharding("")
     query = jax.ShapeDtypeStruct(
@@ -189,9 +189,9 @@ def listed(counts: Counter[str]) -> str:
 # ------------------------------------------------------------------------ the command
 
 
-def report(config: smollm2.Config, one: Answer, many: Answer, combine: str) -> None:
+def report(config: smollm2.Config, one: Answer, many: Answer, strategy: str) -> None:
     """Prints what was measured."""
-    attention = attention_hlo(config, many.cache, combine)
+    attention = attention_hlo(config, many.cache, strategy)
     moved = config.layers * sent_bytes(attention)
     gather = config.layers * sent_bytes(gather_hlo(many.cache))
     own, whole = collectives(attention), collectives(many.hlo)
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=0, help="of the random order of keys and values"
     )
     parser.add_argument(
-        "--combine",
+        "--strategy",
         choices=("butterfly", "psum", "all_gather", "auto"),
         default="butterfly",
         help="how the devices' softmax states are merged",
@@ -260,19 +260,19 @@ def main(arguments: list[str] | None = None) -> int:
     ask = functools.partial(answer, model, prompt, options.tokens)
     say("ONE DEVICE, keys and values in order, jax.nn.dot_product_attention")
     one = ask(one_device(config, slots))
-    say(f"{DEVICES} DEVICES, keys and values in random order, distattn ({options.combine})")
+    say(f"{DEVICES} DEVICES, keys and values in random order, distattn ({options.strategy})")
     many = ask(
         many_devices(config, slots, mesh),
         owners=random_owners(slots, options.seed),
         mesh=mesh,
-        combine=options.combine,
+        strategy=options.strategy,
     )
     if one.tokens != many.tokens:
         pairs = zip(one.tokens, many.tokens, strict=True)
         first = next(i for i, (a, b) in enumerate(pairs) if a != b)
         print(f"The answers differ from token {first} on.", file=sys.stderr)
         return 1
-    report(config, one, many, options.combine)
+    report(config, one, many, options.strategy)
     say("both said the same, token for token")
     return 0
 

@@ -18,8 +18,8 @@ What one learns:
     pip install -e '.[train]'
     python examples/08_train.py
     python examples/08_train.py --length 8192  # minutes: one device with dense attention would need 14 GiB
-    python examples/08_train.py --length 512 --steps 20 --combine gather_kv --compare
-    python examples/08_train.py --length 2048 --mesh 2x2x2 --combine auto --resume-mesh 1x4
+    python examples/08_train.py --length 512 --steps 20 --strategy gather_kv --compare
+    python examples/08_train.py --length 2048 --mesh 2x2x2 --strategy auto --resume-mesh 1x4
     python examples/08_train.py --length 2048 --reproducible --resume-mesh 1x1
     distattn launch -n 4 --devices-per-process 2 -- \
         python examples/08_train.py --mesh 2x4 --out runs/job --save-every 2
@@ -77,7 +77,7 @@ def one_device(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array)
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
-def many_devices(mesh: Mesh, combine: str, reproducible: bool = False) -> Attention:
+def many_devices(mesh: Mesh, strategy: str, reproducible: bool = False) -> Attention:
     """Attention over a sequence that is split over the mesh, in the order that positions tell."""
 
     def attend(*arrays: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def many_devices(mesh: Mesh, combine: str, reproducible: bool = False) -> Attent
             mesh=mesh,
             axis_name=sequence_axes(mesh),
             query_axis_name=sequence_axes(mesh),
-            combine=combine,
+            strategy=strategy,
             reproducible=reproducible,
         )
 
@@ -118,7 +118,7 @@ class Trainer:
         job: Job,
         mesh: Mesh | None = None,
         layout: str = "contiguous",
-        combine: str = "auto",
+        strategy: str = "auto",
         compiler_options: dict | None = None,
     ) -> "Trainer":
         """Compiles for the mesh; without one for one device, with dense attention, in order."""
@@ -127,7 +127,7 @@ class Trainer:
             whole = split = by_slot = SingleDeviceSharding(jax.devices()[0])
         else:
             axes = sequence_axes(mesh)
-            attend = many_devices(mesh, combine, job.config.reproducible)
+            attend = many_devices(mesh, strategy, job.config.reproducible)
             shards = math.prod(mesh.shape[a] for a in axes)
             specs = (PartitionSpec(), PartitionSpec("data", axes), PartitionSpec(axes))
             whole, split, by_slot = (NamedSharding(mesh, spec) for spec in specs)
@@ -200,7 +200,7 @@ def train_on(options: argparse.Namespace, job: Job) -> None:
             f"--mesh {here} has {math.prod(options.mesh)} devices, and there are {len(jax.devices())}, "
             f"in {jax.process_count()} process(es); pass a mesh of all of them"
         )
-    trainer = Trainer.compile(job, make_mesh(options.mesh), options.layout, options.combine)
+    trainer = Trainer.compile(job, make_mesh(options.mesh), options.layout, options.strategy)
     report(trainer)
     saved = restore(directory, job, trainer.state_like) if options.resume else None
     before, state = saved or ([], trainer.start())
@@ -267,9 +267,9 @@ Loss, nats a byte                {first:.4f} at first, {last:.4f} in the end
 
 def train_twice(options: argparse.Namespace, job: Job) -> None:
     """Trains, resumes half of it on another mesh, and compares."""
-    how = {"layout": options.layout, "combine": options.combine}
+    how = {"layout": options.layout, "strategy": options.strategy}
     here, there = name_of(options.mesh), name_of(options.resume_mesh)
-    say(f"compiling for {here}, {there} and one, {options.layout}, combine={options.combine!r}")
+    say(f"compiling for {here}, {there} and one, {options.layout}, strategy={options.strategy!r}")
     many = Trainer.compile(job, make_mesh(options.mesh), **how)
     other = Trainer.compile(job, make_mesh(options.resume_mesh), **how)
     one = Trainer.compile(job)

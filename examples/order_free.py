@@ -10,7 +10,7 @@ Attention does that by `reproducible=True`. Elsewhere four things depend on the 
 3. Sums in one token, whose order a compiler chooses by the number of rows: they are made by halves.
 4. Roundings in one token. A compiler may round a product before it is added, or not (fused multiply-add),
    and has one exponential for the vectors of a loop and another for its rest. It decides for each program.
-   So a product that is added is `rounded` first; gradients, which would be such sums as well, are written
+   So a product that is added is `prevent_fma` first; gradients, which would be such sums as well, are written
    out; and exp and log are those that attention uses.
 
 The optimizer needs nothing: weights lie whole on every device, and are the same there.
@@ -24,14 +24,14 @@ from flax import nnx
 from jax import lax
 
 import distattn
-from distattn.algebra.deterministic_math import exp, log, ordered_sum, rounded
+from distattn.algebra.deterministic_math import exp, log, ordered_sum, prevent_fma
 
 BLOCK = 64  # tokens
 
 
 def total(products: jax.Array) -> jax.Array:
     """The sum over the last axis, which stays with size 1, in one order, however many rows there are."""
-    return ordered_sum(rounded(products), -1)[..., None]
+    return ordered_sum(prevent_fma(products), -1)[..., None]
 
 
 # ------------------------------------------------------------------------ weights
@@ -67,7 +67,7 @@ def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _scaled_gradients(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple:
     x, scale = saved
-    return rounded(scaled(d, scale)), distattn.reproducible_sum(d * x, axis=(0, 1))
+    return prevent_fma(scaled(d, scale)), distattn.reproducible_sum(d * x, axis=(0, 1))
 
 
 scaled.defvjp(lambda x, scale: (scaled(x, scale), (x, scale)), _scaled_gradients)
@@ -91,7 +91,7 @@ def _normed(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, j
 def _normed_gradient(_: float, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple:
     normed, inverse = saved
     along = total(d * normed) / d.shape[-1]
-    return (rounded(inverse * (d - rounded(normed * along))),)
+    return (prevent_fma(inverse * (d - prevent_fma(normed * along))),)
 
 
 normed.defvjp(_normed, _normed_gradient)
@@ -117,7 +117,7 @@ def _sigmoid(x: jax.Array) -> jax.Array:
 
 def _silu_gradient(x: jax.Array, d: jax.Array) -> tuple:
     gate = _sigmoid(x)
-    return (d * (gate + rounded(x * gate * (1 - gate))),)
+    return (d * (gate + prevent_fma(x * gate * (1 - gate))),)
 
 
 silu.defvjp(lambda x: (silu(x), x), _silu_gradient)
@@ -127,8 +127,8 @@ silu.defvjp(lambda x: (silu(x), x), _silu_gradient)
 def turn(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
     """The point (first, second), turned by an angle."""
     return (
-        rounded(first * cos) - rounded(second * sin),
-        rounded(second * cos) + rounded(first * sin),
+        prevent_fma(first * cos) - prevent_fma(second * sin),
+        prevent_fma(second * cos) + prevent_fma(first * sin),
     )
 
 

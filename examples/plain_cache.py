@@ -56,9 +56,9 @@ class PlainCache:
         )
 
     def attend(
-        self, query: jax.Array, *, layer: jax.Array, query_positions: jax.Array, combine: str
+        self, query: jax.Array, *, layer: jax.Array, query_positions: jax.Array, strategy: str
     ) -> jax.Array:
-        """Causal attention; there is nothing to combine. `jax.nn` knows no positions: it gets a mask."""
+        """Causal attention; there is nothing to strategy. `jax.nn` knows no positions: it gets a mask."""
         ages = np.arange(self.key.shape[2], dtype=np.int32)[None, None]
         mask = (ages <= query_positions[:, :, None])[:, None]
         key, value = self.key[layer], self.value[layer]

@@ -53,18 +53,18 @@ def place(weights: smollm2.Tree, mesh: Mesh) -> smollm2.Tree:
     return jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames="combine")
+@functools.partial(jax.jit, static_argnames="strategy")
 def step(
     weights: smollm2.Tree,
     cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array | None = None,
     *,
-    combine: str = "auto",
+    strategy: str = "auto",
 ) -> tuple[jax.Array, KVCache]:
     """The likeliest next token int32[B] after tokens int32[B, T], and the cache; nothing is donated."""
     logits, cache = smollm2.forward(
-        weights, cache, tokens, config=CONFIG, positions=positions, combine=combine
+        weights, cache, tokens, config=CONFIG, positions=positions, strategy=strategy
     )
     return logits[:, -1].argmax(axis=-1).astype(np.int32), cache
 

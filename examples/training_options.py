@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=Job.batch, help="windows in a step")
     add("--mesh", type=mesh_sizes, default="2x4", help="devices: data x sequence")
     add("--resume-mesh", type=mesh_sizes, default="1x8", help="where the second half is repeated")
-    add("--combine", default="ring", help="how the devices exchange, as in distattn")
+    add("--strategy", default="ring", help="how the devices exchange, as in distattn")
     add("--layout", choices=LAYOUTS, default="zigzag", help="which position lies where")
     add(
         "--dim", type=int, default=Config.dim, help="width of the model: 4 heads, 2 key/value heads"

@@ -1,4 +1,4 @@
-"""The named calls of which every implementation, combine and mesh must give the oracle's result."""
+"""The named calls of which every implementation, strategy and mesh must give the oracle's result."""
 
 import dataclasses
 from collections.abc import Callable

@@ -84,7 +84,7 @@ ON_ALL_VERSIONS = {
     "test_any_number_of_devices",
     "test_around_cudnn",
     "test_blocks_that_no_row_can_see_are_not_visited",
-    "test_devices_and_combines",
+    "test_devices_and_strategies",
     "test_inside",
     "test_reproducible_sum_over_devices",
     "test_splash",
@@ -145,7 +145,7 @@ def elsewhere() -> dict[str, Any]:
         "mesh": jax.make_mesh((8,), ("kv",)),
         "axis_name": ("kv",),
         "query_axis_name": "kv",
-        "combine": "ring",
+        "strategy": "ring",
     }
 
 

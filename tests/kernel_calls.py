@@ -140,7 +140,7 @@ def compiled(
     value_width: int | None = None,
     implementation: str | None = None,
     precision: str | None = None,
-    combine: str = "butterfly",
+    strategy: str = "butterfly",
 ) -> Report:
     """One call of `dot_product_attention` over the devices of a target, keys in any order.
 
@@ -153,7 +153,7 @@ def compiled(
         logits_soft_cap=30.0 if width == 256 else None,
         implementation=implementation or kernel_of(target),
         precision=precision,
-        combine=combine,
+        strategy=strategy,
     )
 
     def attention(query, key, value, query_positions, key_positions):
@@ -185,7 +185,7 @@ def decode_of_a_cache(
     width: int,
     kv_heads: int,
     layers: int | None,
-    combine: str = "butterfly",
+    strategy: str = "butterfly",
 ) -> Report:
     """`KVCache.attend` of one bfloat16 query, the slots over the devices of a target."""
     devices = pod(target).devices
@@ -215,7 +215,7 @@ def decode_of_a_cache(
             query,
             layer=None if layers is None else layer,
             implementation="pallas_tpu",
-            combine=combine,
+            strategy=strategy,
         )
 
     struct = jax.ShapeDtypeStruct

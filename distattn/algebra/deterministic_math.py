@@ -60,7 +60,7 @@ def log(x: jax.Array) -> jax.Array:
     power = exponent.astype(jnp.float32)
     square = rest * rest
     # Half of a float is exact, so that it does not matter which of the two products is rounded.
-    result = rounded((rest * square) * _polynomial(_LOG, rest)) - 0.5 * square
+    result = prevent_fma((rest * square) * _polynomial(_LOG, rest)) - 0.5 * square
     for part in reversed(_LN2[1:]):
         result = result + power * np.float32(part)
     return rest + result + power * np.float32(_LN2[0])
@@ -70,7 +70,7 @@ def tanh(x: jax.Array) -> jax.Array:
     """The hyperbolic tangent, f32."""
     size = jnp.minimum(jnp.abs(x), 10.0)  # where it is 1 already
     square = size * size
-    near = size + rounded(size * square) * _polynomial(_TANH, square)
+    near = size + prevent_fma(size * square) * _polynomial(_TANH, square)
     far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0)
     return jnp.sign(x) * jnp.where(size < 0.625, near, far)
 
@@ -93,7 +93,7 @@ def scaled(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return (x * power_of_two(half)) * power_of_two(exponent - half)
 
 
-def rounded(product: jax.Array) -> jax.Array:
+def prevent_fma(product: jax.Array) -> jax.Array:
     """A product that is rounded before it meets a sum, and not fused with it: through a bound.
 
     The bound changes nothing, but no compiler takes an operation out of it. Where two products are added,
@@ -103,7 +103,7 @@ def rounded(product: jax.Array) -> jax.Array:
     return jnp.where(product == -jnp.inf, product, bounded)
 
 
-def apart(f: Callable[..., Any], *arrays: Any) -> Any:
+def fusion_barrier(f: Callable[..., Any], *arrays: Any) -> Any:
     """f(*arrays), as a part of the program that the compiler does not make again for each of its users.
 
     A condition that always holds, and that no compiler knows to hold; XLA:CPU drops the barrier that is

@@ -1,10 +1,10 @@
-"""Logits as whole steps of a lattice and a small rest: the exponents of softmax weights, as integers.
+"""Logits as whole steps of a limb_format and a small rest: the exponents of softmax weights, as integers.
 
 exp(logit) overflows; so a weight is kept as 2^(L gauge) times a float32 near 1, where L is the number of
-bits between the words of the lattice (`fixed_point`), and `gauge` an int32. What is above about 2^28 in
+bits between the words of the limb_format (`fixed_point`), and `gauge` an int32. What is above about 2^28 in
 size has no rest: there a float32 is coarser than a step, and the gauge counts float32 numbers.
 
-Numbers as words of int32 on a lattice: how they are cut into digits, and how digits move.
+Numbers as words of int32 on a limb_format: how they are cut into digits, and how digits move.
 
 The derivation is that of `fixed_point`, which sums them.
 
@@ -12,7 +12,7 @@ Sums whose bits do not depend on their order: the second monoid, of integers.
 
 Floating-point addition rounds, so it is not associative, and a tree over four devices gives other bits
 than one over five. Integers are associative. A `FixedPoint` holds sums of real numbers in words of int32
-on a lattice that nothing depends on: with L bits a word, word k counts units of 2^(L (top - k)), for an
+on a limb_format that nothing depends on: with L bits a word, word k counts units of 2^(L (top - k)), for an
 integer `top` of each row. A number x becomes digits, by
 
     w_0 = round(x / 2^(L top)),  w_1 = round((x - w_0 2^(L top)) / 2^(L (top - 1))),  ...
@@ -25,19 +25,19 @@ it is associative and commutative exactly, and it has an exact unit (top -2^30, 
 How good it is. A number loses what is below the lowest of K units, at most half of 2^(L (top - K + 1)). The
 top of a sum is that of its largest term A, in which 2^(L top - 1) < A (else it would be lower). So n terms
 are in error by less than n 2^(-L (K - 1)) A together, whatever they are. A digit is at most 2^(L-1), so n
-terms do not overflow while n 2^(L-1) < 2^31. `lattice` takes L = 31 - log2 n and the fewest words for which
+terms do not overflow while n 2^(L-1) < 2^31. `limb_format` takes L = 31 - log2 n and the fewest words for which
 the error stays below 2^-24 A: half a unit in the last place of a float32, which is also what one
 conversion back costs. It changes at 1.9 times the powers of 16, where padding does not lead.
 
 Attention has a second scale, that of its weights. The terms of a state are blocks of keys, each with the
-maximum of its own, of which the nearest number of lattice steps is taken: max = g L ln 2 + r (`gauge`). Its
+maximum of its own, of which the nearest number of limb_format steps is taken: max = g L ln 2 + r (`gauge`). Its
 sums are multiplied by exp(r), rounded once, and enter with the gauge g.
 
 A term that is no finite number makes its row, and all that it is merged into, not a number.
 
 Reference: Demmel & Nguyen, "Parallel Reproducible Summation", IEEE Trans. Computers 64(7), 2015, sums in
 bins of the same kind, of floating-point numbers. This differs from it in that: 1. bins are integers and
-the monoid is exact, carries included; 2. the exponent of softmax weights is part of the lattice, so that no
+the monoid is exact, carries included; 2. the exponent of softmax weights is part of the limb_format, so that no
 pass over the keys has to find the maximum first.
 """
 
@@ -124,15 +124,15 @@ _WHOLE_BITS = np.int32(0x4B400000)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lattice:
+class LimbFormat:
     """How many words a number has, and how many bits apart they are."""
 
     bits: int
     words: int
 
 
-def lattice(terms: int) -> Lattice:
-    """The lattice for sums of so many terms; see the derivation above.
+def limb_format(terms: int) -> LimbFormat:
+    """The limb_format for sums of so many terms; see the derivation above.
 
     Args:
       terms: n, at most 2^24.
@@ -145,14 +145,14 @@ def lattice(terms: int) -> Lattice:
             f"a reproducible sum has at most 2^24 terms, and this one has {terms}; sum parts of it first"
         )
     # By 1.9 times a power of 16, which no length that is a round number comes near: a length that is
-    # padded for the devices at hand must not change the lattice.
+    # padded for the devices at hand must not change the limb_format.
     log = next(log for log in range(8, 25, 4) if terms < 1.9 * 2**log)
     bits = 31 - log
-    return Lattice(bits, 1 + math.ceil((25 + log) / bits))
+    return LimbFormat(bits, 1 + math.ceil((25 + log) / bits))
 
 
 def scaling(
-    largest: jax.Array, steps: jax.Array, factor: jax.Array, least: jax.Array, scale: Lattice
+    largest: jax.Array, steps: jax.Array, factor: jax.Array, least: jax.Array, scale: LimbFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The top of sums, and two factors that bring the numbers of C terms into its units.
 
@@ -161,7 +161,7 @@ def scaling(
       steps: int32[C, ...], as for `quantise`.
       factor: f32[C, ...].
       least: int32[...], below which the top shall not be.
-      scale: the lattice.
+      scale: the limb_format.
 
     Returns:
       int32[...], and f32[C, ...] twice.
@@ -186,7 +186,7 @@ def scaling(
 
 
 def digits(
-    x: jax.Array, first: jax.Array, second: jax.Array, scale: Lattice
+    x: jax.Array, first: jax.Array, second: jax.Array, scale: LimbFormat
 ) -> tuple[jax.Array, ...]:
     """The words of x * first * second, finite, in units of the highest."""
     rest, words = x * first * second, []
@@ -216,7 +216,7 @@ class FixedPoint:
 
     top: jax.Array  # int32[...]
     words: tuple[jax.Array, ...]  # int32[X, ...], the coarsest first
-    lattice: Lattice = dataclasses.field(metadata={"static": True})
+    limb_format: LimbFormat = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -231,7 +231,9 @@ class FixedPointState:
 Sums = TypeVar("Sums")  # FixedPoint, or a pytree of them with the same rows
 
 
-def zero(shape: tuple[int, ...], scale: Lattice, axes: frozenset[str] = frozenset()) -> FixedPoint:
+def zero(
+    shape: tuple[int, ...], scale: LimbFormat, axes: frozenset[str] = frozenset()
+) -> FixedPoint:
     """The sums of nothing, [X, ...], typed as varying over the axes: the unit of `merge`."""
     top = vary(jnp.full(shape[1:], EMPTY, jnp.int32), axes)
     return FixedPoint(top, (vary(jnp.zeros(shape, jnp.int32), axes),) * scale.words, scale)
@@ -239,7 +241,7 @@ def zero(shape: tuple[int, ...], scale: Lattice, axes: frozenset[str] = frozense
 
 def quantise(
     x: jax.Array,
-    scale: Lattice,
+    scale: LimbFormat,
     steps: jax.Array | None = None,
     factor: jax.Array | None = None,
 ) -> FixedPoint:
@@ -247,7 +249,7 @@ def quantise(
 
     Args:
       x: f32[X, ...].
-      scale: the lattice.
+      scale: the limb_format.
       steps: int32[...], one for a row, as `gauge.split` makes them; None: 0.
       factor: f32[...], positive; the product is rounded once, and neither overflows nor vanishes.
     """
@@ -273,7 +275,7 @@ def accumulate(
       steps: int32[C, ...], or None, as for `quantise`.
       factor: f32[C, ...], or None.
     """
-    scale, rows = onto.lattice, (x.shape[0], *x.shape[2:])
+    scale, rows = onto.limb_format, (x.shape[0], *x.shape[2:])
     steps = jnp.zeros(rows, jnp.int32) if steps is None else steps
     factor = jnp.ones(rows, jnp.float32) if factor is None else factor
 
@@ -282,7 +284,7 @@ def accumulate(
     ) -> tuple[Any, ...]:
         return scaling(jnp.abs(x).max(axis=1, initial=0.0), steps, factor, top, scale)
 
-    high, first, second = deterministic_math.apart(scale_rows, x, steps, factor, onto.top)
+    high, first, second = deterministic_math.fusion_barrier(scale_rows, x, steps, factor, onto.top)
     words = raised(onto, high).words
     # One by one, so that each word is one loop over the sums; XLA:CPU vectorises that, and no reduction.
     for i in range(x.shape[0]):
@@ -293,7 +295,7 @@ def accumulate(
 
 def raised(x: FixedPoint, top: jax.Array) -> FixedPoint:
     """The same sums with a top, int32 that broadcasts to theirs, not below it: the words move down."""
-    return FixedPoint(top, moved_down(x.words, (top - x.top)[None]), x.lattice)
+    return FixedPoint(top, moved_down(x.words, (top - x.top)[None]), x.limb_format)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
@@ -301,22 +303,22 @@ def merge(a: Sums, b: Sums) -> Sums:
 
     Args:
       a: FixedPoint [X, ...], FixedPointState, or a pytree of FixedPoint.
-      b: the same, of the same shapes and on the same lattice.
+      b: the same, of the same shapes and on the same limb_format.
 
     Raises:
-      ValueError: other lattices.
+      ValueError: other limb formats.
     """
 
     def pair(a: FixedPoint, b: FixedPoint) -> FixedPoint:
-        if a.lattice != b.lattice:
+        if a.limb_format != b.limb_format:
             raise ValueError(
-                f"a is on {a.lattice} and b on {b.lattice}; sums merge on one lattice: make it, with "
-                "`lattice`, for as many terms as they have together"
+                f"a is on {a.limb_format} and b on {b.limb_format}; sums merge on one limb_format: make it, with "
+                "`limb_format`, for as many terms as they have together"
             )
         top = jnp.maximum(a.top, b.top)
         a, b = raised(a, top), raised(b, top)
         words = tuple(x + y for x, y in zip(a.words, b.words, strict=True))
-        return FixedPoint(top, words, a.lattice)
+        return FixedPoint(top, words, a.limb_format)
 
     return map_sums(pair, a, b)
 
@@ -330,7 +332,7 @@ def merge_axes(x: Sums, axes: int | Sequence[int], *, keepdims: bool = False) ->
         words = raised(x, top).words
         inner = [axis + 1 for axis in axes]
         words = tuple(word.sum(axis=inner, keepdims=keepdims) for word in words)
-        return FixedPoint(top if keepdims else jnp.squeeze(top, axes), words, x.lattice)
+        return FixedPoint(top if keepdims else jnp.squeeze(top, axes), words, x.limb_format)
 
     return map_sums(merged, x)
 
@@ -340,15 +342,15 @@ def mantissa(x: FixedPoint) -> jax.Array:
     total = jnp.zeros(x.words[0].shape, jnp.float32)
     for place, word in reversed(list(enumerate(x.words))):
         # A product with a power of two is exact.
-        total = word.astype(jnp.float32) * np.float32(2.0 ** (-x.lattice.bits * place)) + total
+        total = word.astype(jnp.float32) * np.float32(2.0 ** (-x.limb_format.bits * place)) + total
     return jnp.where((x.top >= POISON)[None], jnp.nan, total)
 
 
 def value(x: FixedPoint) -> jax.Array:
     """f32[X, ...]: the sums as numbers."""
-    bound = 512 // x.lattice.bits
+    bound = 512 // x.limb_format.bits
     steps = jnp.clip(x.top, -bound, bound)
-    return deterministic_math.scaled(mantissa(x), (x.lattice.bits * steps)[None])
+    return deterministic_math.scaled(mantissa(x), (x.limb_format.bits * steps)[None])
 
 
 def finalize(state: FixedPointState, sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -362,18 +364,18 @@ def finalize(state: FixedPointState, sinks: jax.Array | None = None) -> tuple[ja
       out f32[B, T, N, V] and lse f32[B, T, N], natural log; 0 and -inf for a row over no keys, 0 and the
       sink where there is one, and NaN for a row with a term that is no number.
     """
-    total, scale = state.sum, state.sum.lattice
+    total, scale = state.sum, state.sum.limb_format
     if sinks is not None:
         steps, factor = split(sinks.astype(jnp.float32)[:, None], scale.bits)
         steps, factor = (jnp.broadcast_to(x, total.top.shape) for x in (steps, factor))
         total = merge(total, quantise(jnp.ones_like(factor)[None], scale, steps, factor))
-    out, lse = deterministic_math.apart(_divide, total, state.weighted_sum)
+    out, lse = deterministic_math.fusion_barrier(_divide, total, state.weighted_sum)
     return out.transpose(1, 3, 2, 0), lse.swapaxes(1, 2)
 
 
 def _divide(total: FixedPoint, weighted: FixedPoint) -> tuple[jax.Array, jax.Array]:
     """out f32[V, B, N, T] and lse f32[B, N, T]."""
-    bits = total.lattice.bits
+    bits = total.limb_format.bits
     empty, odd = total.top == EMPTY, total.top >= POISON
     divisor = jnp.where(empty, 1.0, mantissa(total)[0])
     steps = jnp.clip(weighted.top - total.top, -(512 // bits), 512 // bits)

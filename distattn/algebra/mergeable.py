@@ -27,7 +27,7 @@ def zeros_like(x: Any, axes: frozenset[str]) -> Any:
 
     def zero(x: Any) -> Sum:
         if isinstance(x, FixedPoint):
-            return fixed_point.zero(x.words[0].shape, x.lattice, axes)
+            return fixed_point.zero(x.words[0].shape, x.limb_format, axes)
         return vary(jnp.zeros(x.shape, x.dtype), axes)
 
     return map_sums(zero, x)
@@ -36,7 +36,7 @@ def zeros_like(x: Any, axes: frozenset[str]) -> Any:
 def zeros_at(like: Sum, rows: tuple[int, ...], axes: frozenset[str]) -> Sum:
     """The sums of nothing for rows of another shape: those of a bias, of which `like` is a part."""
     if isinstance(like, FixedPoint):
-        return fixed_point.zero((like.words[0].shape[0], *rows), like.lattice, axes)
+        return fixed_point.zero((like.words[0].shape[0], *rows), like.limb_format, axes)
     return vary(jnp.zeros(rows, like.dtype), axes)
 
 
@@ -121,7 +121,8 @@ def _with_tops(x: State, tops: jax.Array) -> State:
     leaves = zip(fixed_points(x), tops, strict=True)
     # Apart from the packing that follows, which XLA:CPU does item by item.
     return with_fixed_points(
-        x, [deterministic_math.apart(fixed_point.raised, leaf, top) for leaf, top in leaves]
+        x,
+        [deterministic_math.fusion_barrier(fixed_point.raised, leaf, top) for leaf, top in leaves],
     )
 
 
@@ -137,7 +138,7 @@ def _unpack_words(packed: jax.Array, tops: jax.Array, like: State) -> State:
         for word in leaf.words:
             words.append(packed[start : start + word.shape[0]])
             start += word.shape[0]
-        leaves.append(FixedPoint(top, tuple(words), leaf.lattice))
+        leaves.append(FixedPoint(top, tuple(words), leaf.limb_format))
     return with_fixed_points(like, leaves)
 
 

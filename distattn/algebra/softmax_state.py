@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import vary, varying_axes
-from distattn.algebra.deterministic_math import rounded
+from distattn.algebra.deterministic_math import prevent_fma
 
 
 @jax.tree_util.register_dataclass
@@ -130,8 +130,8 @@ def rescale(state: SoftmaxState, high: jax.Array) -> SoftmaxState:
     weight = softmax_weights(lax.stop_gradient(state.max), high)
     return SoftmaxState(
         max=lax.stop_gradient(high),
-        sum=rounded(weight * state.sum),
-        weighted_sum=rounded(weight[..., None] * state.weighted_sum),
+        sum=prevent_fma(weight * state.sum),
+        weighted_sum=prevent_fma(weight[..., None] * state.weighted_sum),
     )
 
 

@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 
 from distattn.attention.global_call import attend, choose_call
 from distattn.attention.sharding import read_placement, warn_of_one_device
-from distattn.attention.strategy import Combine, check_combine, check_exchange
+from distattn.attention.strategy import StrategyLike, check_exchange, check_strategy
 from distattn.local.dispatch import forward_mode_refused
-from distattn.local.inputs import Window, check_implementation, make_operands, make_scoring
-from distattn.local.reproducible import units_of
+from distattn.local.inputs import Window, check_implementation, make_inputs, make_logit_config
+from distattn.local.reproducible import reproducible_blocks_of
 from distattn.planning.plan import AxisNames
 
 
@@ -42,7 +42,7 @@ def dot_product_attention(
     query_axis_name: AxisNames = "auto",
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
     reproducible: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention; the keys and values may lie on many devices, in any order.
@@ -53,7 +53,7 @@ def dot_product_attention(
     that attends to no key gives 0 (there: the mean of all values), and the residual is float32 and
     differentiable. Masked slots of key and value may hold anything, NaN included, without effect on
     outputs or gradients. Each device folds its own keys into a `SoftmaxState`, the states are merged:
-    nothing of the size of key or value moves, unless combine says so.
+    nothing of the size of key or value moves, unless strategy says so.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
@@ -99,7 +99,7 @@ def dot_product_attention(
         possible. Say it there: else what the compiler has sharded unseen is in part gathered, and blocks
         that a mask rules out are computed all the same.
       heads_axis_name: axes over which N and K are sharded; None: the same.
-      combine: how devices exchange. Of states, for a replicated query: 'butterfly' (ceil(log2 D)
+      strategy: how devices exchange. Of states, for a replicated query: 'butterfly' (ceil(log2 D)
         messages), 'psum', 'all_gather', 'fused', or a `Schedule`. For a query sharded along T over the
         axes of the keys: 'reduce_scatter' (query gathered, states scattered), 'gather_kv' (keys and values
         gathered), 'ring' (keys and values travel round, D - 1 hops), 'ulysses' (heads sharded instead of
@@ -109,7 +109,7 @@ def dot_product_attention(
         kernels serve, states fit VMEM, and T * N / K is at most 128, the fold, the exchange and the
         division are one launch, else two. 'auto' never takes it: it compiles for v5e to tpu7x, and was not
         timed. Of a chip with two cores under one device (v4, v5p) it uses one.
-      reproducible: the same bits on any number of devices, with any combine, and for any order of whole
+      reproducible: the same bits on any number of devices, with any strategy, and for any order of whole
         blocks, in the result and in all gradients: sums over keys are made of integers (`fixed_point`). A
         block is 64 keys (`units.BLOCK`), cut from the start of the array; where the devices do not divide
         S into whole blocks, keys move, and what the compiler has sharded unseen is gathered. The promise is
@@ -121,8 +121,8 @@ def dot_product_attention(
       log, f32[B, T, N] (float64 if an input is), differentiable.
 
     Raises:
-      ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a combine cannot shard, a
-        combine by name where key is sharded over no axis; the message says what to do.
+      ValueError: a wrong shape, dtype, axis, mesh or combination, heads that a strategy cannot shard, a
+        strategy by name where key is sharded over no axis; the message says what to do.
       NotImplementedError: an implementation that cannot do the call, saying which argument it is;
         reproducible for float64, or for key heads that the devices of the heads do not divide; 'fused' on
         another platform, in float64, with axes that are left to the compiler, for states that do not fit
@@ -142,9 +142,9 @@ def dot_product_attention(
     Reference: Rabe & Staats, arXiv 2112.05682; the merge over devices is their section 3 across a mesh.
     """
     implementation = check_implementation(implementation)
-    check_combine(combine)
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
-    operands = make_operands(
+    check_strategy(strategy)
+    logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
+    inputs = make_inputs(
         query,
         key,
         value,
@@ -171,15 +171,15 @@ def dot_product_attention(
         heads_axis_name=heads_axis_name,
         leave_none=reproducible,
     )
-    check_exchange(placement, combine)
+    check_exchange(placement, strategy)
     if axis_name is None:
         warn_of_one_device(query, key, value)
-    units = units_of(operands, implementation) if reproducible else None
+    units = reproducible_blocks_of(inputs, implementation) if reproducible else None
     call = choose_call(
-        operands, placement, scoring, implementation, combine, query_axis_name, units
+        inputs, placement, logit_config, implementation, strategy, query_axis_name, units
     )
     with forward_mode_refused():
-        out, lse = attend(call, operands)
+        out, lse = attend(call, inputs)
     if jnp.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out

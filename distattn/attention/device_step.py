@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from distattn._compat import vary, varying_axes
 from distattn.algebra import deterministic_math, fixed_point
-from distattn.algebra.fixed_point import FixedPoint, FixedPointState, lattice
+from distattn.algebra.fixed_point import FixedPoint, FixedPointState, limb_format
 from distattn.algebra.mergeable import FIXED_POINT, State, Sum, monoid_of, rows_of
 from distattn.algebra.softmax_state import softmax_weights
 from distattn.attention.ring import Ring, ring_fold, ring_gradients, ring_state
@@ -38,10 +38,16 @@ from distattn.collectives.mesh import axes_size, gathered, mesh_order, own_part,
 from distattn.collectives.reduce_scatter import reduce_scatter
 from distattn.collectives.reproducible_sum import reproducible_sum
 from distattn.experimental.fused import hooks
-from distattn.local.block import Scoring
+from distattn.local.block import LogitConfig
 from distattn.local.dispatch import local_fold, local_gradients, refuse_second_derivative
-from distattn.local.inputs import Operands, letters_of, map_named, padded, with_repeated_heads
-from distattn.local.reproducible import Units
+from distattn.local.inputs import (
+    AttentionInputs,
+    letters_of,
+    map_named,
+    padded,
+    with_repeated_heads,
+)
+from distattn.local.reproducible import ReproducibleBlocks
 from distattn.local.reproducible import softmax_weights as reproducible_weights
 from distattn.local.tiling import Machine
 from distattn.planning.plan import Axes
@@ -50,15 +56,17 @@ from distattn.planning.schedule import Schedule
 LARGE_BYTES = 2**20  # of a state, from which on one more collective costs less than what it saves
 
 
-def completed(state: State, movement: Movement, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def completed(
+    state: State, movement: Movement, inputs: AttentionInputs
+) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse [B, T, N] of the rows that this device is to have.
 
     Args:
       state: over this device's keys, of the rows with which it has computed.
       movement: of the call.
-      operands: with which it has computed.
+      inputs: with which it has computed.
     """
-    sinks, valid, dtype = operands.sinks, operands.mask.query_valid, operands.query.dtype
+    sinks, valid, dtype = inputs.sinks, inputs.mask.query_valid, inputs.query.dtype
     if movement.all_reduce and not movement.scatter:
         out, lse = finish_over(state, movement.all_reduce, movement.schedule, sinks, valid, dtype)
     else:
@@ -133,7 +141,7 @@ def row_cotangents(
     dead = lse == -jnp.inf
     products = d_out.astype(lse.dtype) * out.astype(lse.dtype)
     if reproducible:
-        d_sum = d_lse - deterministic_math.ordered_sum(deterministic_math.rounded(products), -1)
+        d_sum = d_lse - deterministic_math.ordered_sum(deterministic_math.prevent_fma(products), -1)
     else:
         d_sum = d_lse - products.sum(axis=-1)
     return jnp.where(dead[..., None], 0.0, d_out), jnp.where(dead, 0.0, d_sum)
@@ -152,7 +160,7 @@ def sink_gradient(sinks: jax.Array, lse: jax.Array, d_sum: jax.Array, *, reprodu
         return (softmax_weights(sinks, lse) * d_sum).sum(axis=(0, 1))
     weights = reproducible_weights(sinks, lse)
     terms = jnp.where(lse == -jnp.inf, 0.0, weights * d_sum)
-    scale = lattice(lse.shape[0] * lse.shape[1])
+    scale = limb_format(lse.shape[0] * lse.shape[1])
     return fixed_point.merge_axes(fixed_point.quantise(terms[None], scale), (0, 1))
 
 
@@ -174,24 +182,24 @@ def numbers(x: Sum) -> jax.Array:
     """[B, T, N, X] from sums with rows [B, N, T]; [B, N, T, S] or [N] from those of a bias or of sinks."""
     if not isinstance(x, FixedPoint):
         return x
-    value = deterministic_math.apart(fixed_point.value, x)
+    value = deterministic_math.fusion_barrier(fixed_point.value, x)
     return value.transpose(1, 3, 2, 0) if x.top.ndim == 3 else value[0]
 
 
 def gradients_of(
-    sums: dict[str, Sum], operands: Operands, heads: Axes, times: int
+    sums: dict[str, Sum], inputs: AttentionInputs, heads: Axes, times: int
 ) -> dict[str, jax.Array]:
-    """Gradients as numbers, with the dtypes of the operands and with rows where the operands have them.
+    """Gradients as numbers, with the dtypes of the inputs and with rows where the inputs have them.
 
     Args:
       sums: by the name of the operand, of what the devices have given back.
-      operands: whose dtypes they take.
+      inputs: whose dtypes they take.
       heads: the axes over which heads were sharded in place of rows.
       times: how often key/value heads were repeated for that.
     """
 
     def number(name: str) -> jax.Array:
-        return numbers(sums[name]).astype(getattr(operands, name).dtype)
+        return numbers(sums[name]).astype(getattr(inputs, name).dtype)
 
     if heads:
         moved = ("query", "key", "value")
@@ -210,7 +218,7 @@ def _heads_summed(x: Sum, times: int) -> Sum:
         batch, heads, keys = x.top.shape
         rows = (batch, heads // times, times, keys)
         top, words = x.top.reshape(rows), (word.reshape(-1, *rows) for word in x.words)
-        return fixed_point.merge_axes(FixedPoint(top, tuple(words), x.lattice), 2)
+        return fixed_point.merge_axes(FixedPoint(top, tuple(words), x.limb_format), 2)
     return x.reshape(*x.shape[:2], -1, times, x.shape[-1]).sum(axis=3)
 
 
@@ -227,20 +235,20 @@ def _rows_again(sums: list[Sum], axes: Axes) -> list[Sum]:
 
 
 def at_work(
-    operands: Operands, movement: Movement, *rows: jax.Array
-) -> tuple[Operands, list[jax.Array]]:
-    """The operands with rows, keys and heads as this device computes with them.
+    inputs: AttentionInputs, movement: Movement, *rows: jax.Array
+) -> tuple[AttentionInputs, list[jax.Array]]:
+    """The inputs with rows, keys and heads as this device computes with them.
 
     Args:
-      operands: query, key, value and sinks as they rest, bias and mask as the work needs them.
+      inputs: query, key, value and sinks as they rest, bias and mask as the work needs them.
       movement: of the call.
       rows: more arrays [B, T, N, .], which come as the result goes.
     """
-    query, key, value, sinks = operands.query, operands.key, operands.value, operands.sinks
+    query, key, value, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
     moved = list(rows)
     if movement.heads:
-        operands = with_repeated_heads(operands, axes_size(movement.heads))
-        arrays = [query, operands.key, operands.value, *rows]
+        inputs = with_repeated_heads(inputs, axes_size(movement.heads))
+        arrays = [query, inputs.key, inputs.value, *rows]
         query, key, value, *moved = rows_to_heads(arrays, movement.heads)
         sinks = None if sinks is None else own_part(sinks, movement.heads, 0)
     gather_rows, gather_keys = movement.gathers
@@ -250,74 +258,82 @@ def at_work(
         moved = scattered or moved
     # Keys and values apart: packed, they would be copied twice.
     key, value = (gathered(x, gather_keys) for x in (key, value))
-    return dataclasses.replace(operands, query=query, key=key, value=value, sinks=sinks), moved
+    return dataclasses.replace(inputs, query=query, key=key, value=value, sinks=sinks), moved
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     """All of a device's part in a call that is not an array."""
 
-    scoring: Scoring
+    logit_config: LogitConfig
     machine: Machine
     implementation: str
     movement: Movement
     key_axes: Axes  # of S at work, in the order of its shards
-    units: Units | None = None  # of a reproducible call
+    reproducible_blocks: ReproducibleBlocks | None = None  # of a reproducible call
 
     @property
     def ring(self) -> Ring | None:
         """The devices round which keys travel, if they do."""
         return Ring(self.movement.ring, self.key_axes) if self.movement.ring else None
 
-    def in_one_launch(self, operands: Operands) -> bool:
-        """Whether one kernel folds this device's keys, exchanges and divides, for operands at work."""
+    def in_one_launch(self, inputs: AttentionInputs) -> bool:
+        """Whether one kernel folds this device's keys, exchanges and divides, for inputs at work."""
         axes = mesh_order(self.movement.all_reduce)
-        if self.units is not None or self.movement.schedule != "fused" or axes_size(axes) == 1:
+        if (
+            self.reproducible_blocks is not None
+            or self.movement.schedule != "fused"
+            or axes_size(axes) == 1
+        ):
             return False
-        return hooks.in_one_launch(operands, self.scoring, self.machine, self.implementation, axes)
+        return hooks.in_one_launch(
+            inputs, self.logit_config, self.machine, self.implementation, axes
+        )
 
-    def launched(self, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def launched(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
         """`result`, in one launch."""
-        axes, valid = mesh_order(self.movement.all_reduce), operands.mask.query_valid
-        return hooks.attend(operands, self.scoring, self.machine, axes, valid)
+        axes, valid = mesh_order(self.movement.all_reduce), inputs.mask.query_valid
+        return hooks.attend(inputs, self.logit_config, self.machine, axes, valid)
 
-    def differentiable_result(self, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """`result` of operands at work, differentiated through the collectives; not reproducible."""
-        state = ring_state(operands, self.scoring, self.machine, self.implementation, self.ring)
-        return completed(state, self.movement, operands)
+    def differentiable_result(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+        """`result` of inputs at work, differentiated through the collectives; not reproducible."""
+        state = ring_state(inputs, self.logit_config, self.machine, self.implementation, self.ring)
+        return completed(state, self.movement, inputs)
 
-    def result(self, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def result(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
         """out [B, T, N, V] in query's dtype and lse f32[B, T, N] of the rows that this device is to have.
 
         'dense' alone has a derivative.
         """
-        operands, _ = at_work(operands, self.movement)
-        if self.in_one_launch(operands):
-            return self.launched(operands)
-        local = local_fold(self.scoring, self.machine, self.implementation, self.units)
-        return completed(ring_fold(local, operands, self.ring), self.movement, operands)
+        inputs, _ = at_work(inputs, self.movement)
+        if self.in_one_launch(inputs):
+            return self.launched(inputs)
+        local = local_fold(
+            self.logit_config, self.machine, self.implementation, self.reproducible_blocks
+        )
+        return completed(ring_fold(local, inputs, self.ring), self.movement, inputs)
 
     def gradients(
-        self, operands: Operands, d_out: jax.Array, rows: jax.Array, axes: dict[str, Axes]
+        self, inputs: AttentionInputs, d_out: jax.Array, rows: jax.Array, axes: dict[str, Axes]
     ) -> dict[str, jax.Array]:
         """Those of query, key, value and, if there is one, bias, each as it rests, by name.
 
         Args:
-          operands: as in `result`.
+          inputs: as in `result`.
           d_out: [B, T, N, V], as `row_cotangents` gives it, of the result's rows.
           rows: f32[B, T, N, 2], lse and d_sum.
           axes: by name, over which a gradient is summed, or scattered as the movement says.
         """
         movement = self.movement
-        there, (d_out, rows) = at_work(operands, movement, d_out, rows)
+        there, (d_out, rows) = at_work(inputs, movement, d_out, rows)
         kv_heads = there.key.shape[2] * axes_size(movement.heads)
-        times = kv_heads // operands.key.shape[2]  # that key/value heads were repeated
+        times = kv_heads // inputs.key.shape[2]  # that key/value heads were repeated
         keys_sum = movement.ring or axes["key"] or times > 1
         gradients = local_gradients(
-            self.scoring,
+            self.logit_config,
             self.machine,
             self.implementation,
-            self.units,
+            self.reproducible_blocks,
             by_row(rows, d_out),
             key_dtype=rows.dtype if keys_sum else None,
         )
@@ -329,7 +345,7 @@ class Work:
             for name, x, over in zip(names, found, scatter, strict=True)
             if x is not None
         }
-        return gradients_of(sums, operands, movement.heads, times)
+        return gradients_of(sums, inputs, movement.heads, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,25 +358,28 @@ class Own:
     bias_shared: bool = False  # the same on all devices, known from its type
 
 
-def reproducible_attention(own: Own, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def reproducible_attention(own: Own, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse f32[B, T, N], the same bits on any number of devices."""
-    rows = operands.query.shape[1]
-    bias, typed = operands.bias, typed_as_varying(own.axes)
+    rows = inputs.query.shape[1]
+    bias, typed = inputs.bias, typed_as_varying(own.axes)
     shared = typed and bias is not None and not varying_axes(bias) & set(own.axes)
-    units, movement = own.work.units, own.work.movement
-    more = {"T": -rows % units.rows, "S": -operands.key.shape[1] % units.keys}
+    reproducible_blocks, movement = own.work.reproducible_blocks, own.work.movement
+    more = {
+        "T": -rows % reproducible_blocks.rows,
+        "S": -inputs.key.shape[1] % reproducible_blocks.keys,
+    }
     moves = movement.gather_keys or movement.ring or movement.heads
-    operands = padded(operands, more, dense=not moves)  # where keys move, they are for all of them
-    axes = varying_axes(*jax.tree.leaves(operands), lax.axis_index(own.axes))
-    operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    inputs = padded(inputs, more, dense=not moves)  # where keys move, they are for all of them
+    axes = varying_axes(*jax.tree.leaves(inputs), lax.axis_index(own.axes))
+    inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     own = dataclasses.replace(own, bias_shared=shared)
-    o = operands
+    o = inputs
     out, lse = _attention(own, o.query, o.key, o.value, o.bias, o.sinks, o.mask)
     return out[:, :rows], lse[:, :rows]
 
 
 def _primal(own: Own, *fields: Any) -> tuple[jax.Array, jax.Array]:
-    return own.work.result(masks_at_work(Operands(*fields), own.work.movement))
+    return own.work.result(masks_at_work(AttentionInputs(*fields), own.work.movement))
 
 
 _attention: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -391,10 +410,10 @@ def _gradients(
     d_out: jax.Array,
     d_lse: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
-    movement, operands = own.work.movement, Operands(*fields)
-    if movement.heads and operands.bias is not None:
+    movement, inputs = own.work.movement, AttentionInputs(*fields)
+    if movement.heads and inputs.bias is not None:
         raise NotImplementedError(
-            "the gradient of a bias under reproducible=True and a combine that shards heads is not "
+            "the gradient of a bias under reproducible=True and a strategy that shards heads is not "
             "built inside a shard_map; use 'ring' or 'gather_kv', or dot_product_attention outside"
         )
     if not own.query_sharded:
@@ -402,15 +421,15 @@ def _gradients(
     d_out, d_sum = row_cotangents(out, lse, d_out, d_lse, reproducible=True)
     shared = own.axes if own.bias_shared else ()
     found = own.work.gradients(
-        masks_at_work(operands, movement),
+        masks_at_work(inputs, movement),
         d_out,
         jnp.stack([lse, d_sum], axis=-1),
         {"query": movement.all_reduce, "key": (), "value": (), "bias": shared},
     )
-    if operands.sinks is not None:
-        d_sinks = sink_gradient(operands.sinks, lse, d_sum, reproducible=True)
+    if inputs.sinks is not None:
+        d_sinks = sink_gradient(inputs.sinks, lse, d_sum, reproducible=True)
         d_sinks = sum_over(d_sinks, own.axes if own.query_sharded else ())
-        found["sinks"] = numbers(d_sinks).astype(operands.sinks.dtype)
+        found["sinks"] = numbers(d_sinks).astype(inputs.sinks.dtype)
     once = {"sinks"} | ({"bias"} if own.bias_shared else set())
     if not own.query_sharded:
         once.add("query")
@@ -426,13 +445,13 @@ def _whole(x: jax.Array, axes: Axes) -> jax.Array:
     return reproducible_sum(x, (), axis_name=axes) if axes else x
 
 
-def masks_at_work(operands: Operands, movement: Movement) -> Operands:
-    """The operands with bias and mask for the rows, keys and heads with which this device computes.
+def masks_at_work(inputs: AttentionInputs, movement: Movement) -> AttentionInputs:
+    """The inputs with bias and mask for the rows, keys and heads with which this device computes.
 
     They come for those that it has. Bias and dense mask come as `sharded_attention` says, and only their
     heads move.
     """
-    heads, local_rows = movement.heads, operands.query.shape[1]
+    heads, local_rows = movement.heads, inputs.query.shape[1]
 
     def bring(name: str, x: jax.Array) -> jax.Array:
         letters = letters_of(name, x)
@@ -443,7 +462,7 @@ def masks_at_work(operands: Operands, movement: Movement) -> Operands:
         over = movement.gather_rows if "T" in letters else movement.gather_keys
         return gathered(gathered(x, heads), over)
 
-    return map_named(bring, operands)
+    return map_named(bring, inputs)
 
 
 def _dense_to_heads(x: jax.Array, axes: Axes, local_rows: int) -> jax.Array:

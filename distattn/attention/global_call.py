@@ -23,19 +23,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from distattn._compat import vary, varying_axes
 from distattn.attention.device_step import Work, numbers, row_cotangents, sink_gradient
 from distattn.attention.sharding import Placement
-from distattn.attention.strategy import Combine, Movement, choose_movement
+from distattn.attention.strategy import Movement, StrategyLike, choose_movement
 from distattn.collectives.mesh import axes_of, manual, on_devices_of, place
-from distattn.local.block import Scoring
+from distattn.local.block import LogitConfig
 from distattn.local.dispatch import refuse_second_derivative
 from distattn.local.inputs import (
-    Operands,
+    AttentionInputs,
     letters_of,
     map_named,
     padded,
     plain,
     with_repeated_heads,
 )
-from distattn.local.reproducible import Units
+from distattn.local.reproducible import ReproducibleBlocks
 from distattn.local.tiling import Machine
 from distattn.planning.plan import Axes, AxisNames
 
@@ -156,45 +156,47 @@ class Call:
 
 
 def choose_call(
-    operands: Operands,
+    inputs: AttentionInputs,
     placement: Placement,
-    scoring: Scoring,
+    logit_config: LogitConfig,
     implementation: str,
-    combine: Combine,
+    strategy: StrategyLike,
     query_axis_name: AxisNames,
-    units: Units | None,
+    reproducible_blocks: ReproducibleBlocks | None,
 ) -> Call:
     """The call whose devices exchange as `choose_movement` says, which raises what it raises."""
-    placement, movement = choose_movement(placement, operands, combine, query_axis_name, units)
+    placement, movement = choose_movement(
+        placement, inputs, strategy, query_axis_name, reproducible_blocks
+    )
     work = Work(
-        scoring,
+        logit_config,
         Machine(placement.platform, placement.compiler_sharded),
         implementation,
         movement,
         movement.keys_at_work(placement.key),
-        units,
+        reproducible_blocks,
     )
     return Call(work, placement)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, V] in query's dtype and lse f32[B, T, N], of global operands."""
-    query = operands.query
-    axes = varying_axes(*jax.tree.leaves(operands))  # of a shard_map around, if there is one
-    operands = jax.tree.map(lambda x: vary(x, axes), operands)
+def attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, N, V] in query's dtype and lse f32[B, T, N], of global inputs."""
+    query = inputs.query
+    axes = varying_axes(*jax.tree.leaves(inputs))  # of a shard_map around, if there is one
+    inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     if call.movement.heads:
-        operands = plain(operands)  # what moves is one layer, as numbers
-    if operands.key.shape[-2] > 1:  # one head may lie on all devices
-        operands = _for_head_shards(call, operands)
-    call, operands = _in_whole_blocks(call, operands)
+        inputs = plain(inputs)  # what moves is one layer, as numbers
+    if inputs.key.shape[-2] > 1:  # one head may lie on all devices
+        inputs = _for_head_shards(call, inputs)
+    call, inputs = _in_whole_blocks(call, inputs)
     if call.placement.size(call.row_axes + call.work.key_axes) > 1:
-        operands = dataclasses.replace(operands, mask=operands.mask.apart())
-    operands = call.place(operands, map_named(call.at_rest, operands))
+        inputs = dataclasses.replace(inputs, mask=inputs.mask.apart())
+    inputs = call.place(inputs, map_named(call.at_rest, inputs))
     if call.work.implementation == "dense":
-        out, lse = _forward(call, operands)
+        out, lse = _forward(call, inputs)
     else:
-        out, lse = _attend(call, *_fields(operands))
+        out, lse = _attend(call, *_fields(inputs))
     if "T" in call.movement.whole:
         whole = [call.placement.spec("BTN."[: x.ndim], x.shape, rows=()) for x in (out, lse)]
         out, lse = (
@@ -204,25 +206,29 @@ def attend(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     return _laid_out_as(query, out), _laid_out_as(query, lse)
 
 
-def _for_head_shards(call: Call, operands: Operands) -> Operands:
+def _for_head_shards(call: Call, inputs: AttentionInputs) -> AttentionInputs:
     """Key/value heads repeated where the devices that shard heads do not divide them."""
-    repeated = with_repeated_heads(operands, call.placement.size(call.placement.heads))
-    if call.work.units is not None and repeated is not operands:
+    repeated = with_repeated_heads(inputs, call.placement.size(call.placement.heads))
+    if call.work.reproducible_blocks is not None and repeated is not inputs:
         raise NotImplementedError(
-            f"reproducible=True with K={operands.key.shape[-2]} key/value heads over the "
+            f"reproducible=True with K={inputs.key.shape[-2]} key/value heads over the "
             f"{call.placement.size(call.placement.heads)} devices of {call.placement.heads} is not built: "
             "the devices must divide K; shard fewer heads, or pass reproducible=False"
         )
     return repeated
 
 
-def _in_whole_blocks(call: Call, operands: Operands) -> tuple[Call, Operands]:
+def _in_whole_blocks(call: Call, inputs: AttentionInputs) -> tuple[Call, AttentionInputs]:
     """T and S brought to multiples of the devices and their blocks, with empty rows and empty slots."""
-    placement, units = call.placement, call.work.units
-    row_block, key_block = (1, 1) if units is None else (units.rows, units.keys)
+    placement, reproducible_blocks = call.placement, call.work.reproducible_blocks
+    row_block, key_block = (
+        (1, 1)
+        if reproducible_blocks is None
+        else (reproducible_blocks.rows, reproducible_blocks.keys)
+    )
     more = {
-        "T": -operands.query.shape[1] % (placement.size(placement.query) * row_block),
-        "S": -operands.key.shape[-3] % (placement.size(placement.key) * key_block),
+        "T": -inputs.query.shape[1] % (placement.size(placement.query) * row_block),
+        "S": -inputs.key.shape[-3] % (placement.size(placement.key) * key_block),
     }
 
     def uncut(name: str, x: jax.Array) -> jax.Array:  # and so its gradient, which is cut again
@@ -230,7 +236,7 @@ def _in_whole_blocks(call: Call, operands: Operands) -> tuple[Call, Operands]:
         return call.uncut(x, letters) if any(more.get(letter) for letter in letters) else x
 
     whole = [letter for letter in more if more[letter] or letter in call.movement.whole]
-    return call.whole("".join(whole)), padded(map_named(uncut, operands), more)
+    return call.whole("".join(whole)), padded(map_named(uncut, inputs), more)
 
 
 def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
@@ -242,12 +248,12 @@ def _laid_out_as(query: jax.Array, x: jax.Array) -> jax.Array:
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def _fields(operands: Operands) -> tuple[Any, ...]:
-    return tuple(getattr(operands, field.name) for field in dataclasses.fields(operands))
+def _fields(inputs: AttentionInputs) -> tuple[Any, ...]:
+    return tuple(getattr(inputs, field.name) for field in dataclasses.fields(inputs))
 
 
 def _attend_fields(call: Call, *fields: Any) -> tuple[jax.Array, jax.Array]:
-    return _forward(call, Operands(*fields))
+    return _forward(call, AttentionInputs(*fields))
 
 
 _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
@@ -255,7 +261,7 @@ _attend: Any = jax.custom_vjp(_attend_fields, nondiff_argnums=(0,))
 
 def _attend_forward(call: Call, *fields: Any) -> tuple[Any, ...]:
     out, lse = _attend(call, *fields)
-    # All that the backward pass needs beside the operands, by names for the policies of jax.checkpoint.
+    # All that the backward pass needs beside the inputs, by names for the policies of jax.checkpoint.
     out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
     return (out, lse), (fields, out, lse)
 
@@ -264,15 +270,15 @@ def _attend_backward(
     call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     fields, out, lse = residuals
-    operands = Operands(*fields)
+    inputs = AttentionInputs(*fields)
     backward = refuse_second_derivative(functools.partial(_backward, call))
-    query, key, value, bias, sinks = backward((_fields(plain(operands)), out, lse), cotangents)
-    if operands.key_scale is not None:
+    query, key, value, bias, sinks = backward((_fields(plain(inputs)), out, lse), cotangents)
+    if inputs.key_scale is not None:
         key = value = None  # integers, or stored as if they were
-    elif operands.layer is not None:
+    elif inputs.layer is not None:
         key, value = (
-            lax.dynamic_update_index_in_dim(jnp.zeros_like(whole), part, operands.layer, 0)
-            for whole, part in ((operands.key, key), (operands.value, value))
+            lax.dynamic_update_index_in_dim(jnp.zeros_like(whole), part, inputs.layer, 0)
+            for whole, part in ((inputs.key, key), (inputs.value, value))
         )
     return query, key, value, bias, sinks, None, None, None, None
 
@@ -280,15 +286,15 @@ def _attend_backward(
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    batch, rows, heads, _ = operands.query.shape
-    out_like = jax.ShapeDtypeStruct((batch, rows, heads, operands.value.shape[-1]), jnp.float32)
+def _forward(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    batch, rows, heads, _ = inputs.query.shape
+    out_like = jax.ShapeDtypeStruct((batch, rows, heads, inputs.value.shape[-1]), jnp.float32)
     lse_like = jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32)
     return call.run(
         call.work.result,
-        (map_named(call.at_rest, operands),),
+        (map_named(call.at_rest, inputs),),
         (call.result(out_like), call.result(lse_like)),
-        operands,
+        inputs,
     )
 
 
@@ -296,18 +302,18 @@ def _backward(
     call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     fields, out, lse = residuals
-    operands = Operands(*fields)
-    query, sinks = operands.query, operands.sinks
+    inputs = AttentionInputs(*fields)
+    query, sinks = inputs.query, inputs.sinks
     d_out, d_lse = cotangents
-    exact = call.work.units is not None
+    exact = call.work.reproducible_blocks is not None
     d_out, d_sum = row_cotangents(out, lse, d_out, d_lse, reproducible=exact)
     d_sinks = None
     if sinks is not None:
         d_sinks = numbers(sink_gradient(sinks, lse, d_sum, reproducible=exact)).astype(sinks.dtype)
     rows = jnp.stack([lse, d_sum], axis=-1)
-    gradients = {"query": query, "key": operands.key, "value": operands.value}
-    if operands.bias is not None:
-        gradients["bias"] = operands.bias
+    gradients = {"query": query, "key": inputs.key, "value": inputs.value}
+    if inputs.bias is not None:
+        gradients["bias"] = inputs.bias
     axes = {name: call.missing(name, x) for name, x in gradients.items()}
     specs = {name: call.at_rest(name, x) for name, x in gradients.items()}
     specs["query"] = call.result(query)
@@ -318,9 +324,9 @@ def _backward(
     by_rows = functools.partial(call.at_rest, "query") if call.movement.scatter else call.result
     result = call.run(
         functools.partial(call.work.gradients, axes=axes),
-        (map_named(call.at_rest, operands), by_rows(d_out), by_rows(rows)),
+        (map_named(call.at_rest, inputs), by_rows(d_out), by_rows(rows)),
         specs,
-        operands,
+        inputs,
         d_out,
         rows,
     )

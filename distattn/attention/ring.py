@@ -21,9 +21,9 @@ from distattn._compat import vary, varying_axes
 from distattn.algebra.mergeable import State, Sum, add, empty_like, monoid_of, zeros_at, zeros_like
 from distattn.algebra.softmax_state import SoftmaxState, state_dtype
 from distattn.collectives.mesh import axes_size, mesh_order
-from distattn.local.block import Scoring
+from distattn.local.block import LogitConfig
 from distattn.local.dispatch import local_fold, local_gradients, local_state, with_gradients
-from distattn.local.inputs import Operands
+from distattn.local.inputs import AttentionInputs
 from distattn.local.mask import Span, take
 from distattn.local.tiling import Machine, add_at, loop
 
@@ -68,86 +68,92 @@ class Ring:
 
 
 def ring_state(
-    operands: Operands, scoring: Scoring, machine: Machine, implementation: str, ring: Ring | None
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
+    machine: Machine,
+    implementation: str,
+    ring: Ring | None,
 ) -> SoftmaxState:
     """`ring_fold`, differentiable; where keys stay, `local_state`."""
     if ring is None:
-        return local_state(operands, scoring, machine, implementation)
-    operands = _typed(operands, ring)
-    local = local_fold(scoring, machine, implementation)
+        return local_state(inputs, logit_config, machine, implementation)
+    inputs = _typed(inputs, ring)
+    local = local_fold(logit_config, machine, implementation)
     if implementation == "dense":
-        return ring_fold(local, operands, ring)
-    dtype = state_dtype(operands.query, operands.key, operands.value)
+        return ring_fold(local, inputs, ring)
+    dtype = state_dtype(inputs.query, inputs.key, inputs.value)
     return with_gradients(
-        lambda operands: ring_fold(local, operands, ring),
-        lambda operands, **rows: ring_gradients(
-            local_gradients(scoring, machine, implementation, None, rows, key_dtype=dtype),
-            operands,
+        lambda inputs: ring_fold(local, inputs, ring),
+        lambda inputs, **rows: ring_gradients(
+            local_gradients(logit_config, machine, implementation, None, rows, key_dtype=dtype),
+            inputs,
             ring,
         ),
-        operands,
+        inputs,
     )
 
 
-def ring_fold(local: Callable[[Operands], State], operands: Operands, ring: Ring | None) -> State:
+def ring_fold(
+    local: Callable[[AttentionInputs], State], inputs: AttentionInputs, ring: Ring | None
+) -> State:
     """The state of this device's queries over the keys of all devices of the ring, or over its own.
 
     Args:
-      local: the state over the keys of its operands.
-      operands: this device's; bias and dense mask are for its rows and for all keys.
+      local: the state over the keys of its inputs.
+      inputs: this device's; bias and dense mask are for its rows and for all keys.
       ring: where the keys travel; None: they stay.
 
     Returns:
       The state of the kind that `local` gives, T the rows of this device.
     """
     if ring is None:
-        return local(operands)
-    operands = _typed(operands, ring)
-    state = empty_like(jax.eval_shape(local, operands), varying_axes(operands.query))
+        return local(inputs)
+    inputs = _typed(inputs, ring)
+    state = empty_like(jax.eval_shape(local, inputs), varying_axes(inputs.query))
 
     def meet(hop: jax.Array | int, shard: Shard, state: State) -> State:
-        return monoid_of(state).merge(state, local(_at_hop(operands, shard, ring, hop)))
+        return monoid_of(state).merge(state, local(_at_hop(inputs, shard, ring, hop)))
 
     def step(hop: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         shard, state = carry
         coming = ring.send(shard)  # nothing below waits for it
         return coming, meet(hop, shard, state)
 
-    shard = _shard(operands)
+    shard = _shard(inputs)
     if ring.size > 1:
         shard, state = loop(ring.size - 1, step, (shard, state))
     return meet(ring.size - 1, shard, state)
 
 
 def ring_gradients(
-    gradients: Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]],
-    operands: Operands,
+    gradients: Callable[[AttentionInputs], tuple[Sum, Sum, Sum, Sum | None]],
+    inputs: AttentionInputs,
     ring: Ring | None,
 ) -> tuple[Sum, Sum, Sum, Sum | None]:
     """The gradients by the keys that come by; those of keys and values are summed over the ring.
 
     Args:
       gradients: as `local_gradients` makes it for this device's rows, of query, key, value and bias over
-        the keys of its operands; those of keys and values in the state's dtype.
-      operands: as in `ring_fold`.
+        the keys of its inputs; those of keys and values in the state's dtype.
+      inputs: as in `ring_fold`.
       ring: as in `ring_fold`.
 
     Returns:
       d_query, d_key, d_value of this device's queries and keys, and d_bias, or None.
     """
     if ring is None:
-        return gradients(operands)
-    operands = _typed(operands, ring)
-    shard, axes = _shard(operands), varying_axes(operands.query)
-    shapes = jax.eval_shape(lambda shard: gradients(_at_hop(operands, shard, ring, 0)), shard)
+        return gradients(inputs)
+    inputs = _typed(inputs, ring)
+    shard, axes = _shard(inputs), varying_axes(inputs.query)
+    shapes = jax.eval_shape(lambda shard: gradients(_at_hop(inputs, shard, ring, 0)), shard)
     d_query, *none, d_bias = zeros_like(shapes, axes)
     if d_bias is not None:
-        d_bias = zeros_at(d_bias, operands.bias.shape, axes)
+        d_bias = zeros_at(d_bias, inputs.bias.shape, axes)
 
     def meet(hop: jax.Array | int, shard: Shard, d_query: Any, d_bias: Any) -> tuple[Any, ...]:
-        more, d_key, d_value, d_block = gradients(_at_hop(operands, shard, ring, hop))
+        more, d_key, d_value, d_block = gradients(_at_hop(inputs, shard, ring, hop))
         if d_bias is not None:
-            spans = _columns(operands.bias.shape, operands.key, ring, hop)
+            spans = _columns(inputs.bias.shape, inputs.key, ring, hop)
             d_bias = add_at(d_bias, d_block, *spans)
         return add(d_query, more), d_bias, (d_key, d_value)
 
@@ -182,22 +188,22 @@ def ring_gradients(
     return d_query, *d_keys, d_bias
 
 
-def _typed(operands: Operands, ring: Ring) -> Operands:
-    """The operands, all typed as varying where any of them is, and over the ring."""
-    axes = varying_axes(lax.axis_index(ring.axes), *jax.tree.leaves(operands))
-    return jax.tree.map(lambda x: vary(x, axes), operands)
+def _typed(inputs: AttentionInputs, ring: Ring) -> AttentionInputs:
+    """The inputs, all typed as varying where any of them is, and over the ring."""
+    axes = varying_axes(lax.axis_index(ring.axes), *jax.tree.leaves(inputs))
+    return jax.tree.map(lambda x: vary(x, axes), inputs)
 
 
-def _shard(operands: Operands) -> Shard:
+def _shard(inputs: AttentionInputs) -> Shard:
     """What travels."""
-    index = [getattr(operands.mask, name) for name in _index_names(operands)]
-    return operands.key, operands.value, _stack(index) if index else None
+    index = [getattr(inputs.mask, name) for name in _index_names(inputs)]
+    return inputs.key, inputs.value, _stack(index) if index else None
 
 
-def _index_names(operands: Operands) -> list[str]:
+def _index_names(inputs: AttentionInputs) -> list[str]:
     """What the mask reads of a key, besides a dense one."""
     names = ("key_positions", "key_segment_ids")
-    return [name for name in names if getattr(operands.mask, name) is not None]
+    return [name for name in names if getattr(inputs.mask, name) is not None]
 
 
 def _stack(index: list[jax.Array]) -> jax.Array:
@@ -205,19 +211,21 @@ def _stack(index: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.broadcast_to(x, shape) for x in index])
 
 
-def _at_hop(operands: Operands, shard: Shard, ring: Ring, hop: jax.Array | int) -> Operands:
-    """The operands with the keys of the shard that is here."""
+def _at_hop(
+    inputs: AttentionInputs, shard: Shard, ring: Ring, hop: jax.Array | int
+) -> AttentionInputs:
+    """The inputs with the keys of the shard that is here."""
     key, value, index = shard
-    mask = operands.mask
+    mask = inputs.mask
     parts = () if index is None else index
     bias, dense = (
         None if x is None else take(x, *_columns(x.shape, key, ring, hop))
-        for x in (operands.bias, mask.dense)
+        for x in (inputs.bias, mask.dense)
     )
     mask = dataclasses.replace(
-        mask, dense=dense, **dict(zip(_index_names(operands), parts, strict=True))
+        mask, dense=dense, **dict(zip(_index_names(inputs), parts, strict=True))
     )
-    return dataclasses.replace(operands, key=key, value=value, bias=bias, mask=mask)
+    return dataclasses.replace(inputs, key=key, value=value, bias=bias, mask=mask)
 
 
 def _columns(

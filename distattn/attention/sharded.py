@@ -14,9 +14,9 @@ from distattn._compat import platform_of, varying_axes
 from distattn.attention.device_step import Own, Work, at_work, masks_at_work, reproducible_attention
 from distattn.attention.strategy import (
     QUERY_SHARDED,
-    Combine,
     Movement,
-    check_combine,
+    StrategyLike,
+    check_strategy,
     choose_sharded,
     movement_of,
 )
@@ -24,13 +24,13 @@ from distattn.collectives.all_reduce import BY_NAME, typed_as_replicated
 from distattn.collectives.mesh import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
 from distattn.experimental.fused import hooks
 from distattn.local.inputs import (
-    Operands,
+    AttentionInputs,
     Window,
     check_implementation,
-    make_operands,
-    make_scoring,
+    make_inputs,
+    make_logit_config,
 )
-from distattn.local.reproducible import units_of
+from distattn.local.reproducible import reproducible_blocks_of
 from distattn.local.tiling import Machine
 from distattn.planning.cost import Shape
 from distattn.planning.plan import Axes
@@ -46,7 +46,7 @@ def sharded_attention(
     *,
     axis_name: AxisName,
     query_sharded: bool = False,
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
@@ -79,7 +79,7 @@ def sharded_attention(
       axis_name: the axis of the shard_map, or a tuple of axes, over which S is sharded; shards count in
         the order of the tuple.
       query_sharded: whether query holds this device's rows, sharded over the same axes.
-      combine: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; with `query_sharded`
+      strategy: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; with `query_sharded`
         'auto', 'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
         The gradient of 'fused' computes the states again, and merges them by the messages of 'butterfly'.
       scale: as in `dot_product_attention`, like all that is not listed here.
@@ -126,8 +126,8 @@ def sharded_attention(
     Reference: Rabe & Staats, arXiv 2112.05682, section 3, across devices.
     """
     implementation = check_implementation(implementation)
-    check_combine(combine)
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
+    check_strategy(strategy)
+    logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
     axes = mesh_order(axis_name)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     rank = lax.axis_index(names)
@@ -135,8 +135,8 @@ def sharded_attention(
     several = axes_size(axes) > 1
     # As in `movement`: in index order the last device works as without a mask.
     balanced = is_causal and query_positions is not None
-    movement = _choose(combine, query_sharded, names, query, key, value, (bias, mask), balanced)
-    operands = make_operands(
+    movement = _choose(strategy, query_sharded, names, query, key, value, (bias, mask), balanced)
+    inputs = make_inputs(
         query,
         key,
         value,
@@ -159,12 +159,12 @@ def sharded_attention(
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     machine = Machine(platform_of(), any(mesh.shape[axis] > 1 for axis in others))
-    given = varying_axes(*jax.tree.leaves(operands))
-    if reproducible and combine == "fused" and typed_as_varying(axes):
-        more = varying_axes(*jax.tree.leaves(hooks.varied(operands, axes))) - given - {*axes}
+    given = varying_axes(*jax.tree.leaves(inputs))
+    if reproducible and strategy == "fused" and typed_as_varying(axes):
+        more = varying_axes(*jax.tree.leaves(hooks.varied(inputs, axes))) - given - {*axes}
         if more:
             raise NotImplementedError(
-                "reproducible=True with combine='fused' under check_vma=True is not built where nothing "
+                "reproducible=True with strategy='fused' under check_vma=True is not built where nothing "
                 f"varies over other axes of the mesh, here {sorted(more)}; use 'butterfly', or "
                 "check_vma=False"
             )
@@ -173,13 +173,13 @@ def sharded_attention(
             f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
             "name them in axis_names of the shard_map, or use distattn.dot_product_attention outside of it"
         )
-    work = Work(scoring, machine, implementation, movement, movement.keys_at_work(names))
+    work = Work(logit_config, machine, implementation, movement, movement.keys_at_work(names))
     if reproducible:
-        whole = _global_shapes(operands, axes_size(axes), query_sharded)
-        work = dataclasses.replace(work, units=units_of(whole, implementation))
-        out, lse = reproducible_attention(Own(work, axes, query_sharded), operands)
+        whole = _global_shapes(inputs, axes_size(axes), query_sharded)
+        work = dataclasses.replace(work, units=reproducible_blocks_of(whole, implementation))
+        out, lse = reproducible_attention(Own(work, axes, query_sharded), inputs)
     else:
-        out, lse = _attend(work, operands)
+        out, lse = _attend(work, inputs)
     if not query_sharded and typed_as_varying(axes):
         over = mesh_order((*axes, *(varying_axes(out) - given - {*axes})))
         if varying_axes(out) & set(axes):
@@ -192,7 +192,7 @@ def sharded_attention(
 
 
 def _choose(
-    combine: Combine,
+    strategy: StrategyLike,
     query_sharded: bool,
     names: Axes,
     query: jax.Array,
@@ -201,23 +201,23 @@ def _choose(
     dense: tuple[jax.Array | None, ...],
     causal: bool,
 ) -> Movement:
-    """What moves; ValueError where the combine that is named does not fit the query."""
+    """What moves; ValueError where the strategy that is named does not fit the query."""
     fitting = QUERY_SHARDED if query_sharded else BY_NAME
     if not (
-        combine == "auto"
-        or combine in fitting
-        or (isinstance(combine, Schedule) and not query_sharded)
+        strategy == "auto"
+        or strategy in fitting
+        or (isinstance(strategy, Schedule) and not query_sharded)
     ):
         raise ValueError(
-            f"combine={combine!r} does not fit query_sharded={query_sharded}; use 'auto' or one of "
+            f"strategy={strategy!r} does not fit query_sharded={query_sharded}; use 'auto' or one of "
             f"{fitting}"
         )
     if not query_sharded:
-        return Movement(all_reduce=names, schedule=combine)
+        return Movement(all_reduce=names, schedule=strategy)
     sizes = {axis: axes_size((axis,)) for axis in names}
-    if combine == "auto":
-        combine = _by_cost(sizes, query, key, value, dense, causal)
-    return movement_of(combine, names, sizes, query.shape[-2])
+    if strategy == "auto":
+        strategy = _by_cost(sizes, query, key, value, dense, causal)
+    return movement_of(strategy, names, sizes, query.shape[-2])
 
 
 def _by_cost(
@@ -247,37 +247,39 @@ def _by_cost(
     all_keys = any(cut[1] == size * keys for cut in cuts)
     return choose_sharded(
         shape, topology_of(mesh_order(tuple(sizes))), tuple(sizes.values()), all_keys=all_keys
-    ).combine
+    ).strategy
 
 
-def _attend(work: Work, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """out and lse of this device's operands, differentiated through the collectives."""
+def _attend(work: Work, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    """out and lse of this device's inputs, differentiated through the collectives."""
     movement = work.movement
-    operands, _ = at_work(masks_at_work(operands, movement), movement)
-    if not work.in_one_launch(operands):
-        return work.differentiable_result(operands)
+    inputs, _ = at_work(masks_at_work(inputs, movement), movement)
+    if not work.in_one_launch(inputs):
+        return work.differentiable_result(inputs)
 
     # As in `collectives`: the transpose of the same computation in another form.
-    def backward(operands: Operands, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Operands]:
+    def backward(
+        inputs: AttentionInputs, cotangents: tuple[jax.Array, jax.Array]
+    ) -> tuple[AttentionInputs]:
         apart = dataclasses.replace(
             work, movement=dataclasses.replace(movement, schedule="butterfly")
         )
-        return jax.vjp(apart.differentiable_result, operands)[1](cotangents)
+        return jax.vjp(apart.differentiable_result, inputs)[1](cotangents)
 
     launched = jax.custom_vjp(work.launched)
-    launched.defvjp(lambda operands: (launched(operands), operands), backward)
-    return launched(hooks.varied(operands, mesh_order(movement.all_reduce)))
+    launched.defvjp(lambda inputs: (launched(inputs), inputs), backward)
+    return launched(hooks.varied(inputs, mesh_order(movement.all_reduce)))
 
 
-def _global_shapes(operands: Operands, devices: int, query_sharded: bool) -> Operands:
+def _global_shapes(inputs: AttentionInputs, devices: int, query_sharded: bool) -> AttentionInputs:
     """The shapes of the whole call, from those of one device."""
 
     def longer(x: jax.Array, times: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * times, *x.shape[2:]), x.dtype)
 
     return dataclasses.replace(
-        operands,
-        query=longer(operands.query, devices if query_sharded else 1),
-        key=longer(operands.key, devices),
-        value=longer(operands.value, devices),
+        inputs,
+        query=longer(inputs.query, devices if query_sharded else 1),
+        key=longer(inputs.key, devices),
+        value=longer(inputs.value, devices),
     )

@@ -7,8 +7,8 @@ import jax
 
 from distattn.attention.sharding import Placement
 from distattn.collectives.all_reduce import BY_NAME
-from distattn.local.inputs import Operands
-from distattn.local.reproducible import Units
+from distattn.local.inputs import AttentionInputs
+from distattn.local.reproducible import ReproducibleBlocks
 from distattn.planning import cost
 from distattn.planning import cost as planner
 from distattn.planning.cost import HEADS_SHARDED, TWO_LEVELS, Shape, Topology, fits, gather_traffic
@@ -17,8 +17,8 @@ from distattn.planning.plan import Axes
 from distattn.planning.schedule import Schedule
 
 QUERY_SHARDED = tuple(SHARDED_FORMULAS)
-COMBINES = ("auto", *BY_NAME, *QUERY_SHARDED)
-Combine = str | Schedule
+STRATEGIES = ("auto", *BY_NAME, *QUERY_SHARDED)
+StrategyLike = str | Schedule
 # Where it is not known whether the query is sharded, nor how the result is wanted: 256 queries on 2 x 4 and
 # 4 x 2 processes and devices (Gloo) took 1.06 to 1.14 times as long for 0.8 of the predicted time.
 CLEARLY = 0.7
@@ -34,7 +34,7 @@ class Movement:
     heads: Axes = ()  # of T and S: while devices compute, these shard heads instead
     all_reduce: Axes = ()  # states are merged over these, and stay whole
     scatter: Axes = ()  # states are merged over these, and scattered along T
-    schedule: Combine = "auto"  # of the all-reduce
+    schedule: StrategyLike = "auto"  # of the all-reduce
     # Of "T" (of query and result) and "S" what is whole at rest, though axes shard it: cut for the work, or
     # not to be gathered.
     whole: str = ""
@@ -50,23 +50,23 @@ class Movement:
         return tuple(axis for axis in axes if axis not in self.gather_keys + self.heads)
 
 
-def check_combine(combine: Combine) -> None:
-    """That the combine exists."""
-    if isinstance(combine, Schedule):
+def check_strategy(strategy: StrategyLike) -> None:
+    """That the strategy exists."""
+    if isinstance(strategy, Schedule):
         return
-    if combine not in COMBINES:
+    if strategy not in STRATEGIES:
         raise ValueError(
-            f"combine is {combine!r}; it must be one of {COMBINES} or a distattn.Schedule"
+            f"strategy is {strategy!r}; it must be one of {STRATEGIES} or a distattn.Schedule"
         )
 
 
-def check_exchange(placement: Placement, combine: Combine) -> None:
-    """That a combine that is named has devices to combine.
+def check_exchange(placement: Placement, strategy: StrategyLike) -> None:
+    """That a strategy that is named has devices to strategy.
 
     Raises:
       ValueError: key is sharded over no axis, or it is not known over which.
     """
-    if combine == "auto" or placement.key:
+    if strategy == "auto" or placement.key:
         return
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     if manual:
@@ -82,76 +82,78 @@ def check_exchange(placement: Placement, combine: Combine) -> None:
     else:
         remedy = (
             "key is sharded along S over no axis: pass mesh= and axis_name=, or sharded arrays, or "
-            "combine='auto'"
+            "strategy='auto'"
         )
-    raise ValueError(f"combine={combine!r} says how the devices of the keys exchange, and {remedy}")
+    raise ValueError(
+        f"strategy={strategy!r} says how the devices of the keys exchange, and {remedy}"
+    )
 
 
 def choose_movement(
     placement: Placement,
-    operands: Operands,
-    combine: Combine,
+    inputs: AttentionInputs,
+    strategy: StrategyLike,
     query_axis_name: object,
-    units: Units | None = None,
+    reproducible_blocks: ReproducibleBlocks | None = None,
 ) -> tuple[Placement, Movement]:
     """The movement of a call, and the placement with T sharded where the movement needs that.
 
     Args:
       placement: where the arrays lie.
-      operands: global shapes.
-      combine: as in `dot_product_attention`.
+      inputs: global shapes.
+      strategy: as in `dot_product_attention`.
       query_axis_name: as passed by the caller.
-      units: of a reproducible call.
+      reproducible_blocks: of a reproducible call.
 
     Returns:
       Placement and Movement.
 
     Raises:
-      ValueError: a combine that does not fit where the query lies, or heads that do not divide.
+      ValueError: a strategy that does not fit where the query lies, or heads that do not divide.
     """
     devices, cuts_rows = placement.size(placement.key), False
     if devices > 1 and placement.sized(placement.query) == placement.sized(placement.key):
         placement = dataclasses.replace(placement, query=placement.key)
     shared = tuple(axis for axis in placement.query if axis in placement.key)
-    if isinstance(combine, Schedule) and combine.size != devices:
+    if isinstance(strategy, Schedule) and strategy.size != devices:
         raise ValueError(
-            f"combine is a Schedule for {combine.size} devices, but the keys lie on {devices} (axes "
+            f"strategy is a Schedule for {strategy.size} devices, but the keys lie on {devices} (axes "
             f"{placement.key}); build it for {devices}"
         )
     if devices == 1:
         # Rows may still be sharded over an axis of the keys that has one device: nothing to move.
         return placement, Movement(gather_keys=placement.key)
-    if combine == "auto":
-        combine = _by_cost(placement, operands, shared, units)
-        cuts_rows = combine in QUERY_SHARDED and not shared and placement.query_known
-    if combine not in QUERY_SHARDED:
-        movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=combine)
+    if strategy == "auto":
+        strategy = _by_cost(placement, inputs, shared, reproducible_blocks)
+        cuts_rows = strategy in QUERY_SHARDED and not shared and placement.query_known
+    if strategy not in QUERY_SHARDED:
+        movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=strategy)
         return placement, movement
     if not shared:
         if query_axis_name != "auto" and not cuts_rows:
             raise ValueError(
-                f"combine={combine!r} needs a query that is sharded along T over {placement.key}, and "
+                f"strategy={strategy!r} needs a query that is sharded along T over {placement.key}, and "
                 f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
                 "'auto', or use 'butterfly', 'psum', 'all_gather' or 'fused' for a replicated query"
             )
         placement = dataclasses.replace(placement, query=placement.query + placement.key)
         shared = placement.key
-    if combine in HEADS_SHARDED and placement.query != placement.key:
+    if strategy in HEADS_SHARDED and placement.query != placement.key:
         raise ValueError(
-            f"combine={combine!r} needs query and keys sharded over the same axes, and T is sharded over "
+            f"strategy={strategy!r} needs query and keys sharded over the same axes, and T is sharded over "
             f"{placement.query}, S over {placement.key}; use 'ring', 'gather_kv' or 'reduce_scatter'"
         )
     sizes = {axis: placement.size((axis,)) for axis in placement.key}
-    heads = operands.query.shape[2] // placement.size(placement.heads)
-    movement = movement_of(combine, shared, sizes, heads)
+    heads = inputs.query.shape[2] // placement.size(placement.heads)
+    movement = movement_of(strategy, shared, sizes, heads)
     return placement, dataclasses.replace(movement, whole="T" if cuts_rows else "")
 
 
-def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
-    """The movement of a combine for a sharded query, by its name.
+def movement_of(strategy: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
+    """The movement of a strategy for a sharded query, by its name.
 
     Args:
-      combine: one of `QUERY_SHARDED`.
+      strategy: one of `QUERY_SHARDED`.
       shared: the axes that shard T and S.
       sizes: of the axes of S, in the order of its shards.
       heads: N on each device.
@@ -160,16 +162,16 @@ def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -
       ValueError: no two levels, or heads that do not divide.
     """
     rest = tuple(axis for axis in sizes if axis not in shared)
-    if combine == "reduce_scatter":
+    if strategy == "reduce_scatter":
         return Movement(gather_rows=shared, scatter=shared, all_reduce=rest)
-    if combine == "gather_kv":
+    if strategy == "gather_kv":
         return Movement(gather_keys=shared, all_reduce=rest)
-    if combine == "ring":
+    if strategy == "ring":
         return Movement(ring=shared, all_reduce=rest)
-    way = combine.removeprefix("ulysses").removeprefix("_")
+    way = strategy.removeprefix("ulysses").removeprefix("_")
     if way and len(sizes) < 2:
         raise ValueError(
-            f"combine={combine!r} needs two levels, a tuple of axes with the fast one last, and the keys "
+            f"strategy={strategy!r} needs two levels, a tuple of axes with the fast one last, and the keys "
             f"lie on {shared}; on one axis use 'ulysses' or {way!r}"
         )
     inner = shared[-1:] if way else shared
@@ -177,7 +179,7 @@ def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -
     size = math.prod(sizes[axis] for axis in inner)
     if heads % size:
         raise ValueError(
-            f"combine={combine!r} shards the heads of query over the {size} devices of {inner}, and there "
+            f"strategy={strategy!r} shards the heads of query over the {size} devices of {inner}, and there "
             f"are {heads} on each device, no multiple of {size}; use 'ring' or 'gather_kv', which "
             "leave heads where they are, or axes on which the heads divide"
         )
@@ -191,7 +193,7 @@ def movement_of(combine: str, shared: Axes, sizes: dict[str, int], heads: int) -
 def choose_sharded(
     shape: Shape, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
 ) -> planner.Choice:
-    """The cheapest combine for a sharded query.
+    """The cheapest strategy for a sharded query.
 
     Args:
       shape: sizes over all devices.
@@ -208,37 +210,48 @@ def choose_sharded(
     return planner.choose(shape, topology, query_sharded=True, candidates=names)
 
 
-def _by_cost(placement: Placement, operands: Operands, shared: Axes, units: Units | None) -> str:
-    shape = _shape(placement, operands)
+def _by_cost(
+    placement: Placement,
+    inputs: AttentionInputs,
+    shared: Axes,
+    reproducible_blocks: ReproducibleBlocks | None,
+) -> str:
+    shape = _shape(placement, inputs)
     topology = placement.topology(placement.key)
     devices = placement.size(placement.key)
     same = not placement.query or placement.query == placement.key
     sizes = tuple(placement.size((axis,)) for axis in placement.key) if same else ()
-    rows = operands.query.shape[1]
-    if units is not None:
-        shape = dataclasses.replace(shape, words=units.by_keys.words)
+    rows = inputs.query.shape[1]
+    if reproducible_blocks is not None:
+        shape = dataclasses.replace(shape, words=reproducible_blocks.by_keys.words)
     if shared:
-        return choose_sharded(shape, topology, sizes).combine
+        return choose_sharded(shape, topology, sizes).strategy
     choice = planner.choose(shape, topology, query_sharded=False)
     if placement.query or rows % devices:
-        return choice.combine
+        return choice.strategy
     if placement.query_known:
         # Large states in fixed point take longer than keys, values and results together. In a cache keys
         # stay, and rows that are padded to blocks on each device would be work for nothing.
-        if units is None or units.keys == 1 or rows % (devices * units.rows):
-            return choice.combine
+        if (
+            reproducible_blocks is None
+            or reproducible_blocks.keys == 1
+            or rows % (devices * reproducible_blocks.rows)
+        ):
+            return choice.strategy
         other, least = choose_sharded(shape, topology, sizes), 1.0
         results_s = cost.time_s(gather_traffic(shape.out_bytes, topology), topology)
     else:
         # The layout is not known, so it may as well count as sharded where that is clearly cheaper.
         other, least, results_s = choose_sharded(shape, topology, sizes), CLEARLY, 0.0
-    return (other if other.predicted_s + results_s < least * choice.predicted_s else choice).combine
+    return (
+        other if other.predicted_s + results_s < least * choice.predicted_s else choice
+    ).strategy
 
 
-def _shape(placement: Placement, operands: Operands) -> Shape:
+def _shape(placement: Placement, inputs: AttentionInputs) -> Shape:
     """Sizes on one group of devices along the axes of the keys."""
-    batch, rows, heads, width = operands.query.shape
-    keys, kv_heads, value_width = operands.value.shape[-3:]
+    batch, rows, heads, width = inputs.query.shape
+    keys, kv_heads, value_width = inputs.value.shape[-3:]
     head_shards = placement.size(placement.heads)
     extra = tuple(axis for axis in placement.query if axis not in placement.key)
     return Shape(
@@ -249,7 +262,7 @@ def _shape(placement: Placement, operands: Operands) -> Shape:
         num_kv_heads=max(kv_heads // head_shards, 1),
         head_dim=width,
         value_dim=value_width,
-        itemsize=operands.key.dtype.itemsize,
+        itemsize=inputs.key.dtype.itemsize,
         # In index order the last device works as without a mask; in one of the caller's, all work alike.
-        causal=operands.mask.is_causal and operands.mask.index_order is None,
+        causal=inputs.mask.is_causal and inputs.mask.index_order is None,
     )

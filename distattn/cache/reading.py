@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 from distattn.attention.global_call import attend as attend_across
 from distattn.attention.global_call import choose_call
 from distattn.attention.sharding import Placement, read_placement
-from distattn.attention.strategy import QUERY_SHARDED, Combine, check_combine
+from distattn.attention.strategy import QUERY_SHARDED, StrategyLike, check_strategy
 from distattn.cache.arguments import layer_index, on_host
 from distattn.cache.layout import Layout
-from distattn.local.inputs import Window, check_implementation, make_operands, make_scoring
-from distattn.local.reproducible import units_of
+from distattn.local.inputs import Window, check_implementation, make_inputs, make_logit_config
+from distattn.local.reproducible import reproducible_blocks_of
 from distattn.planning.plan import AxisNames
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def attend(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     query_axis_name: AxisNames = "auto",
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
     reproducible: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of queries to the keys and values of their rows, as `distattn.dot_product_attention`.
@@ -80,7 +80,7 @@ def attend(
       key_value_segment_ids: int32[S] or int32[B, S], of the slots.
       query_axis_name: axes that shard T, the cache's own or others; None: replicated; 'auto': read from
         the query where that is possible, else replicated.
-      combine: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`, for a query sharded
+      strategy: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`, for a query sharded
         along T over the cache's axes 'reduce_scatter'. 'gather_kv' would gather the cache, and is refused.
       reproducible: the same bits wherever tokens lie, in whatever order they came, on any number of
         devices; as in `dot_product_attention`, but the block is a single key, since slots fill up one by
@@ -105,10 +105,10 @@ def attend(
     """
     self.layout.check_outside()
     implementation = check_implementation(implementation)
-    check_combine(combine)
-    if combine in QUERY_SHARDED and combine != "reduce_scatter":
+    check_strategy(strategy)
+    if strategy in QUERY_SHARDED and strategy != "reduce_scatter":
         raise ValueError(
-            f"combine={combine!r} moves keys and values, and a cache stays where it is; use 'auto', "
+            f"strategy={strategy!r} moves keys and values, and a cache stays where it is; use 'auto', "
             "'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query sharded along T"
         )
     query = jnp.asarray(query)
@@ -128,7 +128,7 @@ def attend(
         query_positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     if tree_mask is not None:
         mask = _with_tree(self, start, tree_mask, mask, tokens)
-    operands = make_operands(
+    inputs = make_inputs(
         query,
         self.key,
         self.value,
@@ -149,14 +149,14 @@ def attend(
     )
     placement = _placement(self, query, query_axis_name)
     along = bool(set(placement.query) & set(placement.key))
-    if combine == "auto" and along and placement.size(placement.key) > 1:
-        combine = "reduce_scatter"
-    units = units_of(operands, implementation, keys=1) if reproducible else None
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
+    if strategy == "auto" and along and placement.size(placement.key) > 1:
+        strategy = "reduce_scatter"
+    units = reproducible_blocks_of(inputs, implementation, keys=1) if reproducible else None
+    logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
     call = choose_call(
-        operands, placement, scoring, implementation, combine, query_axis_name, units
+        inputs, placement, logit_config, implementation, strategy, query_axis_name, units
     )
-    out, lse = attend_across(call, operands)
+    out, lse = attend_across(call, inputs)
     return (out, lse) if return_residual else out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from distattn._compat import interpreted
 from distattn.cli.arguments import CommandError, Subparsers, at_least, refuse, some_of
 from distattn.cli.tuning import Workload, tune
 from distattn.local.kernels.tuned import VARIABLE, Measured, read, write

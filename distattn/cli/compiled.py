@@ -14,7 +14,7 @@ from distattn.testing.programs import Report, compile_for
 
 
 def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:
-    """The attention of one layer, on the mesh and by the combine of the plan; its gradient in training.
+    """The attention of one layer, on the mesh and by the strategy of the plan; its gradient in training.
 
     Args:
       plan: of whose workload lengths are rounded up to multiples of the devices.
@@ -53,7 +53,7 @@ def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:
     # One query is the last and sees all keys; of several the mask is compiled, whatever their positions.
     attention = functools.partial(
         dot_product_attention,
-        combine=plan.combine,
+        strategy=plan.strategy,
         is_causal=workload.causal and workload.queries > 1,
     )
 

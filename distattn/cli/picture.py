@@ -16,7 +16,7 @@ COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "osD^vXP*"
 MOST_DRAWN = 64  # devices of an axis, above which a picture of them is a blot
 RC: dict[str, Any] = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "plan"}
-STATES = ("butterfly", "fused")  # combines whose rounds are a schedule of ours
+STATES = ("butterfly", "fused")  # strategies whose rounds are a schedule of ours
 
 
 def draw(found: Plan, pod: Pod, path: Path) -> None:
@@ -40,7 +40,7 @@ def draw(found: Plan, pod: Pod, path: Path) -> None:
         2, 1, squeeze=False, height_ratios=(4.6, max(1.9 * len(axes), 0.1))
     )[:, 0]
     left, right = above.subplots(1, 2)
-    names = (found.combine, *sorted(x.combine for x in found.alternatives))
+    names = (found.strategy, *sorted(x.strategy for x in found.alternatives))
     style = {name: (COLOURS[k % 8], MARKERS[k % 8]) for k, name in enumerate(names)}
     _lines(left, _contexts(found, pod), style, found, found.workload.context)
     left.set_xlabel("context (keys of a sequence)")
@@ -111,13 +111,13 @@ def _lines(
     times: dict[str, list[tuple[int, float]]] = {}
     for x, each in points:
         for option in (each, *each.alternatives):
-            if option.fits and option.combine in style:
-                times.setdefault(option.combine, []).append((x, option.predicted_s))
+            if option.fits and option.strategy in style:
+                times.setdefault(option.strategy, []).append((x, option.predicted_s))
     for name, (colour, marker) in style.items():
         if name not in times:
             continue
         xs, ys = zip(*sorted(times[name]), strict=True)
-        wide = name == found.combine
+        wide = name == found.strategy
         ax.plot(
             xs,
             ys,
@@ -135,34 +135,34 @@ def _lines(
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _rounds(combine: str, size: int, *, fastest: bool) -> list[tuple[str, list[tuple[int, int]]]]:
+def _rounds(strategy: str, size: int, *, fastest: bool) -> list[tuple[str, list[tuple[int, int]]]]:
     """What each round along an axis is called, and who sends to whom in it."""
-    heads, _, outside = combine.partition("_")
+    heads, _, outside = strategy.partition("_")
     if heads == "ulysses" and outside and not fastest:
-        combine = outside
-    if combine in STATES:
+        strategy = outside
+    if strategy in STATES:
         schedule = butterfly(size)
         return [(f"round {k + 1}", list(pairs)) for k, pairs in enumerate(schedule.rounds)]
     neighbours = [(rank, (rank + 1) % size) for rank in range(size)]
-    if combine == "ring":
+    if strategy == "ring":
         return [(f"{size - 1} hops, all alike", neighbours)]
-    if heads == "ulysses" and combine.startswith(heads):
+    if heads == "ulysses" and strategy.startswith(heads):
         everyone = [(a, b) for a in range(size) for b in range(size) if a != b]
         return [("all to all", everyone)]
-    return [(f"XLA's own {combine}: along a ring", neighbours)]
+    return [(f"XLA's own {strategy}: along a ring", neighbours)]
 
 
 def _exchange(figure: Any, found: Plan, axes: dict[str, int], rounds: int) -> None:
     """A row for each axis of the mesh, the fastest first, with a circle of its devices for each round."""
     panels = figure.subplots(len(axes), rounds, squeeze=False)
     figure.suptitle(
-        f"{found.combine} on {found.topology}: who sends to whom, along each axis; a step takes "
+        f"{found.strategy} on {found.topology}: who sends to whom, along each axis; a step takes "
         f"{seconds_text(found.predicted_s)}",
         fontsize=11,
     )
     fastest = next(reversed(axes))
     for row, (name, size) in zip(panels, reversed(axes.items()), strict=True):
-        drawn = _rounds(found.combine, size, fastest=name == fastest)
+        drawn = _rounds(found.strategy, size, fastest=name == fastest)
         for k, ax in enumerate(row):
             ax.set_axis_off()
             if k < len(drawn):

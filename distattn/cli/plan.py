@@ -1,4 +1,4 @@
-"""`distattn plan`: does it fit on a pod, what will it cost, which combine; without any device."""
+"""`distattn plan`: does it fit on a pod, what will it cost, which strategy; without any device."""
 
 import argparse
 import importlib.util
@@ -50,9 +50,9 @@ def add(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="predicts memory, traffic and time of attention on a pod of any size, without one",
-        description="By formula, from data sheets: which combine to take on a pod for one step over all "
+        description="By formula, from data sheets: which strategy to take on a pod for one step over all "
         "layers, what each device holds and sends, how long it takes, the largest context that fits, and "
-        "why the other combines lose. It starts no device. Lengths may be written as 128k (131072) or 1M "
+        "why the other strategies lose. It starts no device. Lengths may be written as 128k (131072) or 1M "
         "(1048576).",
         epilog="exit code: 0, it fits; 1, it does not; 2, an argument is wrong",
     )
@@ -85,7 +85,7 @@ def add(subparsers: Subparsers) -> None:
         "pairs, shared equally (a layout such as zigzag); default yes. It changes nothing for one query",
     )
     argument(
-        "--combine",
+        "--strategy",
         choices=FORMULAS,
         metavar="NAME",
         help=f"not the best, but one of {', '.join(FORMULAS)}",
@@ -164,7 +164,7 @@ def _run(options: argparse.Namespace) -> int:
             sharding=options.mesh,
             batch_axis_name=options.batch_axis,
             heads_axis_name=options.heads_axis,
-            combine=options.combine,
+            strategy=options.strategy,
             links=_measured(options.check, where),
             reserved_bytes=options.reserved_bytes,
         )

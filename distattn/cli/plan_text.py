@@ -1,4 +1,4 @@
-"""A plan as text: what it rests on, whether it fits, memory, time, messages, and the other combines."""
+"""A plan as text: what it rests on, whether it fits, memory, time, messages, and the other strategies."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -20,11 +20,11 @@ def plan_text(found: Plan, dtype: str, given: Collection[str]) -> str:
     """
     blocks = [
         _block("inputs", _inputs(found, dtype, given)),
-        _verdict(found, named="combine" in given),
+        _verdict(found, named="strategy" in given),
         _block("memory of a device", _memory(found)),
         _block(f"time of a step, {_step(found)}", _time(found)),
         _block("messages and blocks", _messages(found)),
-        _alternatives(found, named="combine" in given),
+        _alternatives(found, named="strategy" in given),
     ]
     return "\n\n".join(blocks)
 
@@ -106,10 +106,10 @@ def _verdict(found: Plan, *, named: bool) -> str:
         room = f"it fits: {need} of {bytes_text(found.memory_bytes)} a device, {100 * share:.3g} %"
     else:
         return _does_not_fit(found, named=named)
-    why = "as --combine says" if named else "the least time"
+    why = "as --strategy says" if named else "the least time"
     lines = [
         f"verdict: {room}",
-        f'  combine="{found.combine}", {why}: {seconds_text(found.predicted_s)} a step',
+        f'  strategy="{found.strategy}", {why}: {seconds_text(found.predicted_s)} a step',
     ]
     if found.largest_context is not None:
         lines.append(f"  the largest context that fits: {found.largest_context:,}")
@@ -117,8 +117,8 @@ def _verdict(found: Plan, *, named: bool) -> str:
 
 
 def _does_not_fit(found: Plan, *, named: bool) -> str:
-    fitting = [x.combine for x in found.alternatives if x.fits]
-    whose = f'with combine="{found.combine}"'
+    fitting = [x.strategy for x in found.alternatives if x.fits]
+    whose = f'with strategy="{found.strategy}"'
     if not named:
         whose += ", which needs least" if found.alternatives else ", the only one that there is"
     lines = [
@@ -129,7 +129,7 @@ def _does_not_fit(found: Plan, *, named: bool) -> str:
     ]
     lines += [f"    {x}" for x in found.remedies]
     if fitting:
-        lines.append(f"    another combine, for these fit: {', '.join(fitting)}")
+        lines.append(f"    another strategy, for these fit: {', '.join(fitting)}")
     elif not found.remedies:
         lines.append("    nothing less than another model: not even one key fits")
     return "\n".join(lines)
@@ -184,7 +184,7 @@ def _messages(found: Plan) -> Rows:
 
 def _alternatives(found: Plan, *, named: bool) -> str:
     header = (
-        "combine",
+        "strategy",
         "a step",
         "memory",
         "sent a step",
@@ -202,9 +202,9 @@ def _alternatives(found: Plan, *, named: bool) -> str:
         context = "not known" if x.largest_context is None else f"{x.largest_context:,}"
         amounts = (seconds_text(x.predicted_s), bytes_text(x.bytes_per_device))
         sent = bytes_text(x.bytes_sent_per_device)
-        rows.append((x.combine, *amounts, sent, f"{x.rounds:,}", context, note))
+        rows.append((x.strategy, *amounts, sent, f"{x.rounds:,}", context, note))
     return "\n".join(
-        ("all combines; memory and bytes sent are those of one device", *_aligned(rows))
+        ("all strategies; memory and bytes sent are those of one device", *_aligned(rows))
     )
 
 

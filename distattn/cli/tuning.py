@@ -15,14 +15,14 @@ from jax import lax
 from distattn._compat import device_kind_of, platform_of
 from distattn.cli.check.programs import DoesNotCompile, medians, prepare
 from distattn.local import dispatch
-from distattn.local.block import Cotangents, Scoring
-from distattn.local.inputs import Operands, make_operands
+from distattn.local.block import Cotangents, LogitConfig
+from distattn.local.inputs import AttentionInputs, make_inputs
 from distattn.local.kernels.tuned import Kind, Measured, chip_name, kind_of
 from distattn.local.tiling import Machine
 
 # Of one sample, which is as many calls in one program: launching it, some 0.1 ms, must not count.
 SAMPLE_S = 0.02
-SCORING = Scoring(1 / 8)
+SCORING = LogitConfig(1 / 8)
 Program = Callable[..., jax.Array]
 
 
@@ -39,7 +39,7 @@ class Workload:
     width: int  # H, and V
     dtype: jnp.dtype  # of keys and values; of 8 bits with scales, the query then bfloat16
 
-    def operands(self) -> Operands:
+    def inputs(self) -> AttentionInputs:
         """Random numbers; causal with more than one query, as a prompt is."""
         batch, keys, heads = self.batch, self.keys, self.kv_heads
         stored = (batch, keys, heads, self.width)
@@ -50,7 +50,7 @@ class Workload:
         scale = jnp.full(stored[:3], 1 / 64, jnp.float32) if narrow else None
         # The last query sees all keys, in a cache as in a prompt.
         start = keys - self.queries
-        return make_operands(
+        return make_inputs(
             query,
             key,
             value,
@@ -125,19 +125,19 @@ def tune(workload: Workload, repeats: int) -> Finding:
             f"{workload.queries} queries of {groups} heads each are {kind!r}, not {workload.kind!r}; pass "
             "fewer queries for decode, more for prefill"
         )
-    operands = workload.operands()
+    inputs = workload.inputs()
     machine = Machine(platform_of())
     kernel = dispatch.own(machine.platform)
-    reason = kernel.refusal(operands, SCORING, machine, backward=backward)
+    reason = kernel.refusal(inputs, SCORING, machine, backward=backward)
     if reason is not None:
         raise NotImplementedError(f"{kind}: {reason}")
-    cotangents = _cotangents_of(operands) if backward else None
-    own = kernel.sizes_of(operands, SCORING, machine, backward=backward)
-    programs, left_out = _programs(workload, operands, cotangents)
+    cotangents = _cotangents_of(inputs) if backward else None
+    own = kernel.sizes_of(inputs, SCORING, machine, backward=backward)
+    programs, left_out = _programs(workload, inputs, cotangents)
     if own not in programs:
         raise NotImplementedError("; ".join(left_out))
-    calls = _calls_of_a_sample(programs[own], operands, cotangents)
-    timed = {f"{x}": (program, (calls, operands, cotangents)) for x, program in programs.items()}
+    calls = _calls_of_a_sample(programs[own], inputs, cotangents)
+    timed = {f"{x}": (program, (calls, inputs, cotangents)) for x, program in programs.items()}
     seconds = medians(timed, repeats)
     found = sorted(
         (Candidate(*sizes, seconds[f"{sizes}"] / int(calls)) for sizes in programs),
@@ -148,7 +148,7 @@ def tune(workload: Workload, repeats: int) -> Finding:
 
 
 def _programs(
-    workload: Workload, operands: Operands, cotangents: Cotangents | None
+    workload: Workload, inputs: AttentionInputs, cotangents: Cotangents | None
 ) -> tuple[dict[tuple[int, int], Program], list[str]]:
     """The compiled program of all sizes that there is room for, by rows and keys; which failed."""
     programs: dict[tuple[int, int], Program] = {}
@@ -157,16 +157,16 @@ def _programs(
     backward = workload.kind == "gradient"
     kernel = dispatch.own(platform_of())
     for machine in _machines(kernel.CANDIDATES, workload.heads // workload.kv_heads):
-        if kernel.refusal(operands, SCORING, machine, backward=backward) is not None:
+        if kernel.refusal(inputs, SCORING, machine, backward=backward) is not None:
             continue
-        sizes = kernel.sizes_of(operands, SCORING, machine, backward=backward)
+        sizes = kernel.sizes_of(inputs, SCORING, machine, backward=backward)
         if sizes in seen:
             continue
         seen.add(sizes)
         name = f"{workload.kind}, {sizes[0]} rows x {sizes[1]} keys"
         run = functools.partial(_calls, machine)
         try:
-            programs[sizes] = prepare(name, run, jnp.ones((), jnp.int32), operands, cotangents)
+            programs[sizes] = prepare(name, run, jnp.ones((), jnp.int32), inputs, cotangents)
         except DoesNotCompile as error:
             left_out.append(f"{name}: {error}")
     return programs, left_out
@@ -182,14 +182,14 @@ def _machines(
 
 
 def _calls(
-    machine: Machine, count: jax.Array, operands: Operands, cotangents: Cotangents | None
+    machine: Machine, count: jax.Array, inputs: AttentionInputs, cotangents: Cotangents | None
 ) -> jax.Array:
     """A number that needs `count` calls, one after the other: of a fold, or of a gradient."""
     kernel = dispatch.own(machine.platform)
 
     def call(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         query, seen = carry
-        own = dataclasses.replace(operands, query=query)
+        own = dataclasses.replace(inputs, query=query)
         if cotangents is not None:
             results = kernel.fold_gradients(own, SCORING, machine, cotangents)[:3]
         else:
@@ -199,25 +199,25 @@ def _calls(
         # It never is, but the next call cannot begin before that is known.
         return jnp.where(seen == jnp.inf, 0, query).astype(query.dtype), seen
 
-    return lax.fori_loop(0, count, call, (operands.query, jnp.zeros((), jnp.float32)))[1]
+    return lax.fori_loop(0, count, call, (inputs.query, jnp.zeros((), jnp.float32)))[1]
 
 
-def _cotangents_of(operands: Operands) -> Cotangents:
-    shape = operands.query.shape[:3]
+def _cotangents_of(inputs: AttentionInputs) -> Cotangents:
+    shape = inputs.query.shape[:3]
     reference = jnp.full(shape, 8.0, jnp.float32)
-    width = operands.value.shape[-1]
+    width = inputs.value.shape[-1]
     d_weighted_sum = _random(3, (*shape, width), jnp.dtype(jnp.float32))
     return Cotangents(reference, jnp.ones(shape), d_weighted_sum)
 
 
 def _calls_of_a_sample(
-    program: Program, operands: Operands, cotangents: Cotangents | None
+    program: Program, inputs: AttentionInputs, cotangents: Cotangents | None
 ) -> jax.Array:
     one = jnp.ones((), jnp.int32)
     seconds = []
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
-        jax.block_until_ready(program(one, operands, cotangents))
+        jax.block_until_ready(program(one, inputs, cotangents))
         seconds.append(time.perf_counter() - began)
     return jnp.asarray(max(math.ceil(SAMPLE_S / seconds[1]), 1), jnp.int32)
 

@@ -154,7 +154,7 @@ def choose_all_reduce(state: State, axes: tuple[str, ...]) -> str:
     # A schedule's result cannot be typed as replicated without one more collective.
     candidates = ("psum", "all_gather") if typed_as_varying(axes) else ALL_REDUCES
     topology = topology_of(axes)
-    return cost.choose(shape, topology, query_sharded=False, candidates=candidates).combine
+    return cost.choose(shape, topology, query_sharded=False, candidates=candidates).strategy
 
 
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

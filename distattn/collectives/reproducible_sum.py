@@ -16,7 +16,7 @@ from jax import lax
 
 from distattn._compat import vary
 from distattn.algebra import fixed_point
-from distattn.algebra.fixed_point import lattice, merge_axes, quantise
+from distattn.algebra.fixed_point import limb_format, merge_axes, quantise
 from distattn.collectives.all_reduce import all_reduce, sum_schedule
 from distattn.collectives.mesh import AxisName, axes_size, mesh_order, typed_as_varying
 
@@ -86,7 +86,7 @@ def reproducible_sum(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _sum(x: jax.Array, axes: tuple[int, ...], names: tuple[str, ...], keepdims: bool) -> jax.Array:
     terms = math.prod(x.shape[axis] for axis in axes) * axes_size(names)
-    total = quantise(x.astype(jnp.float32)[None], lattice(max(terms, 1)))
+    total = quantise(x.astype(jnp.float32)[None], limb_format(max(terms, 1)))
     if axes:
         total = merge_axes(total, axes, keepdims=keepdims)
     if names:

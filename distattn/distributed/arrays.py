@@ -36,7 +36,7 @@ def make_mesh(
     """A mesh of all devices: one axis between the processes, and one between the devices of each.
 
     Made from the topology (`mesh_utils`): neighbours along the second axis are as near as the hardware has
-    them, whatever the numbers of the devices are. `combine="auto"` crosses the first axis last, and once.
+    them, whatever the numbers of the devices are. `strategy="auto"` crosses the first axis last, and once.
 
     Args:
       axis_names: of the slow axis, and of the fast one.

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from distattn._compat import needed
 from distattn.attention.api import dot_product_attention
-from distattn.attention.strategy import Combine
+from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window
 from distattn.planning.plan import AxisNames
 
@@ -32,7 +32,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     mesh: Mesh | AbstractMesh | None = eqx.field(static=True)
     axis_name: AxisNames = eqx.field(static=True)
     query_axis_name: AxisNames = eqx.field(static=True)
-    combine: Combine = eqx.field(static=True)
+    strategy: StrategyLike = eqx.field(static=True)
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         mesh: Mesh | AbstractMesh | None = None,
         axis_name: AxisNames = None,
         query_axis_name: AxisNames = "auto",
-        combine: Combine = "auto",
+        strategy: StrategyLike = "auto",
     ):
         """The arguments of `equinox.nn.MultiheadAttention`, and where the arrays lie.
 
@@ -78,7 +78,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           mesh: as in `distattn.dot_product_attention`, with the following.
           axis_name: axes over which the keys and values are sharded along S.
           query_axis_name: axes over which the query is sharded along T.
-          combine: how devices exchange.
+          strategy: how devices exchange.
         """
         super().__init__(
             num_heads,
@@ -100,7 +100,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         self.mesh = mesh
         self.axis_name = axis_name
         self.query_axis_name = query_axis_name
-        self.combine = combine
+        self.strategy = strategy
 
     @classmethod
     def from_equinox(
@@ -110,7 +110,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         mesh: Mesh | AbstractMesh | None = None,
         axis_name: AxisNames = None,
         query_axis_name: AxisNames = "auto",
-        combine: Combine = "auto",
+        strategy: StrategyLike = "auto",
     ) -> Self:
         """The module with Equinox's own one's projections and dropout, trained or replaced as they are.
 
@@ -121,7 +121,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           mesh: as in `distattn.dot_product_attention`, with the following.
           axis_name: axes over which the keys and values are sharded along S.
           query_axis_name: axes over which the query is sharded along T.
-          combine: how devices exchange.
+          strategy: how devices exchange.
 
         Returns:
           The module; it shares its arrays with the other.
@@ -136,7 +136,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             mesh=mesh,
             axis_name=axis_name,
             query_axis_name=query_axis_name,
-            combine=combine,
+            strategy=strategy,
         )
         return eqx.tree_at(_parts, empty, _parts(module), is_leaf=lambda x: x is None)
 
@@ -222,7 +222,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             mesh=self.mesh,
             axis_name=self.axis_name,
             query_axis_name=self.query_axis_name,
-            combine=self.combine,
+            strategy=self.strategy,
         )
         return jax.vmap(self.output_proj)(jnp.reshape(out, (query.shape[0], -1)))
 

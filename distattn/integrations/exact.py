@@ -44,9 +44,9 @@ class Exact:
     def norm(self, x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
         """x [B, T, E] over its root mean square, times weight [E]."""
         total = reproducible_sum(x * x, axis=-1, keepdims=True)
-        mean = deterministic_math.rounded(total * np.float32(1 / x.shape[-1]))
+        mean = deterministic_math.prevent_fma(total * np.float32(1 / x.shape[-1]))
         # Divided by a root that is rounded before: not what XLA makes of a quotient by a root.
-        return x / deterministic_math.rounded(jnp.sqrt(mean + epsilon)) * weight[None, None]
+        return x / deterministic_math.prevent_fma(jnp.sqrt(mean + epsilon)) * weight[None, None]
 
     def turn(self, x: jax.Array, positions: jax.Array, base: float, most: int) -> jax.Array:
         """x [B, T, N, H] with the pairs (i, i + H/2) turned by angles proportional to positions [B, T].
@@ -58,7 +58,7 @@ class Exact:
         angle = np.arange(most)[:, None] * frequency
         index = jnp.clip(positions, 0, most - 1)
         cos, sin = (jnp.asarray(f(angle), jnp.float32)[index][:, :, None] for f in (np.cos, np.sin))
-        a, b, rounded = x[..., :half], x[..., half:], deterministic_math.rounded
+        a, b, rounded = x[..., :half], x[..., half:], deterministic_math.prevent_fma
         parts = rounded(a * cos) - rounded(b * sin), rounded(b * cos) + rounded(a * sin)
         return jnp.concatenate(parts, axis=-1)
 

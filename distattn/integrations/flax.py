@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from distattn._compat import needed
 from distattn.attention.api import dot_product_attention
-from distattn.attention.strategy import Combine
+from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window, window_sides
 from distattn.planning.plan import AxisNames
 
@@ -50,7 +50,7 @@ def attention_fn(
     query_axis_name: AxisNames = "auto",
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
     is_causal: bool = False,
     local_window_size: Window = None,
     logits_soft_cap: float | None = None,
@@ -74,7 +74,7 @@ def attention_fn(
     * `broadcast_dropout` and `dropout_rng` only say how to drop, so they matter to nothing here.
     * A step of decode mode is a call with one query and a mask over the whole cache, which may be sharded
       along its length, over Auto axes: over Explicit ones Flax's own write to its cache is refused by JAX.
-      combine='auto' chooses for a step by its own shape; a combine that is named for a sharded query in
+      strategy='auto' chooses for a step by its own shape; a strategy that is named for a sharded query in
       training serves badly there.
 
     Args:
@@ -84,7 +84,7 @@ def attention_fn(
       query_axis_name: axes over which query is sharded along T.
       batch_axis_name: axes over which the (flattened) batch is sharded. Say them under Auto axes too.
       heads_axis_name: axes over which the heads are sharded.
-      combine: how devices exchange.
+      strategy: how devices exchange.
       is_causal: of every call, beside what a call says itself. A step of decode mode (T = 1 < S with a
         mask) needs none: Flax has it in the mask.
       local_window_size: int or (left, right), on positions.
@@ -184,7 +184,7 @@ def attention_fn(
             query_axis_name=query_axis_name,
             batch_axis_name=batch_axis_name,
             heads_axis_name=heads_axis_name,
-            combine=combine,
+            strategy=strategy,
         )
         return jnp.reshape(out, (*batch, *query.shape[-3:-1], value.shape[-1]))
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.attention.api import dot_product_attention
-from distattn.attention.strategy import Combine
+from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window
 from distattn.planning.plan import AxisNames
 
@@ -22,7 +22,7 @@ def stand_in(
     query_axis_name: AxisNames = "auto",
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
 ) -> Callable[..., Any]:
     """`jax.nn.dot_product_attention`, its arguments and no others, with the mesh said once.
 
@@ -43,7 +43,7 @@ def stand_in(
       query_axis_name: axes over which query is sharded along T.
       batch_axis_name: axes over which the batch is sharded. Say them under Auto axes, where jit hides them.
       heads_axis_name: axes over which the heads are sharded.
-      combine: how devices exchange.
+      strategy: how devices exchange.
 
     Returns:
       The function: query [B, T, N, H] or [T, N, H], key [B, S, K, H], value [B, S, K, V] -> [B, T, N, V],
@@ -91,7 +91,7 @@ def stand_in(
             query_axis_name=query_axis_name,
             batch_axis_name=batch_axis_name,
             heads_axis_name=heads_axis_name,
-            combine=combine,
+            strategy=strategy,
         )
 
     return attention

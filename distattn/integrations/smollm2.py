@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distattn._compat import command, needed
-from distattn.attention.strategy import Combine
+from distattn.attention.strategy import StrategyLike
 from distattn.cache import KVCache
 from distattn.collectives.mesh import check_mesh
 from distattn.integrations.exact import Exact
@@ -204,7 +204,7 @@ def forward(
     read: jax.Array | None = None,
     owner: jax.Array | None = None,
     positions: jax.Array | None = None,
-    combine: Combine = "auto",
+    strategy: StrategyLike = "auto",
     reproducible: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Runs each row's next tokens through the model; their keys and values go into the cache.
@@ -220,7 +220,7 @@ def forward(
       positions: int32[B, T] of the tokens, to compute again what a cache has lost (`KVCache.recover`);
         negative: no token. Default: those that follow the row's in the cache.
       owner: int32[B, T], the device for the key and value of each token; default by the cache's placement.
-      combine: as in `KVCache.attend`.
+      strategy: as in `KVCache.attend`.
       reproducible: the same bits on any number of devices, wherever the cache has its tokens, for prompts
         that are cut in the same pieces. It takes weights that were placed for it.
 
@@ -251,7 +251,7 @@ def forward(
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = turn(q, positions), turn(k, positions)
         cache = cache.write(k, v, slots, layer=i)
-        y = cache.attend(q, layer=i, query_positions=positions, combine=combine, **exactly)
+        y = cache.attend(q, layer=i, query_positions=positions, strategy=strategy, **exactly)
         x = x + ops.linear(y.reshape(batch, count, -1), w["attention_out"], width)
         return (x + ops.swiglu(norm(x, w["mlp_norm"]), w), cache), None
 

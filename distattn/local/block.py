@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distattn.algebra.deterministic_math import rounded
+from distattn.algebra.deterministic_math import prevent_fma
 from distattn.algebra.softmax_state import SoftmaxState, softmax_weights
 from distattn.planning.chips import DIAGONAL_HEADS
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
+class LogitConfig:
     """How a logit is made, apart from arrays: cap(scale * q.k + bias)."""
 
     scale: float
@@ -30,7 +30,7 @@ class Scoring:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The operands of one block. `bias` and `allowed` are laid out as the logits are."""
+    """The inputs of one block. `bias` and `allowed` are laid out as the logits are."""
 
     query: jax.Array  # [b, K, G, q, H], times the scale
     key: jax.Array  # [b, s, K, H]
@@ -51,41 +51,41 @@ class Cotangents(NamedTuple):
     d_weighted_sum: jax.Array  # f32[B, T, N, V]
 
 
-def block_state(block: Block, scoring: Scoring) -> SoftmaxState:
+def block_state(block: Block, logit_config: LogitConfig) -> SoftmaxState:
     """The state of one block: max and sum [b, K, G, q], weighted_sum [b, K, G, q, V]."""
     axis = 1 if block.flat else -1
-    logits, _ = block_logits(block, scoring)
+    logits, _ = block_logits(block, logit_config)
     high = logits.max(axis=axis)
     weights = softmax_weights(logits, jnp.expand_dims(high, axis))
     return SoftmaxState(
         max=high,
         sum=weights.sum(axis=axis),
-        weighted_sum=_weigh(weights, block, scoring),
+        weighted_sum=_weigh(weights, block, logit_config),
     )
 
 
-def block_logits(block: Block, scoring: Scoring) -> tuple[jax.Array, jax.Array | None]:
+def block_logits(block: Block, logit_config: LogitConfig) -> tuple[jax.Array, jax.Array | None]:
     """Logits (see the layouts above), -inf where not allowed; and d(logit)/d(uncapped), None for 1."""
-    return finish_logits(_scores(block, scoring), block, scoring)
+    return finish_logits(_scores(block, logit_config), block, logit_config)
 
 
 def finish_logits(
-    scores: jax.Array, block: Block, scoring: Scoring, tanh: Callable[..., Any] = jnp.tanh
+    scores: jax.Array, block: Block, logit_config: LogitConfig, tanh: Callable[..., Any] = jnp.tanh
 ) -> tuple[jax.Array, jax.Array | None]:
     """Bias, soft cap and mask on scale * q.k, which lies as bias and `allowed` do."""
     logits, slope = scores, None
     if block.bias is not None:
         logits = logits + block.bias
-    if scoring.soft_cap is not None:
-        ratio = tanh(logits / scoring.soft_cap)
-        logits, slope = rounded(scoring.soft_cap * ratio), (1 - ratio) * (1 + ratio)
+    if logit_config.soft_cap is not None:
+        ratio = tanh(logits / logit_config.soft_cap)
+        logits, slope = prevent_fma(logit_config.soft_cap * ratio), (1 - ratio) * (1 + ratio)
     if block.allowed is not None:
         logits = jnp.where(block.allowed, logits, -jnp.inf)
     return logits, slope
 
 
 def block_gradients(
-    block: Block, scoring: Scoring, cotangents: Cotangents
+    block: Block, logit_config: LogitConfig, cotangents: Cotangents
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), for weights exp(s - reference).
 
@@ -96,8 +96,8 @@ def block_gradients(
         p = exp(s - reference),  ds = p * (d_weighted_sum . v + d_sum)
 
     Args:
-      block: the operands.
-      scoring: how logits are made.
+      block: the inputs.
+      logit_config: how logits are made.
       cotangents: [b, K, G, q], [b, K, G, q], [b, K, G, q, V].
 
     Returns:
@@ -105,9 +105,9 @@ def block_gradients(
       [b, s, K, V], and d_logits before the soft cap [b, K, G, q, s].
     """
     reference, d_sum, d_weighted_sum = cotangents
-    logits, slope = block_logits(block, scoring)
+    logits, slope = block_logits(block, logit_config)
     weights = softmax_weights(logits, reference[..., None])
-    einsum = einsum_with(scoring)
+    einsum = einsum_with(logit_config)
     d_value = einsum("bkgqs,bkgqv->bskv", weights, d_weighted_sum)
     d_weights = einsum("bkgqv,bskv->bkgqs", d_weighted_sum, block.value) + d_sum[..., None]
     d_logits = weights * d_weights
@@ -125,11 +125,11 @@ def block_gradients(
     return d_query, d_key, d_value, d_logits
 
 
-def _scores(block: Block, scoring: Scoring) -> jax.Array:
+def _scores(block: Block, logit_config: LogitConfig) -> jax.Array:
     query, key = block.query, block.key
 
     def batched() -> jax.Array:
-        return einsum_with(scoring)("bkgqh,bskh->bkgqs", query, key)
+        return einsum_with(logit_config)("bkgqh,bskh->bkgqs", query, key)
 
     if not block.flat:
         return batched()
@@ -140,7 +140,9 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
         parts = jnp.split(flat_key, heads, axis=1)
         logits = jnp.concatenate(
             [
-                lax.dot_general(part, own, (((1,), (1,)), ((), ())), precision=scoring.precision)
+                lax.dot_general(
+                    part, own, (((1,), (1,)), ((), ())), precision=logit_config.precision
+                )
                 for part, own in zip(parts, query.reshape(heads, columns, width), strict=True)
             ],
             axis=1,
@@ -150,7 +152,7 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
         jnp.eye(heads, dtype=query.dtype)[:, None, :, None]
         * query.reshape(heads, columns, width).transpose(0, 2, 1)[:, :, None, :]
     ).reshape(heads * width, heads * columns)
-    logits = lax.dot(flat_key, diagonal, precision=scoring.precision)
+    logits = lax.dot(flat_key, diagonal, precision=logit_config.precision)
     logits = logits.reshape(1, -1, heads, groups, rows)
     if block.allowed is None:
         return logits
@@ -160,9 +162,9 @@ def _scores(block: Block, scoring: Scoring) -> jax.Array:
     )
 
 
-def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
+def _weigh(weights: jax.Array, block: Block, logit_config: LogitConfig) -> jax.Array:
     def batched(w: jax.Array, x: jax.Array) -> jax.Array:
-        return einsum_with(scoring)("bkgqs,bskv->bkgqv", w, x)
+        return einsum_with(logit_config)("bkgqs,bskv->bkgqv", w, x)
 
     def flat(w: jax.Array, x: jax.Array) -> jax.Array:
         _, keys, heads, groups, rows = weights.shape
@@ -176,7 +178,7 @@ def _weigh(weights: jax.Array, block: Block, scoring: Scoring) -> jax.Array:
         return own.reshape(1, heads, groups, rows, -1)
 
     def by_keys(w: jax.Array, x: jax.Array) -> jax.Array:
-        return lax.dot_general(w, x, (((0,), (0,)), ((), ())), precision=scoring.precision)
+        return lax.dot_general(w, x, (((0,), (0,)), ((), ())), precision=logit_config.precision)
 
     return attended_sum(flat if block.flat else batched, weights, block.value, block)
 
@@ -213,10 +215,10 @@ def attended_sum(
     return lax.cond(jnp.isfinite(plain).all(), lambda: plain, apart)
 
 
-def einsum_with(scoring: Scoring) -> Callable[..., jax.Array]:
+def einsum_with(logit_config: LogitConfig) -> Callable[..., jax.Array]:
     """`jnp.einsum` with the precision of the call."""
 
-    def einsum(spec: str, *operands: Any) -> jax.Array:
-        return jnp.einsum(spec, *operands, precision=scoring.precision)
+    def einsum(spec: str, *inputs: Any) -> jax.Array:
+        return jnp.einsum(spec, *inputs, precision=logit_config.precision)
 
     return einsum

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from distattn.algebra.softmax_state import SoftmaxState, merge, state_dtype
-from distattn.local.block import Block, Cotangents, Scoring, block_gradients, block_state
-from distattn.local.inputs import Operands, plain
+from distattn.local.block import Block, Cotangents, LogitConfig, block_gradients, block_state
+from distattn.local.inputs import AttentionInputs, plain
 from distattn.local.mask import split_heads
 from distattn.local.tiling import (
     Machine,
@@ -31,10 +31,10 @@ from distattn.local.tiling import (
 )
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
     """The state over all keys, block by block: f32[B, T, N], f32[B, T, N], f32[B, T, N, V]."""
-    tiling = choose_tiling(operands, machine)
-    tiles = Tiles(operands, tiling)
+    tiling = choose_tiling(inputs, machine)
+    tiles = Tiles(inputs, tiling)
     whole = tiles.empty_state(tiles.batch, tiles.queries, tiles.kv_heads * tiles.groups)
     if tiles.is_empty:
         return whole
@@ -42,13 +42,13 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     def query_block(index: jax.Array, whole: SoftmaxState) -> SoftmaxState:
         batch, heads, row = unravel(index, tiles.batches, tiles.head_blocks, tiles.query_blocks)
         place = tiles.place(batch, heads, row, 0)
-        query = tiles.query(place, scoring.scale)
+        query = tiles.query(place, logit_config.scale)
 
         def key_block(column: jax.Array, state: SoftmaxState) -> SoftmaxState:
             place = tiles.place(batch, heads, row, column)
             fresh_keys = fresh(column, place.key, tiles.keys)
             block = tiles.block(place, query, tiles.mask(place), fresh_keys=fresh_keys)
-            return merge(state, block_state(block, scoring))
+            return merge(state, block_state(block, logit_config))
 
         empty = tiles.empty_state(tiling.batch, tiling.heads, tiles.groups, tiling.query)
         state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, empty)
@@ -59,8 +59,8 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
 
 
 def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     cotangents: Cotangents,
     *,
@@ -71,8 +71,8 @@ def fold_gradients(
     See `block_gradients` for the formula and for its two uses.
 
     Args:
-      operands: as in `fold`.
-      scoring: as in `fold`.
+      inputs: as in `fold`.
+      logit_config: as in `fold`.
       machine: as in `fold`.
       cotangents: f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
       key_dtype: of d_key and d_value; None: those of key and value.
@@ -80,11 +80,11 @@ def fold_gradients(
     Returns:
       d_query f32[B, T, N, H], d_key [B, S, K, H], d_value [B, S, K, V], d_bias f32 as bias, or None.
     """
-    tiling = choose_tiling(operands, machine, backward=True)
-    tiles = Tiles(operands, tiling)
-    key, value, bias = operands.key, operands.value, operands.bias
+    tiling = choose_tiling(inputs, machine, backward=True)
+    tiles = Tiles(inputs, tiling)
+    key, value, bias = inputs.key, inputs.value, inputs.bias
     grads = (
-        tiles.zeros(operands.query.shape),
+        tiles.zeros(inputs.query.shape),
         None if bias is None else tiles.zeros(bias.shape),
         tiles.zeros(key.shape, key_dtype or key.dtype),
         tiles.zeros(value.shape, key_dtype or value.dtype),
@@ -98,14 +98,14 @@ def fold_gradients(
             place = tiles.place(batch, heads, row, column)
             block = tiles.block(
                 place,
-                tiles.query(place, scoring.scale),
+                tiles.query(place, logit_config.scale),
                 tiles.mask(place),
                 fresh_keys=fresh(column, place.key, tiles.keys),
                 fresh_queries=fresh(row, place.query, tiles.queries),
             )
             rows = Cotangents(*(tiles.rows(x, place) for x in cotangents))
-            dq, dk, dv, d_logits = block_gradients(block, scoring, rows)
-            dq = rows_first(dq * scoring.scale)
+            dq, dk, dv, d_logits = block_gradients(block, logit_config, rows)
+            dq = rows_first(dq * logit_config.scale)
             d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
             if d_bias is not None:
                 d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
@@ -139,25 +139,25 @@ def fold_gradients(
     return d_query, d_key, d_value, d_bias
 
 
-def dense_state(operands: Operands, scoring: Scoring) -> SoftmaxState:
+def dense_state(inputs: AttentionInputs, logit_config: LogitConfig) -> SoftmaxState:
     """The same state by plain operations on [B, K, G, T, S]: for forward mode, hessians, and as a check."""
-    operands = plain(operands)
-    kv_heads = operands.key.shape[2]
-    dtype = state_dtype(operands.query, operands.key, operands.value)
-    query, key, value = (x.astype(dtype) for x in (operands.query, operands.key, operands.value))
-    allowed = operands.mask.allowed(kv_heads)
+    inputs = plain(inputs)
+    kv_heads = inputs.key.shape[2]
+    dtype = state_dtype(inputs.query, inputs.key, inputs.value)
+    query, key, value = (x.astype(dtype) for x in (inputs.query, inputs.key, inputs.value))
+    allowed = inputs.mask.allowed(kv_heads)
     if allowed is not None:
         # Slots that no query may attend to can hold anything, and 0 * nan is nan in a gradient too.
         seen = allowed.any(axis=(2, 3))  # [B|1, K|1, S|1]
         seen = jnp.moveaxis(seen, 1, 2)[..., None]
         key, value = jnp.where(seen, key, 0.0), jnp.where(seen, value, 0.0)
     query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
-    bias = operands.bias
+    bias = inputs.bias
     block = Block(
-        query=jnp.moveaxis(query, 1, 3) * scoring.scale,
+        query=jnp.moveaxis(query, 1, 3) * logit_config.scale,
         key=key,
         value=value,
         bias=None if bias is None else split_heads(bias, kv_heads).astype(dtype),
         allowed=allowed,
     )
-    return jax.tree.map(rows_first, block_state(block, scoring))
+    return jax.tree.map(rows_first, block_state(block, logit_config))

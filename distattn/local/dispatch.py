@@ -31,100 +31,103 @@ from distattn._compat import vary, varying_axes
 from distattn.algebra.mergeable import Sum
 from distattn.algebra.softmax_state import SoftmaxState
 from distattn.local import reproducible
-from distattn.local.block import Cotangents, Scoring
+from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.blockwise import dense_state, fold, fold_gradients
-from distattn.local.inputs import KERNELS, Operands
+from distattn.local.inputs import KERNELS, AttentionInputs
 from distattn.local.mask import Mask
-from distattn.local.reproducible import Units
+from distattn.local.reproducible import ReproducibleBlocks
 from distattn.local.tiling import (
     Machine,
 )
 
 
 def local_fold(
-    scoring: Scoring, machine: Machine, implementation: str, units: Units | None = None
-) -> Callable[[Operands], Any]:
-    """The function from operands to the state over their keys; 'blocked' has no derivative of its own.
+    logit_config: LogitConfig,
+    machine: Machine,
+    implementation: str,
+    reproducible_blocks: ReproducibleBlocks | None = None,
+) -> Callable[[AttentionInputs], Any]:
+    """The function from inputs to the state over their keys; 'blocked' has no derivative of its own.
 
     A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one
     serves, else 'blocked'.
     """
-    if units is not None:
-        return lambda operands: reproducible.fold(operands, scoring, machine, units)
+    if reproducible_blocks is not None:
+        return lambda inputs: reproducible.fold(inputs, logit_config, machine, reproducible_blocks)
     if implementation == "dense":
-        return lambda operands: dense_state(operands, scoring)
+        return lambda inputs: dense_state(inputs, logit_config)
 
-    def run(operands: Operands) -> SoftmaxState:
-        kernel = chosen(operands, scoring, machine, implementation)
-        return (kernel.fold if kernel else fold)(operands, scoring, machine)
+    def run(inputs: AttentionInputs) -> SoftmaxState:
+        kernel = chosen(inputs, logit_config, machine, implementation)
+        return (kernel.fold if kernel else fold)(inputs, logit_config, machine)
 
     return run
 
 
 def local_gradients(
-    scoring: Scoring,
+    logit_config: LogitConfig,
     machine: Machine,
     implementation: str,
-    units: Units | None,
+    reproducible_blocks: ReproducibleBlocks | None,
     rows: dict[str, jax.Array],
     *,
     key_dtype: jnp.dtype | None = None,
-) -> Callable[[Operands], tuple[Sum, Sum, Sum, Sum | None]]:
-    """The function from operands to their gradients, arrays or, with units, sums in fixed point.
+) -> Callable[[AttentionInputs], tuple[Sum, Sum, Sum, Sum | None]]:
+    """The function from inputs to their gradients, arrays or, with units, sums in fixed point.
 
     `rows` are the `Cotangents` by name, and `key_dtype` is that of `fold_gradients`.
     """
     cotangents = Cotangents(**rows)
-    if units is not None:
-        return lambda operands: reproducible.fold_gradients(
-            operands, scoring, machine, units, cotangents
+    if reproducible_blocks is not None:
+        return lambda inputs: reproducible.fold_gradients(
+            inputs, logit_config, machine, reproducible_blocks, cotangents
         )
 
-    def run(operands: Operands) -> tuple[Sum, Sum, Sum, Sum | None]:
-        kernel = chosen(operands, scoring, machine, implementation, backward=True)
+    def run(inputs: AttentionInputs) -> tuple[Sum, Sum, Sum, Sum | None]:
+        kernel = chosen(inputs, logit_config, machine, implementation, backward=True)
         gradients = kernel.fold_gradients if kernel else fold_gradients
-        return gradients(operands, scoring, machine, cotangents, key_dtype=key_dtype)
+        return gradients(inputs, logit_config, machine, cotangents, key_dtype=key_dtype)
 
     return run
 
 
 def local_state(
-    operands: Operands, scoring: Scoring, machine: Machine, implementation: str
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, implementation: str
 ) -> SoftmaxState:
     """The state over this device's keys, differentiable; no communication."""
-    axes = varying_axes(*jax.tree.leaves(operands))
-    operands = jax.tree.map(lambda x: vary(x, axes), operands)
-    local = local_fold(scoring, machine, implementation)
+    axes = varying_axes(*jax.tree.leaves(inputs))
+    inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
+    local = local_fold(logit_config, machine, implementation)
     if implementation == "dense":
-        return local(operands)
+        return local(inputs)
     return with_gradients(
         local,
-        lambda x, **rows: local_gradients(scoring, machine, implementation, None, rows)(x),
-        operands,
+        lambda x, **rows: local_gradients(logit_config, machine, implementation, None, rows)(x),
+        inputs,
     )
 
 
 def with_gradients(
-    fold: Callable[[Operands], SoftmaxState],
+    fold: Callable[[AttentionInputs], SoftmaxState],
     gradients: Callable[..., tuple[Any, ...]],
-    operands: Operands,
+    inputs: AttentionInputs,
 ) -> SoftmaxState:
-    """fold(operands), whose gradient is computed by `gradients` from the maximum of the state.
+    """fold(inputs), whose gradient is computed by `gradients` from the maximum of the state.
 
     The state has a name for the policies of `jax.checkpoint`, 'distattn_state'.
 
     Args:
       fold: the state, f32[B, T, N] twice and f32[B, T, N, V].
-      gradients: of operands, and of `Cotangents` by name.
-      operands: all varying over the same axes.
+      gradients: of inputs, and of `Cotangents` by name.
+      inputs: all varying over the same axes.
     """
 
-    def operands_of(query: Any, key: Any, value: Any, bias: Any, mask: Mask) -> Operands:
-        return Operands(query, key, value, bias, None, mask)
+    def inputs_of(query: Any, key: Any, value: Any, bias: Any, mask: Mask) -> AttentionInputs:
+        return AttentionInputs(query, key, value, bias, None, mask)
 
     @jax.custom_vjp
     def state(*arrays: Any) -> SoftmaxState:
-        return fold(operands_of(*arrays))
+        return fold(inputs_of(*arrays))
 
     def forward(*arrays: Any) -> tuple[SoftmaxState, tuple[Any, ...]]:
         result = jax.tree.map(lambda x: checkpoint_name(x, "distattn_state"), state(*arrays))
@@ -135,7 +138,7 @@ def with_gradients(
 
         @refuse_second_derivative
         def run(arrays: tuple[Any, ...], rows: dict[str, jax.Array]) -> tuple[Any, ...]:
-            return gradients(operands_of(*arrays), **rows)
+            return gradients(inputs_of(*arrays), **rows)
 
         d_sum, d_weighted_sum = cotangent.sum, cotangent.weighted_sum
         rows = {"reference": reference, "d_sum": d_sum, "d_weighted_sum": d_weighted_sum}
@@ -148,7 +151,7 @@ def with_gradients(
         return *cast, None
 
     state.defvjp(forward, backward)
-    return state(operands.query, operands.key, operands.value, operands.bias, operands.mask)
+    return state(inputs.query, inputs.key, inputs.value, inputs.bias, inputs.mask)
 
 
 _MODULES = {
@@ -167,20 +170,24 @@ class Kernel(Protocol):
 
     @staticmethod
     def refusal(
-        operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+        inputs: AttentionInputs,
+        logit_config: LogitConfig,
+        machine: Machine,
+        *,
+        backward: bool = False,
     ) -> str | None:
         """Which argument the kernel does not do, and why; None: it does the call."""
         ...
 
     @staticmethod
-    def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+    def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
         """As `distattn.local.fold`."""
         ...
 
     @staticmethod
     def fold_gradients(
-        operands: Operands,
-        scoring: Scoring,
+        inputs: AttentionInputs,
+        logit_config: LogitConfig,
         machine: Machine,
         cotangents: Cotangents,
         *,
@@ -191,8 +198,8 @@ class Kernel(Protocol):
 
 
 def chosen(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     implementation: str,
     *,
@@ -206,7 +213,7 @@ def chosen(
       NotImplementedError: one is named, and does not do such a call.
     """
     named = implementation in KERNELS
-    if min(*operands.query.shape, *operands.value.shape) == 0:
+    if min(*inputs.query.shape, *inputs.value.shape) == 0:
         return None  # nothing to compute
     if not named and (implementation != "auto" or not _is_alone()):
         return None
@@ -214,14 +221,14 @@ def chosen(
     for name in names:
         # Imported where it is needed: a kernel brings Pallas, which is large.
         kernel: Any = importlib.import_module(f"distattn.local.kernels.{_MODULES[name]}")
-        reason = kernel.refusal(operands, scoring, machine, backward=backward)
+        reason = kernel.refusal(inputs, logit_config, machine, backward=backward)
         if not named and hasattr(kernel, "reservation"):
-            reason = reason or kernel.reservation(operands)
+            reason = reason or kernel.reservation(inputs)
         if not reason:
             substitutes = getattr(kernel, "GRADIENTS_BY", None) if backward else None
             if substitutes is None:
                 return kernel
-            return _serving(substitutes, operands, scoring, machine)
+            return _serving(substitutes, inputs, logit_config, machine)
         if named:
             raise NotImplementedError(
                 f"implementation={name!r} is not built for this call: {reason}; pass implementation=None, "
@@ -242,13 +249,13 @@ def own(platform: str) -> Any:
 
 
 def _serving(
-    names: tuple[str, ...], operands: Operands, scoring: Scoring, machine: Machine
+    names: tuple[str, ...], inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine
 ) -> Kernel | None:
     """The first of these kernels that computes the gradient."""
     for name in names:
         if name in KERNELS:
             kernel: Any = importlib.import_module(f"distattn.local.kernels.{_MODULES[name]}")
-            if not kernel.refusal(operands, scoring, machine, backward=True):
+            if not kernel.refusal(inputs, logit_config, machine, backward=True):
                 return kernel
     return None
 

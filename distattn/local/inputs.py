@@ -2,7 +2,7 @@
 
 An error names the argument, what it got, what it needs and what to do.
 
-The boundary: what a caller passes becomes `Operands` and `Scoring`, or an error that says what to do.
+The boundary: what a caller passes becomes `AttentionInputs` and `LogitConfig`, or an error that says what to do.
 
 Every check is made here (those of single arguments in `checks`), once, from static shapes and dtypes.
 ValueError is a wrong call; NotImplementedError is a right call that is not built.
@@ -20,7 +20,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from distattn.local.block import Scoring
+from distattn.local.block import LogitConfig
 from distattn.local.mask import IndexOrder, Mask
 
 Window = int | tuple[int | None, int | None] | None
@@ -185,7 +185,7 @@ IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Operands:
+class AttentionInputs:
     """What attention is computed from.
 
     Key and value may be those of all the layers of a model, of which `layer` is meant, and they may be
@@ -227,12 +227,12 @@ def letters_of(name: str, x: Any) -> str:
     return DIMENSIONS[name][-x.ndim :] if x.ndim else ""
 
 
-def map_named(f: Callable[[str, jax.Array], Any], operands: Operands) -> Operands:
-    """f(name, array) for each array of the operands, in the same structure."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: f(path[-1].name, x), operands)
+def map_named(f: Callable[[str, jax.Array], Any], inputs: AttentionInputs) -> AttentionInputs:
+    """f(name, array) for each array of the inputs, in the same structure."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: f(path[-1].name, x), inputs)
 
 
-def make_operands(
+def make_inputs(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -255,12 +255,12 @@ def make_operands(
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
-) -> Operands:
+) -> AttentionInputs:
     """Check the arguments of a call and bring them into one form; arguments as in the public functions.
 
     `query_start` and `key_start` are the global indices of the first row and of the first key, where
     the arrays are one device's part of them; `dense_rows` and `dense_keys` are how many of them bias and
-    mask are for. Unbatched arrays come out with B = 1. Scales and layer: see `Operands`.
+    mask are for. Unbatched arrays come out with B = 1. Scales and layer: see `AttentionInputs`.
     """
     query, key, value = batched(query, key, value, key_scale is not None, layer is not None)
     batch, queries, heads, _ = query.shape
@@ -299,7 +299,7 @@ def make_operands(
     if by_position and query_index is None:
         query_index = rows[None]
     dense = (batch, heads, dense_rows or queries, dense_keys or keys)
-    return Operands(
+    return AttentionInputs(
         query=query,
         key=key,
         value=value,
@@ -322,13 +322,13 @@ def make_operands(
     )
 
 
-def plain(operands: Operands) -> Operands:
-    """The same operands with key and value as [B, S, K, .] of the state's dtype or their own: copies."""
-    key, value = operands.key, operands.value
-    scales = operands.key_scale, operands.value_scale
-    if operands.layer is not None:
+def plain(inputs: AttentionInputs) -> AttentionInputs:
+    """The same inputs with key and value as [B, S, K, .] of the state's dtype or their own: copies."""
+    key, value = inputs.key, inputs.value
+    scales = inputs.key_scale, inputs.value_scale
+    if inputs.layer is not None:
         key, value, *scales = (
-            None if x is None else lax.dynamic_index_in_dim(x, operands.layer, 0, keepdims=False)
+            None if x is None else lax.dynamic_index_in_dim(x, inputs.layer, 0, keepdims=False)
             for x in (key, value, *scales)
         )
     key, value = (
@@ -336,34 +336,36 @@ def plain(operands: Operands) -> Operands:
         for x, scale in zip((key, value), scales, strict=True)
     )
     return dataclasses.replace(
-        operands, key=key, value=value, key_scale=None, value_scale=None, layer=None
+        inputs, key=key, value=value, key_scale=None, value_scale=None, layer=None
     )
 
 
-def with_repeated_heads(operands: Operands, shards: int) -> Operands:
+def with_repeated_heads(inputs: AttentionInputs, shards: int) -> AttentionInputs:
     """Key/value heads repeated as often as it takes for so many shards of the heads to divide them."""
-    heads, kv_heads = operands.query.shape[2], operands.key.shape[-2]
+    heads, kv_heads = inputs.query.shape[2], inputs.key.shape[-2]
     times = math.lcm(kv_heads, shards) // kv_heads
     if times == 1:
-        return operands
+        return inputs
     if heads % (kv_heads * times):
         times = heads // kv_heads
-    key, value = (jnp.repeat(x, times, axis=-2) for x in (operands.key, operands.value))
-    return dataclasses.replace(operands, key=key, value=value)
+    key, value = (jnp.repeat(x, times, axis=-2) for x in (inputs.key, inputs.value))
+    return dataclasses.replace(inputs, key=key, value=value)
 
 
-def padded(operands: Operands, more: Mapping[str, int], *, dense: bool = True) -> Operands:
-    """The operands with empty rows and empty slots behind the others.
+def padded(
+    inputs: AttentionInputs, more: Mapping[str, int], *, dense: bool = True
+) -> AttentionInputs:
+    """The inputs with empty rows and empty slots behind the others.
 
     Args:
-      operands: any.
+      inputs: any.
       more: how many, rows by "T" and slots by "S".
       dense: whether bias and dense mask are for these rows and slots; else they stay as they are.
     """
     if not any(more.values()):
-        return operands
-    mask = operands.mask
-    sizes = {"T": operands.query.shape[1], "S": operands.key.shape[-3]}
+        return inputs
+    mask = inputs.mask
+    sizes = {"T": inputs.query.shape[1], "S": inputs.key.shape[-3]}
     if more["S"]:
         mask = mask.with_empty_slots(sizes["S"])
     if more["T"] and mask.query_valid is None:
@@ -381,16 +383,16 @@ def padded(operands: Operands, more: Mapping[str, int], *, dense: bool = True) -
             return x
         return jnp.pad(x, widths, constant_values=-1 if name == "key_positions" else 0)
 
-    return map_named(pad, dataclasses.replace(operands, mask=mask))
+    return map_named(pad, dataclasses.replace(inputs, mask=mask))
 
 
-def make_scoring(
+def make_logit_config(
     query: ArrayLike,
     scale: float | None,
     logits_soft_cap: float | None,
     precision: jax.lax.PrecisionLike,
-) -> Scoring:
-    """`Scoring` from the public arguments; the default scale is 1 / sqrt(H)."""
+) -> LogitConfig:
+    """`LogitConfig` from the public arguments; the default scale is 1 / sqrt(H)."""
     if scale is None:
         scale = 1.0 / math.sqrt(max(np.shape(query)[-1], 1))
     for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
@@ -406,7 +408,7 @@ def make_scoring(
             f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap"
         )
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    return Scoring(float(scale), cap, hashable(precision))
+    return LogitConfig(float(scale), cap, hashable(precision))
 
 
 def check_implementation(implementation: str | None) -> str:

@@ -172,7 +172,7 @@ class Blocks(NamedTuple):
     last_segment: jax.Array | None
 
 
-class Visits(NamedTuple):
+class BlockSparsity(NamedTuple):
     """The blocks of a mask, and how far its positions reach."""
 
     queries: Blocks
@@ -183,7 +183,7 @@ class Visits(NamedTuple):
     @classmethod
     def of(
         cls, mask: Mask, query_block: int, key_block: int, counts: tuple[int, int]
-    ) -> "Visits | None":
+    ) -> "BlockSparsity | None":
         """`counts` blocks of so many queries and keys each; None where nothing is known about any."""
         if mask.key_positions is None and mask.query_valid is None and mask.key_segment_ids is None:
             return None

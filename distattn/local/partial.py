@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from distattn._compat import platform_of
 from distattn.algebra.softmax_state import SoftmaxState
 from distattn.local.dispatch import local_state
-from distattn.local.inputs import Window, check_implementation, make_operands, make_scoring
+from distattn.local.inputs import Window, check_implementation, make_inputs, make_logit_config
 from distattn.local.tiling import Machine
 
 
@@ -86,9 +86,9 @@ def partial_attention(
 
     Reference: Rabe & Staats, arXiv 2112.05682, sections 2 and 3.
     """
-    scoring = make_scoring(query, scale, logits_soft_cap, precision)
+    logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
     implementation = check_implementation(implementation)
-    operands = make_operands(
+    inputs = make_inputs(
         query,
         key,
         value,
@@ -108,4 +108,4 @@ def partial_attention(
             f"block_sizes is {block_sizes}; it must be (queries, keys), both at least 1, or None"
         )
     machine = Machine(platform_of(), block_sizes=block_sizes)
-    return local_state(operands, scoring, machine, implementation)
+    return local_state(inputs, logit_config, machine, implementation)

@@ -16,7 +16,7 @@ rows share. So no weights are made, and values are looked at once, not for each 
 One device's part with the same bits on any number of devices: fixed blocks, sums in fixed point.
 
 The unit of the keys is a block of `units.BLOCK`, and in the gradients of keys and values a block of rows.
-Within a block the compiler's own products are used, always of one shape (`Units`); blocks, and whatever
+Within a block the compiler's own products are used, always of one shape (`ReproducibleBlocks`); blocks, and whatever
 lies beyond them, are added as integers (`fixed_point`), so that nothing depends on which blocks are here,
 in which order, or how many are computed at a time. What stands between the products rounds the same
 wherever it is compiled (`elementary`).
@@ -36,18 +36,18 @@ from distattn.algebra import fixed_point as gauge
 from distattn.algebra.fixed_point import (
     FixedPoint,
     FixedPointState,
-    Lattice,
+    LimbFormat,
     accumulate,
     digits,
-    lattice,
+    limb_format,
     map_sums,
     moved_down,
     quantise,
     scaling,
 )
 from distattn.algebra.softmax_state import state_dtype
-from distattn.local.block import Block, Cotangents, Scoring, attended_sum, finish_logits
-from distattn.local.inputs import KERNELS, Operands
+from distattn.local.block import Block, Cotangents, LogitConfig, attended_sum, finish_logits
+from distattn.local.inputs import KERNELS, AttentionInputs
 from distattn.local.tiling import (
     Machine,
     Place,
@@ -99,7 +99,7 @@ class Step:
     """What one step of a loop computes with; b, rows of the batch, is 1, and products are made by heads."""
 
     place: Place
-    scoring: Scoring
+    logit_config: LogitConfig
     query: jax.Array  # [b, K, m, H], times the scale
     key: jax.Array  # [b, s, K, H]
     value: jax.Array  # [b, s, K, V]
@@ -108,7 +108,7 @@ class Step:
     def scores(self) -> tuple[jax.Array, jax.Array | None]:
         """Logits [b, s, K, m] and slope, as `block_logits`."""
         scores = self.with_keys(self.query, self.key)
-        return finish_logits(scores, self.block, self.scoring, deterministic_math.tanh)
+        return finish_logits(scores, self.block, self.logit_config, deterministic_math.tanh)
 
     def with_keys(self, x: jax.Array, keys: jax.Array) -> jax.Array:
         """[b, s, K, m] from x [b, K, m, H] and keys [b, s, K, H]: products over H."""
@@ -141,13 +141,13 @@ class Step:
         return jnp.stack(parts, axis=2)[:, :, None, :, :count]
 
     def _dot(self, a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
-        return lax.dot_general(a, b, dimensions, precision=self.scoring.precision)
+        return lax.dot_general(a, b, dimensions, precision=self.logit_config.precision)
 
 
 def load(
     tiles: Tiles,
     columns: Columns,
-    scoring: Scoring,
+    logit_config: LogitConfig,
     index: tuple[Any, Any, Any, Any],
     query: jax.Array,
     *,
@@ -169,7 +169,7 @@ def load(
     )
     bias, allowed = (None if x is None else columns.join(x, 3) for x in (block.bias, block.allowed))
     block = dataclasses.replace(block, bias=bias, allowed=allowed)
-    return Step(place, scoring, columns.join(query, 2), block.key, block.value, block)
+    return Step(place, logit_config, columns.join(query, 2), block.key, block.value, block)
 
 
 def _filled(x: jax.Array, axis: int, least: int = LEAST_KEYS) -> jax.Array:
@@ -183,22 +183,24 @@ BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Units:
+class ReproducibleBlocks:
     """What is summed as floating-point numbers, and on which lattices the rest is."""
 
     keys: int  # in one block
     rows: int  # of one head, in one block
     columns: int  # the unit of the width of a product, for XLA chooses its loops by the shape
-    by_keys: Lattice  # for sums over blocks of keys
-    by_rows: Lattice  # over blocks of rows, and heads of a group
-    by_bias: Lattice  # over all that shares a bias
+    by_keys: LimbFormat  # for sums over blocks of keys
+    by_rows: LimbFormat  # over blocks of rows, and heads of a group
+    by_bias: LimbFormat  # over all that shares a bias
 
 
-def units_of(operands: Operands, implementation: str, keys: int = BLOCK) -> Units:
+def reproducible_blocks_of(
+    inputs: AttentionInputs, implementation: str, keys: int = BLOCK
+) -> ReproducibleBlocks:
     """The units of a call, from the global shapes: they must not depend on the devices.
 
     Args:
-      operands: all of a call, not of one device.
+      inputs: all of a call, not of one device.
       implementation: as in `dot_product_attention`, with which the units must fit.
       keys: in one block; 1 where blocks have no fixed content, as in a cache.
 
@@ -216,29 +218,29 @@ def units_of(operands: Operands, implementation: str, keys: int = BLOCK) -> Unit
             f"implementation={implementation!r} with reproducible=True is not built, its sums not being of "
             "integers; pass implementation=None, or reproducible=False"
         )
-    arrays = operands.query, operands.key, operands.value
+    arrays = inputs.query, inputs.key, inputs.value
     if state_dtype(*arrays) != jnp.float32:
         raise NotImplementedError(
             "reproducible=True is not built for float64, and query, key and value are "
             f"{', '.join(str(x.dtype) for x in arrays)}; cast them to float32, or pass reproducible=False"
         )
-    batch, queries, heads, _ = operands.query.shape
-    length, kv_heads = operands.key.shape[-3:-1]
+    batch, queries, heads, _ = inputs.query.shape
+    length, kv_heads = inputs.key.shape[-3:-1]
     groups = heads // kv_heads
     rows = _row_block(queries)
     blocks, row_blocks = max(-(-length // keys), 1), max(-(-queries // rows), 1)
     shared = 1
-    if operands.bias is not None:
+    if inputs.bias is not None:
         counts = (batch, heads, row_blocks, blocks)
-        for size, count in zip(operands.bias.shape, counts, strict=True):
+        for size, count in zip(inputs.bias.shape, counts, strict=True):
             shared *= count if size == 1 else 1
-    return Units(
+    return ReproducibleBlocks(
         keys=keys,
         rows=rows,
         columns=max(min(groups * _power_of_two(queries), BLOCK), 2),
-        by_keys=lattice(blocks),
-        by_rows=lattice(groups * row_blocks),
-        by_bias=lattice(max(shared, 1)),
+        by_keys=limb_format(blocks),
+        by_rows=limb_format(groups * row_blocks),
+        by_bias=limb_format(max(shared, 1)),
     )
 
 
@@ -253,7 +255,7 @@ def _power_of_two(x: int) -> int:
 
 
 def empty(
-    rows: tuple[int, ...], width: int, scale: Lattice, axes: frozenset[str]
+    rows: tuple[int, ...], width: int, scale: LimbFormat, axes: frozenset[str]
 ) -> FixedPointState:
     """The state over no keys, for rows [b, K, m], with the words of `weighted_sum` as [b, K, m, V]."""
     total, weighted = (fixed_point.zero((x, *rows), scale, axes) for x in (1, width))
@@ -267,13 +269,13 @@ def finished(state: FixedPointState) -> FixedPointState:
 
 def add_step(state: FixedPointState, step: Step) -> FixedPointState:
     """The state, as `empty` makes it, and the keys of one step."""
-    scale = state.sum.lattice
+    scale = state.sum.limb_format
     logits, _ = step.scores()  # [b, s, K, m]
 
     def split(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         return gauge.split(jnp.moveaxis(logits, 1, 0), scale.bits)
 
-    steps, factor = deterministic_math.apart(split, logits)  # [s, b, K, m]
+    steps, factor = deterministic_math.fusion_barrier(split, logits)  # [s, b, K, m]
     value = jnp.moveaxis(step.value, 1, 0)  # [s, b, K, V]
     ones = jnp.ones_like(factor)[:, None]
     return FixedPointState(
@@ -293,7 +295,7 @@ def _accumulate(
       steps: int32[C, b, K, m], as for `quantise`; where it is EMPTY a value may be anything.
       factor: f32[C, b, K, m].
     """
-    scale = onto.lattice
+    scale = onto.limb_format
 
     def scale_rows(
         value: jax.Array, steps: jax.Array, factor: jax.Array, top: jax.Array
@@ -303,7 +305,9 @@ def _accumulate(
         top, first, second = scaling(largest, steps, factor, top, scale)
         return top, first, second, jnp.where(jnp.isfinite(value), value, 0.0)
 
-    top, first, second, value = deterministic_math.apart(scale_rows, value, steps, factor, onto.top)
+    top, first, second, value = deterministic_math.fusion_barrier(
+        scale_rows, value, steps, factor, onto.top
+    )
     words = moved_down(onto.words, (top - onto.top)[..., None])
     for i in range(value.shape[0]):
         rows = first[i][..., None], second[i][..., None]
@@ -313,20 +317,27 @@ def _accumulate(
 
 
 def _with_width(x: FixedPoint, source: int, to: int) -> FixedPoint:
-    return FixedPoint(x.top, tuple(jnp.moveaxis(word, source, to) for word in x.words), x.lattice)
+    return FixedPoint(
+        x.top, tuple(jnp.moveaxis(word, source, to) for word in x.words), x.limb_format
+    )
 
 
 # Of one step: keys, rows of all heads, and terms.
 STEP_KEYS, STEP_COLUMNS, STEP_TERMS = 512, 256, 16
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine, units: Units) -> FixedPointState:
+def fold(
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
+    machine: Machine,
+    reproducible_blocks: ReproducibleBlocks,
+) -> FixedPointState:
     """The state over all keys: FixedPoint [1, B, N, T] and [V, B, N, T].
 
     T and S must be multiples of the units.
     """
-    tiles = Tiles(operands, _tiling(operands, machine, units, backward=False))
-    tiling, scale = tiles.tiling, units.by_keys
+    tiles = Tiles(inputs, _tiling(inputs, machine, reproducible_blocks, backward=False))
+    tiling, scale = tiles.tiling, reproducible_blocks.by_keys
 
     def empty(*rows: int) -> FixedPointState:
         widths = 1, tiles.value_width
@@ -335,27 +346,27 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine, units: Units) -
     whole = empty(tiles.batch, tiles.kv_heads * tiles.groups, tiles.queries)
     if tiles.is_empty:
         return whole
-    columns = _columns(tiles, units)
+    columns = _columns(tiles, reproducible_blocks)
 
     def query_block(index: jax.Array, whole: FixedPointState) -> FixedPointState:
         batch, heads, row = unravel(index, tiles.batches, tiles.head_blocks, tiles.query_blocks)
         place = tiles.place(batch, heads, row, 0)
-        query = tiles.query(place, scoring.scale)
+        query = tiles.query(place, logit_config.scale)
 
         def key_block(column: jax.Array, state: FixedPointState) -> FixedPointState:
             step = load(
-                tiles, columns, scoring, (batch, heads, row, column), query, sums_rows=False
+                tiles, columns, logit_config, (batch, heads, row, column), query, sums_rows=False
             )
-            if units.keys == 1:
+            if reproducible_blocks.keys == 1:
                 return add_step(state, step)
-            return _add_step(state, step, units)
+            return _add_step(state, step, reproducible_blocks)
 
         rows = tiling.batch, tiling.heads, columns.count
         first = empty(*rows)
-        if units.keys == 1:
+        if reproducible_blocks.keys == 1:
             first = empty(rows, tiles.value_width, scale, tiles.axes)
         state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, first)
-        state = finished(state) if units.keys == 1 else state
+        state = finished(state) if reproducible_blocks.keys == 1 else state
         spans = (place.batch, place.query_heads, place.query)
         return map_sums(lambda x, part: put_at(x, _by_heads(part, columns), *spans), whole, state)
 
@@ -363,38 +374,40 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine, units: Units) -
 
 
 def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
-    units: Units,
+    reproducible_blocks: ReproducibleBlocks,
     cotangents: Cotangents,
 ) -> tuple[FixedPoint, FixedPoint, FixedPoint, FixedPoint | None]:
     """`local.fold_gradients` in fixed point.
 
     Args:
-      operands: as in `fold`.
-      scoring: as in `fold`.
+      inputs: as in `fold`.
+      logit_config: as in `fold`.
       machine: as in `fold`.
-      units: as in `fold`.
+      reproducible_blocks: as in `fold`.
       cotangents: f32[B, T, N], the log-sum-exp, f32[B, T, N], f32[B, T, N, V].
 
     Returns:
       FixedPoint: d_query [H, B, N, T], d_key [H, B, K, S], d_value [V, B, K, S], and d_bias [1, ...] with
       the rows of bias, or None.
     """
-    tiles = Tiles(operands, _tiling(operands, machine, units, backward=True))
-    tiling, columns = tiles.tiling, _columns(tiles, units)
-    key, value, bias = operands.key, operands.value, operands.bias
+    tiles = Tiles(inputs, _tiling(inputs, machine, reproducible_blocks, backward=True))
+    tiling, columns = tiles.tiling, _columns(tiles, reproducible_blocks)
+    key, value, bias = inputs.key, inputs.value, inputs.bias
 
-    def zero(x: jax.Array, scale: Lattice, rows: tuple[int, ...] | None = None) -> FixedPoint:
+    def zero(x: jax.Array, scale: LimbFormat, rows: tuple[int, ...] | None = None) -> FixedPoint:
         """For the gradient of x [B, T|S, N|K, .], or of so many rows of it."""
         batch, length, heads, width = x.shape
         return fixed_point.zero((width, *(rows or (batch, heads, length))), scale, tiles.axes)
 
     grads = (
-        zero(operands.query, units.by_keys),
-        None if bias is None else fixed_point.zero((1, *bias.shape), units.by_bias, tiles.axes),
-        *(zero(x, units.by_rows) for x in (key, value)),
+        zero(inputs.query, reproducible_blocks.by_keys),
+        None
+        if bias is None
+        else fixed_point.zero((1, *bias.shape), reproducible_blocks.by_bias, tiles.axes),
+        *(zero(x, reproducible_blocks.by_rows) for x in (key, value)),
     )
 
     def key_block(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -403,22 +416,24 @@ def fold_gradients(
 
         def query_block(row: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             d_query, d_bias, *d_keys = carry
-            query = tiles.query(tiles.place(batch, heads, row, column), scoring.scale)
-            step = load(tiles, columns, scoring, (batch, heads, row, column), query, sums_rows=True)
+            query = tiles.query(tiles.place(batch, heads, row, column), logit_config.scale)
+            step = load(
+                tiles, columns, logit_config, (batch, heads, row, column), query, sums_rows=True
+            )
             place = step.place
             rows = Cotangents(*(columns.join(tiles.rows(x, place), 2) for x in cotangents))
-            dq, d_keys, d_logits = _step_gradients(step, units, d_keys, rows)
+            dq, d_keys, d_logits = _step_gradients(step, reproducible_blocks, d_keys, rows)
             dq = _by_heads(dq, columns)
             d_query = add_at(d_query, dq, place.batch, place.query_heads, place.query)
             if d_bias is not None:
-                more = _bias_gradient(columns.part(d_logits, 3), bias.shape, units)
+                more = _bias_gradient(columns.part(d_logits, 3), bias.shape, reproducible_blocks)
                 spans = (place.batch, place.query_heads, place.query, place.key)
                 d_bias = add_at(d_bias, more, *spans)
             return d_query, d_bias, *d_keys
 
         d_query, d_bias, *d_keys = carry
         here = (tiling.batch, tiling.heads, tiling.key)
-        zeros = [zero(x, units.by_rows, here) for x in (key, value)]
+        zeros = [zero(x, reproducible_blocks.by_rows, here) for x in (key, value)]
         d_query, d_bias, *blocks = visit(
             tiles.queries_for(place, column),
             tiles.query_blocks,
@@ -435,21 +450,25 @@ def fold_gradients(
     return d_query, d_key, d_value, d_bias
 
 
-def _add_step(state: FixedPointState, step: Step, units: Units) -> FixedPointState:
+def _add_step(
+    state: FixedPointState, step: Step, reproducible_blocks: ReproducibleBlocks
+) -> FixedPointState:
     """The state, rows [b, K, m], and the keys of one step."""
     logits, _ = step.scores()
-    logits = logits.reshape(logits.shape[0], -1, units.keys, *logits.shape[2:])
+    logits = logits.reshape(logits.shape[0], -1, reproducible_blocks.keys, *logits.shape[2:])
     high = logits.max(axis=2)  # [b, c, K, m]
-    weights = deterministic_math.apart(softmax_weights, logits, high[:, :, None])
+    weights = deterministic_math.fusion_barrier(softmax_weights, logits, high[:, :, None])
     total = deterministic_math.ordered_sum(weights, 2)
     weights = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
 
     def product(weights: jax.Array, x: jax.Array) -> jax.Array:
-        return step.over_keys(weights, x, units.keys)
+        return step.over_keys(weights, x, reproducible_blocks.keys)
 
     weighted = attended_sum(product, weights, step.value, step.block)
     total, high = (jnp.moveaxis(x, 1, 0) for x in (total, high))
-    scaling = deterministic_math.apart(lambda x: gauge.split(x, units.by_keys.bits), high)
+    scaling = deterministic_math.fusion_barrier(
+        lambda x: gauge.split(x, reproducible_blocks.by_keys.bits), high
+    )
     return FixedPointState(
         sum=accumulate(state.sum, total[:, None], *scaling),
         weighted_sum=accumulate(state.weighted_sum, weighted, *scaling),
@@ -462,13 +481,16 @@ def softmax_weights(logits: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def _step_gradients(
-    step: Step, units: Units, d_keys: list[FixedPoint], cotangents: Cotangents
+    step: Step,
+    reproducible_blocks: ReproducibleBlocks,
+    d_keys: list[FixedPoint],
+    cotangents: Cotangents,
 ) -> tuple[FixedPoint, list[FixedPoint], jax.Array]:
     """Those of one step (see `block_gradients`).
 
     Args:
       step: the step.
-      units: as in `fold`.
+      reproducible_blocks: as in `fold`.
       d_keys: of key and value [H, b, K, s], [V, b, K, s], from the rows before.
       cotangents: f32[b, K, m], f32[b, K, m], f32[b, K, m, V].
 
@@ -477,7 +499,7 @@ def _step_gradients(
     """
     reference, d_sum, d_weighted_sum = cotangents
     logits, slope = step.scores()
-    weights = deterministic_math.apart(softmax_weights, logits, reference[:, None])
+    weights = deterministic_math.fusion_barrier(softmax_weights, logits, reference[:, None])
     d_weights = step.with_keys(d_weighted_sum, step.value)
 
     def chained(weights: jax.Array, d_weights: jax.Array, d_sum: jax.Array) -> jax.Array:
@@ -489,33 +511,37 @@ def _step_gradients(
         # The weights are 0 there, but values may be anything: 0 * nan.
         return jnp.where(step.block.allowed, d_logits, 0.0)
 
-    d_logits = deterministic_math.apart(chained, weights, d_weights, d_sum)
+    d_logits = deterministic_math.fusion_barrier(chained, weights, d_weights, d_sum)
 
     def to_query(weights: jax.Array, x: jax.Array) -> jax.Array:
-        return step.over_keys(weights, x, units.keys)
+        return step.over_keys(weights, x, reproducible_blocks.keys)
 
     def to_key(weights: jax.Array, x: jax.Array) -> jax.Array:
-        return step.over_rows(weights, x, units.rows)
+        return step.over_rows(weights, x, reproducible_blocks.rows)
 
     d_query = attended_sum(to_query, d_logits, step.key, step.block)
     terms = attended_sum(to_key, d_logits, step.query, step.block), to_key(weights, d_weighted_sum)
     d_keys = [accumulate(x, y) for x, y in zip(d_keys, terms, strict=True)]
-    nothing = fixed_point.zero(d_query.shape[1:], units.by_keys, varying_axes(d_query))
-    d_query = accumulate(nothing, d_query * step.scoring.scale)
+    nothing = fixed_point.zero(
+        d_query.shape[1:], reproducible_blocks.by_keys, varying_axes(d_query)
+    )
+    d_query = accumulate(nothing, d_query * step.logit_config.scale)
     return d_query, d_keys, d_logits
 
 
-def _bias_gradient(d_logits: jax.Array, shape: tuple[int, ...], units: Units) -> FixedPoint:
+def _bias_gradient(
+    d_logits: jax.Array, shape: tuple[int, ...], reproducible_blocks: ReproducibleBlocks
+) -> FixedPoint:
     """[1, b|1, N|1, q|1, s|1] from d_logits [b, s, K, G, q]: summed where the bias has size 1."""
     b, keys, kv_heads, groups, rows = d_logits.shape
     x = jnp.moveaxis(d_logits, 1, -1).reshape(b, kv_heads * groups, rows, keys)
     # Rounded before it is added to others: a compiler may fuse the product with one of several sums.
-    x = deterministic_math.rounded(x)
-    for axis, unit in ((2, units.rows), (3, units.keys)):
+    x = deterministic_math.prevent_fma(x)
+    for axis, unit in ((2, reproducible_blocks.rows), (3, reproducible_blocks.keys)):
         if shape[axis] == 1:
             x = x.reshape(*x.shape[:axis], -1, unit, *x.shape[axis + 1 :])
             x = deterministic_math.ordered_sum(x, axis + 1)
-    terms = quantise(x[None], units.by_bias)
+    terms = quantise(x[None], reproducible_blocks.by_bias)
     summed = [axis for axis, size in enumerate(shape) if size == 1]
     return fixed_point.merge_axes(terms, summed, keepdims=True) if summed else terms
 
@@ -527,25 +553,37 @@ def _by_heads(x: FixedPoint, columns: Columns) -> FixedPoint:
         x = columns.part(x, axis)
         return x.reshape(*x.shape[: axis - 1], -1, x.shape[-1])
 
-    return FixedPoint(split(x.top, 2), tuple(split(word, 3) for word in x.words), x.lattice)
+    return FixedPoint(split(x.top, 2), tuple(split(word, 3) for word in x.words), x.limb_format)
 
 
-def _columns(tiles: Tiles, units: Units) -> Columns:
-    return Columns(tiles.groups, tiles.tiling.query, units.columns)
+def _columns(tiles: Tiles, reproducible_blocks: ReproducibleBlocks) -> Columns:
+    return Columns(tiles.groups, tiles.tiling.query, reproducible_blocks.columns)
 
 
-def _tiling(operands: Operands, machine: Machine, units: Units, *, backward: bool) -> Tiling:
-    queries, heads = operands.query.shape[1:3]
-    keys, kv_heads = operands.key.shape[-3:-1]
+def _tiling(
+    inputs: AttentionInputs,
+    machine: Machine,
+    reproducible_blocks: ReproducibleBlocks,
+    *,
+    backward: bool,
+) -> Tiling:
+    queries, heads = inputs.query.shape[1:3]
+    keys, kv_heads = inputs.key.shape[-3:-1]
     groups = heads // kv_heads
     few = groups * queries <= FEW_COLUMNS
     # Either all products are so narrow, or none is.
-    columns = STEP_COLUMNS if units.columns == BLOCK else units.columns
+    columns = STEP_COLUMNS if reproducible_blocks.columns == BLOCK else reproducible_blocks.columns
     return Tiling(
         batch=1,
         heads=kv_heads if few and not backward else 1,
-        query=_evenly(queries, units.rows, max(columns // groups, units.rows)),
-        key=_evenly(keys, units.keys, STEP_KEYS if units.keys > 1 else STEP_TERMS),
+        query=_evenly(
+            queries, reproducible_blocks.rows, max(columns // groups, reproducible_blocks.rows)
+        ),
+        key=_evenly(
+            keys,
+            reproducible_blocks.keys,
+            STEP_KEYS if reproducible_blocks.keys > 1 else STEP_TERMS,
+        ),
         flat=True,
         as_bits=machine.platform == "cpu",
     )

@@ -65,7 +65,8 @@ def fold(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from distattn import finalize, streaming
+      >>> from distattn import finalize
+      >>> from distattn.local import streaming
       >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
       >>> state = None
       >>> for i in (2, 0, 7, 3, 1, 6, 4, 5):  # one pair at a time, in any order

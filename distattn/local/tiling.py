@@ -18,8 +18,8 @@ from distattn.algebra.fixed_point import FixedPoint
 from distattn.algebra.mergeable import Sum
 from distattn.algebra.softmax_state import SoftmaxState, empty, state_dtype
 from distattn.local.block import Block
-from distattn.local.inputs import Operands
-from distattn.local.mask import Mask, Span, Visits, split_heads, take
+from distattn.local.inputs import AttentionInputs
+from distattn.local.mask import BlockSparsity, Mask, Span, split_heads, take
 from distattn.planning.chips import block_sizes, even, is_flat
 
 
@@ -48,14 +48,14 @@ class Tiling:
     branch: bool = True  # see `Block`
 
 
-def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = False) -> Tiling:
+def choose_tiling(inputs: AttentionInputs, machine: Machine, *, backward: bool = False) -> Tiling:
     """Block sizes for a call.
 
     On a CPU one row of the batch and one key/value head at a time, so that a block stays in the cache.
     Elsewhere, and where the compiler may have sharded them, batch and heads whole.
     """
-    batch, queries, heads, width = operands.query.shape
-    keys, kv_heads = operands.key.shape[-3:-1]
+    batch, queries, heads, width = inputs.query.shape
+    keys, kv_heads = inputs.key.shape[-3:-1]
     groups = heads // kv_heads
     cpu = machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
@@ -67,10 +67,10 @@ def choose_tiling(operands: Operands, machine: Machine, *, backward: bool = Fals
         width,
         flat=flat,
         one_by_one=one_by_one,
-        smaller=backward or operands.mask.key_positions is not None,
+        smaller=backward or inputs.mask.key_positions is not None,
     )
     # In two, so that a shard of a zigzag layout is skipped by halves.
-    if not flat and operands.mask.compares_positions:
+    if not flat and inputs.mask.compares_positions:
         key_block = min(key_block, max(keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes
@@ -98,9 +98,9 @@ class Place(NamedTuple):
 class Tiles:
     """The blocks of one call: how many there are, where they lie, and what is in them."""
 
-    operands: Operands
+    inputs: AttentionInputs
     tiling: Tiling
-    batch: int  # the sizes of the operands: B, T, S, K, V, G
+    batch: int  # the sizes of the inputs: B, T, S, K, V, G
     queries: int
     keys: int
     kv_heads: int
@@ -113,25 +113,25 @@ class Tiles:
     head_blocks: int
     query_blocks: int
     key_blocks: int
-    visits: Visits | None  # which blocks are visited; None: all
+    block_sparsity: BlockSparsity | None  # which blocks are visited; None: all
 
-    def __init__(self, operands: Operands, tiling: Tiling) -> None:
-        self.operands, self.tiling = operands, tiling
-        self.batch, self.queries, heads, _ = operands.query.shape
-        self.keys, self.kv_heads, self.value_width = operands.value.shape[-3:]
+    def __init__(self, inputs: AttentionInputs, tiling: Tiling) -> None:
+        self.inputs, self.tiling = inputs, tiling
+        self.batch, self.queries, heads, _ = inputs.query.shape
+        self.keys, self.kv_heads, self.value_width = inputs.value.shape[-3:]
         self.groups = heads // self.kv_heads
-        self.dtype = state_dtype(operands.query, operands.key, operands.value)
-        self.axes = varying_axes(*jax.tree.leaves(operands))
+        self.dtype = state_dtype(inputs.query, inputs.key, inputs.value)
+        self.axes = varying_axes(*jax.tree.leaves(inputs))
         self.is_empty = min(self.batch, self.queries, self.keys) == 0
         if not self.is_empty:
             self.batches = self.batch // tiling.batch
             self.head_blocks = self.kv_heads // tiling.heads
             self.query_blocks = math.ceil(self.queries / tiling.query)
             self.key_blocks = math.ceil(self.keys / tiling.key)
-        self.visits = None
+        self.block_sparsity = None
         if tiling.branch and not self.is_empty:
             counts = self.query_blocks, self.key_blocks
-            self.visits = Visits.of(operands.mask, tiling.query, tiling.key, counts)
+            self.block_sparsity = BlockSparsity.of(inputs.mask, tiling.query, tiling.key, counts)
 
     def place(self, batch: Any, heads: Any, row: Any, column: Any) -> Place:
         """The place of a block from the indices of its row of the batch, heads, queries and keys."""
@@ -147,20 +147,26 @@ class Tiles:
     def query(self, place: Place, scale: float) -> jax.Array:
         """[b, K, G, q, H], times the scale."""
         spans = (place.batch, place.query, place.query_heads)
-        query = self._load(self.operands.query, *spans).astype(self.dtype)
+        query = self._load(self.inputs.query, *spans).astype(self.dtype)
         return self.heads_first(query * scale)
 
     def mask(self, place: Place) -> Mask:
         """The mask of the block."""
-        return self.operands.mask.block(place.batch, place.query_heads, place.query, place.key)
+        return self.inputs.mask.block(place.batch, place.query_heads, place.query, place.key)
 
     def keys_for(self, place: Place, row: Any) -> jax.Array | None:
         """bool[key blocks] that a block of queries needs; None: any, or it must not be asked."""
-        return None if self.visits is None else self.visits.keys_for(place.batch, row)
+        return (
+            None if self.block_sparsity is None else self.block_sparsity.keys_for(place.batch, row)
+        )
 
     def queries_for(self, place: Place, column: Any) -> jax.Array | None:
         """bool[query blocks] that need a block of keys; None: any."""
-        return None if self.visits is None else self.visits.queries_for(place.batch, column)
+        return (
+            None
+            if self.block_sparsity is None
+            else self.block_sparsity.queries_for(place.batch, column)
+        )
 
     def block(
         self,
@@ -171,11 +177,11 @@ class Tiles:
         fresh_keys: jax.Array | None,
         fresh_queries: jax.Array | None = None,
     ) -> Block:
-        """The operands of the block; entries that are not fresh belong to the block before."""
-        operands = self.operands
-        key = self._load_keys(operands.key, operands.key_scale, place)
-        value = self._load_keys(operands.value, operands.value_scale, place)
-        bias = take(self.operands.bias, place.batch, place.query_heads, place.query, place.key)
+        """The inputs of the block; entries that are not fresh belong to the block before."""
+        inputs = self.inputs
+        key = self._load_keys(inputs.key, inputs.key_scale, place)
+        value = self._load_keys(inputs.value, inputs.value_scale, place)
+        bias = take(self.inputs.bias, place.batch, place.query_heads, place.query, place.key)
         if bias is not None:
             bias = split_heads(bias, self.tiling.heads).astype(self.dtype)
         allowed = mask.allowed(self.tiling.heads)
@@ -199,7 +205,7 @@ class Tiles:
         return jnp.moveaxis(x, 1, 3)
 
     def zeros(self, shape: tuple[int, ...], dtype: jnp.dtype | None = None) -> jax.Array:
-        """Zeros in the state's dtype, of the operands' varying type."""
+        """Zeros in the state's dtype, of the inputs' varying type."""
         return vary(jnp.zeros(shape, dtype or self.dtype), self.axes)
 
     def empty_state(self, *shape: int) -> SoftmaxState:
@@ -208,7 +214,7 @@ class Tiles:
 
     def _load_keys(self, x: jax.Array, scale: jax.Array | None, place: Place) -> jax.Array:
         """[b, s, K, .] of key or value in the state's dtype: of the layer, and times the scale."""
-        layer = self.operands.layer
+        layer = self.inputs.layer
         spans = (place.batch, place.key, place.heads)
         spans = spans if layer is None else (Span(layer, 1), *spans)
         block = self._load(x, *spans).astype(self.dtype)
@@ -292,7 +298,7 @@ def put_at(x: FixedPoint, part: FixedPoint, *spans: Span) -> FixedPoint:
     """x with the part at its place among the rows."""
     inner = (Span(0, x.words[0].shape[0]), *spans)
     words = tuple(put(a, b, *inner) for a, b in zip(x.words, part.words, strict=True))
-    return FixedPoint(put(x.top, part.top, *spans), words, x.lattice)
+    return FixedPoint(put(x.top, part.top, *spans), words, x.limb_format)
 
 
 def merge_at(x: FixedPoint, part: FixedPoint, *spans: Span) -> FixedPoint:
@@ -301,6 +307,6 @@ def merge_at(x: FixedPoint, part: FixedPoint, *spans: Span) -> FixedPoint:
     there = FixedPoint(
         top=take(x.top, *spans),
         words=tuple(take(word, None, *spans) for word in x.words),
-        lattice=x.lattice,
+        limb_format=x.limb_format,
     )
     return put_at(x, fixed_point.merge(there, part), *spans)

@@ -316,7 +316,7 @@ _ROWS = (
     ),
 )
 CHIPS = {chip.name: chip for chip in _ROWS}
-# Where only the platform is known, as by `combine='auto'`.
+# Where only the platform is known, as by `strategy='auto'`.
 TYPICAL = {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
 # How JAX calls them (`device_kind`): the whole name of a TPU, a word in that of a GPU.
 _KINDS = {

@@ -11,9 +11,9 @@ The attention itself is not in it: whether the query or the keys are gathered, e
 multiplies one D-th of the pairs of a query and a key. It only hides messages that are on their way
 meanwhile, those of a ring.
 
-What a combine makes the busiest device do: launches, messages, bytes and merges, by formula.
+What a strategy makes the busiest device do: launches, messages, bytes and merges, by formula.
 
-Choose the combine that moves a call's states, or its keys, in the least time; and say why.
+Choose the strategy that moves a call's states, or its keys, in the least time; and say why.
 """
 
 import collections
@@ -114,7 +114,7 @@ class Topology:
         if (self.platform, self.processes > 1) not in PLATFORMS:
             raise ValueError(
                 f"platform is {self.platform!r}; the constants are for 'cpu', 'gpu' and 'tpu': "
-                "name a combine instead of 'auto', or pass a similar platform with a measured link"
+                "name a strategy instead of 'auto', or pass a similar platform with a measured link"
             )
 
     @property
@@ -277,27 +277,27 @@ def links_from(report: Mapping[str, Any]) -> dict[str, Link]:
         ) from None
 
 
-def traffic(combine: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
-    """What a combine, by name or as a schedule of that many devices, costs on each device."""
-    if isinstance(combine, Schedule):
-        if combine.size != topology.size:
+def traffic(strategy: str | Schedule, shape: Shape, topology: Topology) -> Traffic:
+    """What a strategy, by name or as a schedule of that many devices, costs on each device."""
+    if isinstance(strategy, Schedule):
+        if strategy.size != topology.size:
             raise ValueError(
-                f"combine is a schedule for {combine.size} devices; it must be for the "
+                f"strategy is a schedule for {strategy.size} devices; it must be for the "
                 f"{topology.size} of the topology {topology.sizes}: build it for {topology.size}"
             )
-        return _schedule(combine, shape, topology)
-    if combine not in FORMULAS:
+        return _schedule(strategy, shape, topology)
+    if strategy not in FORMULAS:
         raise ValueError(
-            f"combine is {combine!r}; it must be a Schedule or one of {tuple(FORMULAS)}: name one"
+            f"strategy is {strategy!r}; it must be a Schedule or one of {tuple(FORMULAS)}: name one"
         )
-    return FORMULAS[combine](shape, topology) if topology.size > 1 else Traffic()
+    return FORMULAS[strategy](shape, topology) if topology.size > 1 else Traffic()
 
 
-def fits(combine: str, shape: Shape, topology: Topology) -> bool:
-    """Whether there are enough levels, and heads, for a combine that shards heads."""
-    if combine not in HEADS_SHARDED:
+def fits(strategy: str, shape: Shape, topology: Topology) -> bool:
+    """Whether there are enough levels, and heads, for a strategy that shards heads."""
+    if strategy not in HEADS_SHARDED:
         return True
-    if combine == "ulysses":
+    if strategy == "ulysses":
         return shape.num_heads % topology.size == 0
     return len(topology.sizes) > 1 and shape.num_heads % topology.sizes[-1] == 0
 
@@ -341,9 +341,9 @@ def _nearer(messages: Iterable[tuple[Link, int, float]], topology: Topology) -> 
     return Traffic(nearer_s=saved_s)
 
 
-def sum_traffic(combine: str, payload_bytes: int, topology: Topology) -> Traffic:
+def sum_traffic(strategy: str, payload_bytes: int, topology: Topology) -> Traffic:
     """What the sum of an array on each device costs: by 'butterfly', or by one all-reduce, 'psum'."""
-    if combine == "butterfly":
+    if strategy == "butterfly":
         return _doubling(payload_bytes, topology)
     return _all_reduce(payload_bytes, topology)
 
@@ -525,12 +525,12 @@ FORMULAS = QUERY_REPLICATED | QUERY_SHARDED | UNTIMED
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A combine, what it is predicted to cost, and what the others would."""
+    """A strategy, what it is predicted to cost, and what the others would."""
 
-    combine: str
+    strategy: str
     predicted_s: float  # of the movement and the merges; the attention itself is not in it
     bytes_sent: float  # by the device that sends most
-    alternatives: tuple[tuple[str, float], ...]  # (combine, seconds), the next best first
+    alternatives: tuple[tuple[str, float], ...]  # (strategy, seconds), the next best first
     reason: str
 
 
@@ -541,7 +541,7 @@ def choose(
     query_sharded: bool,
     candidates: Iterable[str] | None = None,
 ) -> Choice:
-    """The fastest combine by `cost.time_s`; of equals the first.
+    """The fastest strategy by `cost.time_s`; of equals the first.
 
     Only movement and merges are compared, because the attention is the same work under all: whether
     queries or keys are gathered, D devices share its pairs. Memory is not compared: 'gather_kv'
@@ -575,7 +575,7 @@ def choose(
     best, *others = sorted(names, key=lambda name: seconds[name])  # stable
     alternatives = tuple((name, seconds[name]) for name in others)
     return Choice(
-        combine=best,
+        strategy=best,
         predicted_s=seconds[best],
         bytes_sent=amounts[best].bytes_sent,
         alternatives=alternatives,

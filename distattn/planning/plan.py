@@ -8,9 +8,9 @@ The memory of a device that attention takes, in whole bytes; and the largest con
 
 What would make a step fit that does not: less of one thing, or more devices, in numbers.
 
-What the backward pass of a combine makes the busiest device send, by formula.
+What the backward pass of a strategy makes the busiest device send, by formula.
 
-A plan for a pod: does it fit, what does it send, what will it cost, which combine, and why.
+A plan for a pod: does it fit, what does it send, what will it cost, which strategy, and why.
 
 By formula: nothing is compiled, and no device is needed.
 
@@ -251,29 +251,29 @@ def local_s(
     return seconds * devices if chip.shared and processes == 1 else seconds
 
 
-def bytes_per_device(combine: str, workload: Workload, sizes: tuple[int, ...]) -> int:
+def bytes_per_device(strategy: str, workload: Workload, sizes: tuple[int, ...]) -> int:
     """Keys and values of all layers, and for one layer query, output, states and what is gathered.
 
     Weights and all other layers of the model are not in it. In training query, output and log-sum-exp of
     all layers stay too, and one layer's gradients, in float32.
 
     Args:
-      combine: by name.
+      strategy: by name.
       workload: one step.
-      sizes: of the mesh axes over which keys (and, as the combine needs it, queries) are sharded.
+      sizes: of the mesh axes over which keys (and, as the strategy needs it, queries) are sharded.
     """
     devices, w = math.prod(sizes), workload
     keys = _shard(w, devices)
-    rows = -(-w.queries // devices) if combine in QUERY_SHARDED else w.queries
+    rows = -(-w.queries // devices) if strategy in QUERY_SHARDED else w.queries
     each_row = w.batch * w.heads
     row_bytes = each_row * (w.head_dim + w.values) * w.dtype_bytes  # query and output
     total = key_value_bytes(w, sizes) + rows * row_bytes
-    total += _exchanged(combine, w, sizes, keys, rows, w.dtype_bytes)
+    total += _exchanged(strategy, w, sizes, keys, rows, w.dtype_bytes)
     if w.training:
         total += (w.layers - 1) * rows * row_bytes + w.layers * rows * each_row * 4
         # What is held of keys and values, and of the rows, is held of their gradients.
         total += keys * _key_bytes(w, 4) + rows * each_row * (w.head_dim + w.values) * 4
-        total += _keys_held(combine, w, sizes, keys, 4)
+        total += _keys_held(strategy, w, sizes, keys, 4)
     return total
 
 
@@ -284,14 +284,14 @@ def key_value_bytes(workload: Workload, sizes: tuple[int, ...], key_overhead: in
     return w.layers * _shard(w, math.prod(sizes)) * each
 
 
-def largest_context(combine: str, workload: Workload, sizes: tuple[int, ...], limit: int) -> int:
+def largest_context(strategy: str, workload: Workload, sizes: tuple[int, ...], limit: int) -> int:
     """The largest context with `bytes_per_device` of at most `limit`; 0 where not even one key fits.
 
     All else stays as it is, but for as many queries as keys, which grow with them.
     """
 
     def fits(context: int) -> bool:
-        return bytes_per_device(combine, workload.with_context(context), sizes) <= limit
+        return bytes_per_device(strategy, workload.with_context(context), sizes) <= limit
 
     return largest(fits)
 
@@ -320,42 +320,42 @@ def _key_bytes(w: Workload, itemsize: int) -> int:
 
 
 def _exchanged(
-    combine: str, w: Workload, sizes: tuple[int, ...], keys: int, rows: int, itemsize: int
+    strategy: str, w: Workload, sizes: tuple[int, ...], keys: int, rows: int, itemsize: int
 ) -> int:
     """States, and what arrives from others."""
     devices = math.prod(sizes)
     state = max(4, w.dtype_bytes) * rows * w.batch * w.heads * (w.values + 2)
     if devices == 1:
         return state
-    if combine in ("butterfly", "psum", "fused"):
+    if strategy in ("butterfly", "psum", "fused"):
         return 2 * state  # one's own, and one that arrives or is summed
-    if combine == "all_gather":
+    if strategy == "all_gather":
         return (1 + devices) * state
     # Of all rows: queries and states, of which half arrive at first.
-    if combine == "reduce_scatter":
+    if strategy == "reduce_scatter":
         queries = devices * rows * w.batch * w.heads * w.head_dim * w.dtype_bytes
         return queries + devices * state + -(-devices * state // 2)
-    held = state + _keys_held(combine, w, sizes, keys, itemsize)
-    if combine.startswith("ulysses"):  # rows of some heads, beside some rows of all heads
+    held = state + _keys_held(strategy, w, sizes, keys, itemsize)
+    if strategy.startswith("ulysses"):  # rows of some heads, beside some rows of all heads
         held += rows * w.batch * w.heads * (w.head_dim + w.values) * w.dtype_bytes
     return held
 
 
-def _keys_held(combine: str, w: Workload, sizes: tuple[int, ...], keys: int, itemsize: int) -> int:
+def _keys_held(strategy: str, w: Workload, sizes: tuple[int, ...], keys: int, itemsize: int) -> int:
     """Keys and values of others, of one layer."""
     devices = math.prod(sizes)
     shard = keys * _key_bytes(w, itemsize)
-    if devices == 1 or combine not in QUERY_SHARDED or combine == "reduce_scatter":
+    if devices == 1 or strategy not in QUERY_SHARDED or strategy == "reduce_scatter":
         return 0
-    if combine == "gather_kv":
+    if strategy == "gather_kv":
         return devices * shard
-    if combine == "ring":
+    if strategy == "ring":
         return 2 * shard  # what is worked on, and what arrives
-    inner = devices if combine == "ulysses" else sizes[-1]
+    inner = devices if strategy == "ulysses" else sizes[-1]
     own = shard * (math.lcm(w.kv_heads, inner) // w.kv_heads)  # heads are repeated to divide
-    if combine == "ulysses_ring":
+    if strategy == "ulysses_ring":
         return 3 * own
-    if combine == "ulysses_gather_kv":
+    if strategy == "ulysses_gather_kv":
         return own + own * (devices // inner)
     return own
 
@@ -366,12 +366,12 @@ SCALE_BYTES = 2 * 4  # of a quantised key and of its value, in float32
 
 
 def remedies(
-    combine: str, workload: Workload, sizes: tuple[int, ...], limit: int, groups: int = 1
+    strategy: str, workload: Workload, sizes: tuple[int, ...], limit: int, groups: int = 1
 ) -> tuple[str, ...]:
     """Each by itself lets `bytes_per_device` be at most `limit`, but for one that says that it does not.
 
     Args:
-      combine: by name.
+      strategy: by name.
       workload: of the devices that share the keys: see `division`.
       sizes: of the axes over which they are sharded.
       limit: bytes of a device.
@@ -380,18 +380,18 @@ def remedies(
     w, (*slow, fast) = workload, sizes or (1,)
 
     def held(step: Workload) -> int:
-        return bytes_per_device(combine, step, sizes)
+        return bytes_per_device(strategy, step, sizes)
 
     def held_over(times: int) -> int:
         """With so many times the devices, over which queries may be sharded then, or no longer."""
         axes = (*slow, fast * times)
-        sharded, name = w.queries >= math.prod(axes), combine
-        if sharded != (combine in QUERY_SHARDED):
+        sharded, name = w.queries >= math.prod(axes), strategy
+        if sharded != (strategy in QUERY_SHARDED):
             name = "ring" if sharded else "butterfly"
         return bytes_per_device(name, w, axes)
 
     found: list[str] = []
-    if context := largest_context(combine, w, sizes, limit):
+    if context := largest_context(strategy, w, sizes, limit):
         found.append(f"a context of at most {context:,}, the largest that fits")
     times = 2
     while times <= MOST_TIMES and held_over(times) > limit:
@@ -415,8 +415,8 @@ def remedies(
     return tuple(found)
 
 
-def backward_traffic(combine: str, shape: Shape, topology: Topology) -> Traffic:
-    """What the backward pass of a combine exchanges: what the forward pass gathered, and gradients of it.
+def backward_traffic(strategy: str, shape: Shape, topology: Topology) -> Traffic:
+    """What the backward pass of a strategy exchanges: what the forward pass gathered, and gradients of it.
 
     The gradient of a whole query is summed over the devices; those of keys and values stay where they
     are, or go back by the way that these came, in float32.
@@ -424,21 +424,21 @@ def backward_traffic(combine: str, shape: Shape, topology: Topology) -> Traffic:
     if topology.size == 1:
         return Traffic()
     wide = dataclasses.replace(shape, itemsize=max(4, shape.itemsize))
-    if combine not in QUERY_SHARDED:
+    if strategy not in QUERY_SHARDED:
         names = ("psum", "butterfly")
         sums = [sum_traffic(name, wide.query_bytes, topology) for name in names]
         return min(sums, key=lambda x: cost.time_s(x, topology))
-    if combine == "reduce_scatter":
+    if strategy == "reduce_scatter":
         rows = shape.query_bytes + wide.out_bytes  # queries, and cotangents of their results
         return gather_traffic(rows, topology) + gather_traffic(wide.query_bytes, topology)
-    return traffic(combine, shape, topology) + traffic(combine, wide, topology)
+    return traffic(strategy, shape, topology) + traffic(strategy, wide, topology)
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """A combine, and what it would cost."""
+    """A strategy, and what it would cost."""
 
-    combine: str
+    strategy: str
     predicted_s: float  # one step: all layers
     bytes_per_device: int
     bytes_sent_per_device: float
@@ -450,7 +450,7 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The combine to take, or where none fits the one that holds least, and what one step costs with it."""
+    """The strategy to take, or where none fits the one that holds least, and what one step costs with it."""
 
     workload: Workload
     topology: str
@@ -462,7 +462,7 @@ class Plan:
     query_sharded: bool  # over the axes of the keys
     links: dict[str, Link] | None  # measured; None: those of the table of chips
     reserved_bytes: int  # of a device's memory
-    combine: str
+    strategy: str
     axis_order: tuple[str, ...]  # in which states are merged: the fastest axis first
     block_size: int  # keys of a block on each device
     predicted_s: float  # one step, all layers: attention and exchange
@@ -491,18 +491,18 @@ def plan(
     batch_axis_name: AxisNames = None,
     heads_axis_name: AxisNames = None,
     query_sharded: bool | None = None,
-    combine: str | None = None,
+    strategy: str | None = None,
     links: Mapping[str, Link] | None = None,
     reserved_bytes: int = 0,
 ) -> Plan:
-    """The combine with the least predicted time, of those that fit in memory.
+    """The strategy with the least predicted time, of those that fit in memory.
 
-    The exchange is what `planner.choose` predicts, as for `combine='auto'`, here with the links of the
+    The exchange is what `planner.choose` predicts, as for `strategy='auto'`, here with the links of the
     pod; the attention itself is `roofline.local_s`, the same for all. In training the backward pass is
     added to both.
 
     >>> found = plan(Workload(131072, batch=16, layers=32), "v5e:16x16")
-    >>> found.combine, found.fits
+    >>> found.strategy, found.fits
     ('psum', True)
     >>> apart = plan(Workload(131072, batch=16, layers=32), "v5e:16x16", batch_axis_name="x")
     >>> apart.key_axes, apart.bytes_sent_per_device < found.bytes_sent_per_device
@@ -518,7 +518,7 @@ def plan(
         repeated until they do.
       query_sharded: whether queries are sharded like keys; None: where there is one or more for each
         device along the axes of the keys.
-      combine: to take this one whatever it costs. 'fused' counts as 'butterfly', whose messages it sends.
+      strategy: to take this one whatever it costs. 'fused' counts as 'butterfly', whose messages it sends.
       links: measured, by axis, for those of the keys: of `cost.links_from`.
       reserved_bytes: of a device's memory, for weights and all else.
 
@@ -527,7 +527,7 @@ def plan(
 
     Raises:
       ValueError: axes that do not lie on the pod, are not in the mesh, or do not divide B or N; an axis
-        without a link; a combine that does not fit how queries are sharded; more reserved than there is.
+        without a link; a strategy that does not fit how queries are sharded; more reserved than there is.
     """
     pod = pod_of(pod) if isinstance(pod, str) else pod
     division = divide(
@@ -538,12 +538,12 @@ def plan(
     group, sizes = division.group(workload), topology.sizes
     shape = group.shape
     choice = choose(shape, topology, query_sharded=sharded)
-    forward_s = {choice.combine: choice.predicted_s, **dict(choice.alternatives)}
-    if combine in UNTIMED and pod.chip.platform == "tpu" and not sharded:
-        forward_s[combine] = cost.time_s(traffic(combine, shape, topology), topology)
-    if combine is not None and combine not in forward_s:
+    forward_s = {choice.strategy: choice.predicted_s, **dict(choice.alternatives)}
+    if strategy in UNTIMED and pod.chip.platform == "tpu" and not sharded:
+        forward_s[strategy] = cost.time_s(traffic(strategy, shape, topology), topology)
+    if strategy is not None and strategy not in forward_s:
         raise ValueError(
-            f"combine is {combine!r}; for {workload.queries} queries, "
+            f"strategy is {strategy!r}; for {workload.queries} queries, "
             f"{'sharded like keys' if sharded else 'whole on each device'}, on axes "
             f"{ {name: division.axes[name] for name in division.keys} } it must be one of "
             f"{tuple(forward_s)}: name one, or pass query_sharded={not sharded}"
@@ -572,7 +572,7 @@ def plan(
             exchange_s, sent = exchange_s + cost.time_s(back, topology), sent + back.bytes_sent
         held = bytes_per_device(name, group, sizes)
         return Alternative(
-            combine=name,
+            strategy=name,
             predicted_s=local + workload.layers * groups * exchange_s,
             bytes_per_device=held,
             bytes_sent_per_device=workload.layers * sent,
@@ -586,7 +586,7 @@ def plan(
 
     # Sorting is stable: of equals the first, as in `choose`.
     ranking = sorted(map(priced, forward_s), key=rank)
-    best = next(x for x in ranking if combine in (None, x.combine))
+    best = next(x for x in ranking if strategy in (None, x.strategy))
     others = [dataclasses.replace(x, why=_why(x, best, memory)) for x in ranking if x is not best]
     return Plan(
         workload=workload,
@@ -599,7 +599,7 @@ def plan(
         query_sharded=sharded,
         links=None if links is None else dict(links),
         reserved_bytes=reserved_bytes,
-        combine=best.combine,
+        strategy=best.strategy,
         axis_order=tuple(reversed(division.keys)),
         block_size=_block_size(group, pod, topology.size, sharded),
         predicted_s=best.predicted_s,
@@ -613,9 +613,9 @@ def plan(
         fits=best.fits,
         remedies=()
         if best.fits
-        else remedies(best.combine, group, sizes, memory or 0, division.size(division.batch)),
+        else remedies(best.strategy, group, sizes, memory or 0, division.size(division.batch)),
         alternatives=tuple(others),
-        reason=_reason(best, others, local, memory, pod, named=combine is not None),
+        reason=_reason(best, others, local, memory, pod, named=strategy is not None),
     )
 
 
@@ -666,7 +666,7 @@ def _why(other: Alternative, best: Alternative, memory: int | None) -> str:
         causes.append(f"each device sends {bytes_text(more)} more")
     if rounds > 0:
         causes.append(f"{count_text(rounds, 'more message')} to wait for in a layer")
-    if "ring" in best.combine and "ring" not in other.combine:
+    if "ring" in best.strategy and "ring" not in other.strategy:
         causes.append("it sends nothing while attention is computed")
     causes = causes or ["its launches, merges or hops take longer"]
     return f"{ratio:.3g} times as long: {', '.join(causes)}"
@@ -683,27 +683,27 @@ def _reason(
 ) -> str:
     exchange = best.predicted_s - local
     what = (
-        f"{best.combine} on {pod.name}, {pod.devices} devices: {seconds_text(best.predicted_s)} a step, "
+        f"{best.strategy} on {pod.name}, {pod.devices} devices: {seconds_text(best.predicted_s)} a step, "
         f"of which {seconds_text(local)} for attention itself and {seconds_text(exchange)} for the exchange"
     )
     fitting = [x for x in others if x.fits]
     if not best.fits:
         needs = f"needs {bytes_text(best.bytes_per_device)} a device of {bytes_text(memory or 0)}"
         if fitting:
-            return f"does not fit: {best.combine}, named by you, {needs}, and {fitting[0].combine} fits"
+            return f"does not fit: {best.strategy}, named by you, {needs}, and {fitting[0].strategy} fits"
         least = (
             "is the only candidate" if not others else "holds least" if not named else "was named"
         )
         longest = max(x.largest_context or 0 for x in (best, *others))
         return (
-            f"does not fit, by no combine: {best.combine}, which {least}, {needs}; take more devices, or a "
+            f"does not fit, by no strategy: {best.strategy}, which {least}, {needs}; take more devices, or a "
             f"context of at most {longest}"
         )
     taken = "named by you" if named else "the least time"
     if not others:
         return f"{what}; {taken}, the only candidate"
-    against = ", ".join(f"{x.combine} {seconds_text(x.predicted_s)}" for x in fitting)
-    too_large = ", ".join(x.combine for x in others if not x.fits)
+    against = ", ".join(f"{x.strategy} {seconds_text(x.predicted_s)}" for x in fitting)
+    too_large = ", ".join(x.strategy for x in others if not x.fits)
     parts = [
         f"against {against}" if against else "",
         f"{too_large} not fitting" if too_large else "",

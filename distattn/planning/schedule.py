@@ -1,4 +1,4 @@
-"""The trees of merges that a schedule makes: which shards a device holds, in which order of operands.
+"""The trees of merges that a schedule makes: which shards a device holds, in which order of inputs.
 
 Who sends to whom, round by round, as plain data that can be read, checked, hashed and drawn.
 
@@ -33,15 +33,15 @@ class Trees:
 
     def receive(self, own: int, message: int) -> tuple[int, bool, int]:
         """The tree after a message, whether it replaced the own one, and shards counted twice."""
-        operands = (own, message) if self.precedes(own, message) else (message, own)
-        if operands not in self._known:
+        inputs = (own, message) if self.precedes(own, message) else (message, own)
+        if inputs not in self._known:
             a, b = self.shards(own), self.shards(message)
             if a & b:
                 return message, True, 0 if a & b == a else a & b
-            self._known[operands] = len(self._shards)
-            self._lowest.append(self._lowest[operands[0]])
+            self._known[inputs] = len(self._shards)
+            self._lowest.append(self._lowest[inputs[0]])
             self._shards.append((a | b) >> self._lowest[-1])
-        return self._known[operands], False, 0
+        return self._known[inputs], False, 0
 
 
 def name_shards(bits: int) -> str:

@@ -20,7 +20,7 @@ KINDS = (
     "recv",
 )
 
-# `%name = shape opcode(operands), attributes`. Layouts hold parentheses (`{1,0:T(8,128)}`), but
+# `%name = shape opcode(inputs), attributes`. Layouts hold parentheses (`{1,0:T(8,128)}`), but
 # only the opcode has a space before its name and a parenthesis behind it.
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][a-z\-]*)\((?P<rest>.*)$"
@@ -81,7 +81,7 @@ class _Instruction:
     name: str
     opcode: str
     shape: str
-    rest: str  # operands and attributes
+    rest: str  # inputs and attributes
     root: bool
 
     @functools.cached_property
@@ -99,7 +99,7 @@ class _Instruction:
         return found
 
     @functools.cached_property
-    def operands(self) -> list[str]:
+    def inputs(self) -> list[str]:
         """Names of instructions."""
         depth, end = 1, len(self.rest)
         for end, character in enumerate(self.rest):  # noqa: B007
@@ -162,8 +162,8 @@ class Program:
             known: dict[str, int] = {}
             sent: dict[str | None, int] = {}
             for x in self.computations.get(name, ()):
-                # Instructions come after their operands.
-                before = max((known.get(y, 0) for y in x.operands), default=0)
+                # Instructions come after their inputs.
+                before = max((known.get(y, 0) for y in x.inputs), default=0)
                 own = 0
                 if x.kind == "send":
                     sent[x.meeting] = before
@@ -205,18 +205,18 @@ class Program:
         root = next((x for x in condition.values() if x.root), None)
         if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
             return 1
-        counter, limit = (condition.get(x) for x in root.operands)
+        counter, limit = (condition.get(x) for x in root.inputs)
         if counter is None or limit is None or counter.opcode != "get-tuple-element":
             return 1
         last = limit.attribute(_NUMBER)
         index = int(counter.attribute(_INDEX) or 0)
         around = self._by_name[computation]
-        carried = around.get(loop.operands[0]) if loop.operands else None
+        carried = around.get(loop.inputs[0]) if loop.inputs else None
         first = None
         if carried is not None and carried.opcode == "tuple":
-            start = around.get(carried.operands[index])
+            start = around.get(carried.inputs[index])
             while start is not None and start.opcode in ("copy", "bitcast"):
-                start = around.get(start.operands[0])
+                start = around.get(start.inputs[0])
             first = None if start is None else start.attribute(_NUMBER)
         return 1 if last is None else max(int(last) - int(first or 0), 0)
 

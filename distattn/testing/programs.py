@@ -295,7 +295,7 @@ def lower(
     """A function lowered for a mesh of any size, on any platform, with no devices and no compiler.
 
     What is counted is what the program says itself, before any optimisation: of `dot_product_attention`
-    all that its combine sends, forward and backward. What XLA adds where it partitions arrays on its own is
+    all that its strategy sends, forward and backward. What XLA adds where it partitions arrays on its own is
     not there yet, and what it finds to be there twice counts twice, as keys that are gathered again for
     the gradient.
 

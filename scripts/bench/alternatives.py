@@ -41,7 +41,7 @@ def ours(query, key, value, order, *, is_causal):
         value,
         axis_name="kv",
         query_sharded=True,
-        combine="ring",
+        strategy="ring",
         is_causal=is_causal,
         query_positions=order,
         key_positions=order,

@@ -145,7 +145,7 @@ def compile_time():
     key = NamedSharding(mesh, P(None, "kv"))
     arrays = (arrays[0], *(jax.device_put(x, key) for x in arrays[1:]))
     for causal in (False, True):
-        f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", combine="butterfly")
+        f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", strategy="butterfly")
         for name, g in (("forward", f), ("forward and backward", gradient(f))):
             jax.clear_caches()
             start = time.perf_counter()
@@ -159,7 +159,7 @@ def compile_time():
 
 
 def devices(repeats):
-    """T = 1 over eight fake devices: our combines, and XLA's own partitioning of jax.nn."""
+    """T = 1 over eight fake devices: our strategies, and XLA's own partitioning of jax.nn."""
     mesh = on_mesh()
     for name in ("decode f32", "decode bf16"):
         *shape, dtype, causal, _ = SPEED[name]
@@ -170,15 +170,15 @@ def devices(repeats):
             *(jax.device_put(x, key) for x in arrays[1:]),
         )
         contenders = {"XLA": compiled_runner(theirs(causal), arrays)[0]}
-        for combine in ("auto", "butterfly", "psum", "all_gather"):
-            f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", combine=combine)
-            contenders[combine] = compiled_runner(f, arrays)[0]
+        for strategy in ("auto", "butterfly", "psum", "all_gather"):
+            f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", strategy=strategy)
+            contenders[strategy] = compiled_runner(f, arrays)[0]
         s = medians(contenders, repeats)
         row = "  ".join(f"{k} {v / s['XLA']:.2f} ({v * 1e3:.0f} ms)" for k, v in s.items())
         print(f"{name}, ratio to XLA: {row}", flush=True)
 
 
-# name: (B, T, S, N, K, H, dtype, causal, with gradient), combine
+# name: (B, T, S, N, K, H, dtype, causal, with gradient), strategy
 REPRODUCIBLE = {
     "decode f32": (*SPEED["decode f32"], "psum"),
     "decode bf16": (*SPEED["decode bf16"], "psum"),
@@ -195,8 +195,8 @@ def reproducible(repeats):
     """reproducible=True over eight fake devices: time, temp memory and collectives beside the ordinary."""
     mesh = on_mesh()
     print(f"{'':26}{'ratio':>7}{'ms':>9}{'ordinary ms':>13}   temp MiB (ordinary)")
-    for name, (*shape, dtype, causal, with_gradient, combine) in REPRODUCIBLE.items():
-        sharded = combine in ("gather_kv", "ring")
+    for name, (*shape, dtype, causal, with_gradient, strategy) in REPRODUCIBLE.items():
+        sharded = strategy in ("gather_kv", "ring")
         specs = P(None, "kv") if sharded else P(), P(None, "kv"), P(None, "kv")
         arrays = [
             jax.device_put(x, NamedSharding(mesh, spec))
@@ -210,7 +210,7 @@ def reproducible(repeats):
                 mesh=mesh,
                 axis_name="kv",
                 query_axis_name="kv" if sharded else None,
-                combine=combine,
+                strategy=strategy,
                 reproducible=exact,
             )
             compiled = jax.jit(wrap(f)).lower(*arrays).compile()
@@ -229,9 +229,9 @@ def reproducible_compile(repeats):
     """Seconds to trace and compile a gradient, T = S = 1024, on eight fake devices, by turns."""
     mesh = on_mesh()
     print(f"{'gradient, T = S = 1024':26}{'ratio':>7}{'s':>9}{'ordinary s':>13}")
-    for combine in ("psum", "gather_kv", "ring"):
+    for strategy in ("psum", "gather_kv", "ring"):
         times = {True: [], False: []}
-        rows = "kv" if combine != "psum" else None
+        rows = "kv" if strategy != "psum" else None
         specs = P(None, rows), P(None, "kv"), P(None, "kv")
         arrays = [
             jax.device_put(x, NamedSharding(mesh, spec))
@@ -244,7 +244,7 @@ def reproducible_compile(repeats):
                     mesh=mesh,
                     axis_name="kv",
                     query_axis_name=rows,
-                    combine=combine,
+                    strategy=strategy,
                     reproducible=exact,
                 )
                 jax.clear_caches()
@@ -253,7 +253,7 @@ def reproducible_compile(repeats):
                 if turn:
                     seconds.append(time.perf_counter() - start)
         exact, ordinary = (statistics.median(times[name]) for name in (True, False))
-        print(f"{combine:26}{exact / ordinary:7.2f}{exact:9.2f}{ordinary:13.2f}", flush=True)
+        print(f"{strategy:26}{exact / ordinary:7.2f}{exact:9.2f}{ordinary:13.2f}", flush=True)
 
 
 def run_and_wait(compiled, arrays):

@@ -27,7 +27,7 @@ from distattn.testing import collectives, fake_devices
 BATCH, HEADS, KV_HEADS, WIDTH = 1, 32, 8, 128
 ROOM = 64  # free slots, for the steps that are timed
 PRICED = ("ordinary", "reproducible")
-COMBINES = ("auto", "butterfly", "psum", "all_gather")
+STRATEGIES = ("auto", "butterfly", "psum", "all_gather")
 SLOTS = P(None, "kv")
 
 
@@ -41,9 +41,9 @@ def token(seed, heads, tokens=1):
     return rng.normal(size=(BATCH, tokens, heads, WIDTH)).astype(np.float32)
 
 
-def our_step(combine, cache, query, key, value):
+def our_step(strategy, cache, query, key, value):
     cache = cache.append(key, value)
-    return cache, cache.attend(query, combine=combine)
+    return cache, cache.attend(query, strategy=strategy)
 
 
 def our_cache(tokens, dtype, mesh):
@@ -119,12 +119,12 @@ class Contender:
         self.cache, self.out = jax.block_until_ready(self.step(self.cache, *self.arrays))
 
 
-def contenders(tokens, dtype, mesh, combines=COMBINES):
+def contenders(tokens, dtype, mesh, strategies=STRATEGIES):
     ours = {
-        combine: Contender(
-            functools.partial(our_step, combine), our_cache(tokens, dtype, mesh), mesh
+        strategy: Contender(
+            functools.partial(our_step, strategy), our_cache(tokens, dtype, mesh), mesh
         )
-        for combine in combines
+        for strategy in strategies
     }
     return ours | {
         "one device": Contender(

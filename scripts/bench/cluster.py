@@ -9,7 +9,7 @@ Each host is a network namespace with one process, and one CPU device unless mor
 Contenders take turns within one run, in another order each time; all hosts start each call at the same
 moment, and the median of rank 0's time counts. All results are checked before they are timed.
 
-auto, butterfly, psum, all_gather, ring: distattn's combines (ring: keys and values travel). xla:
+auto, butterfly, psum, all_gather, ring: distattn's strategies (ring: keys and values travel). xla:
 jax.nn.dot_product_attention as XLA partitions it. pmax_psums: one pmax and two psums, written by hand.
 
 A slow contender sits out after 15 s of calls. The wires' bandwidth is what this machine's cores move, some

@@ -103,7 +103,7 @@ def attention_of(name: str, mesh: Mesh) -> Any:
     if name == "pmax_psums":
         return functools.partial(pmax_psums, mesh)
     return functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name=AXES, combine=name
+        distattn.dot_product_attention, mesh=mesh, axis_name=AXES, strategy=name
     )
 
 

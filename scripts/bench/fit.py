@@ -39,10 +39,10 @@ def three_all_reduces(query, key, value):
 def programs(mesh):
     split = P(None, "kv")
     calls = {
-        combine: functools.partial(
-            distattn.dot_product_attention, mesh=mesh, axis_name="kv", combine=combine
+        strategy: functools.partial(
+            distattn.dot_product_attention, mesh=mesh, axis_name="kv", strategy=strategy
         )
-        for combine in MODELS[:2]
+        for strategy in MODELS[:2]
     }
     calls[MODELS[2]] = jax.shard_map(
         three_all_reduces, mesh=mesh, in_specs=(P(), split, split), out_specs=P(), check_vma=False

@@ -3,7 +3,7 @@
     python scripts/bench/kernels.py compile                    # all of it: some minutes
     python scripts/bench/kernels.py compile --target v6e:2x2   # one target
     python scripts/bench/kernels.py caches                     # over keys and values of 8 bits
-    python scripts/bench/kernels.py compile --combine fused    # with the exchange in a kernel too
+    python scripts/bench/kernels.py compile --strategy fused    # with the exchange in a kernel too
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
     python scripts/bench/kernels.py time                       # on a TPU or GPU, beside others' kernels
 
@@ -38,14 +38,14 @@ from tests.kernel_calls import (  # noqa: E402
     matrix,
 )
 
-# How many kernels the programs have, by combine: where rows are few, fold and exchange are one.
+# How many kernels the programs have, by strategy: where rows are few, fold and exchange are one.
 KERNELS = {
     "butterfly": {"gradient": 3},
     "fused": {"prefill": 2, "gradient": 4},
 }
 
 
-def compile_all(targets: list[str], out: str | None, every: int, combine: str) -> int:
+def compile_all(targets: list[str], out: str | None, every: int, strategy: str) -> int:
     """Prints what fails, and a line for each target and call; returns how many failed."""
     failed, lines = 0, []
     seconds = collections.defaultdict(list)
@@ -57,7 +57,7 @@ def compile_all(targets: list[str], out: str | None, every: int, combine: str) -
         what = {"target": target, "call": call, "width": width, "dtype": dtype.__name__}
         began = time.monotonic()
         try:
-            report = compiled(target, call, width, dtype, combine=combine)
+            report = compiled(target, call, width, dtype, strategy=strategy)
         except Exception as error:  # noqa: BLE001 - all of them are listed
             failed += 1
             lines.append(what | {"error": str(error)[:1000]})
@@ -78,8 +78,8 @@ def compile_all(targets: list[str], out: str | None, every: int, combine: str) -
         rounded = target not in GPU_TARGETS and (call, dtype) == ("gradient", jax.numpy.float16)
         copied = copies and not rounded
         # The query's gradient is summed by XLA.
-        sent = combine == "fused" and call != "gradient" and report.collectives
-        if launches(report) != KERNELS[combine].get(call, 1) or copied or sent:
+        sent = strategy == "fused" and call != "gradient" and report.collectives
+        if launches(report) != KERNELS[strategy].get(call, 1) or copied or sent:
             failed += 1
             print("WRONG", *what.values(), launches(report), copies, sent, flush=True)
         seconds[target, call].append(time.monotonic() - began)
@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("what", choices=("compile", "caches", "memory", "time"))
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--thin", type=int, default=1, help="every N-th program")
-    parser.add_argument("--combine", choices=tuple(KERNELS), default="butterfly")
+    parser.add_argument("--strategy", choices=tuple(KERNELS), default="butterfly")
     parser.add_argument("--out", help="JSON, a row for each program")
     parser.add_argument("--repeats", type=int, default=30, help="of what is timed")
     parser.add_argument("--small", action="store_true", help="time cases that a CPU can run")
@@ -150,7 +150,7 @@ def main() -> int:
         return 0
     if arguments.what == "caches":
         return int(compile_caches(targets, arguments.thin) > 0)
-    return int(compile_all(targets, arguments.out, arguments.thin, arguments.combine) > 0)
+    return int(compile_all(targets, arguments.out, arguments.thin, arguments.strategy) > 0)
 
 
 if __name__ == "__main__":

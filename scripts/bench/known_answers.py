@@ -51,7 +51,7 @@ def compiler() -> list[Answer]:
     for name, estimate_us in XLA_US.items():
         where = pod(name)
         step = Workload(context=8192 * where.devices)
-        predicted_s = plan(step, where, combine="butterfly").predicted_s
+        predicted_s = plan(step, where, strategy="butterfly").predicted_s
         found.append(Answer(f"{name}, {where.devices} devices, us", 1e6 * predicted_s, estimate_us))
     return found
 
@@ -70,8 +70,8 @@ def volumes(
     there = Topology("gpu", (p,))
     v_tree, v_ring = 2 * (p - 1) / p * (b * d + 2 * b * heads), 2 * b * t * d * p
 
-    def elements(combine: str, itemsize: int) -> float:
-        return traffic(combine, shape, there).bytes_sent / itemsize
+    def elements(strategy: str, itemsize: int) -> float:
+        return traffic(strategy, shape, there).bytes_sent / itemsize
 
     return [
         Answer(f"psum beside V_tree, {p} devices", elements("psum", 4), v_tree),
@@ -91,8 +91,8 @@ def speedup() -> Answer:
     """
     where = pod("h100:16x8")
     step = Workload(context=5_120_000, heads=16, kv_heads=16)
-    tree = plan(step, where, combine="psum")
-    ring = plan(step, where, combine="ring", query_sharded=True)
+    tree = plan(step, where, strategy="psum")
+    ring = plan(step, where, strategy="ring", query_sharded=True)
     return Answer(
         "ring over psum, 5.12M tokens, h100:16x8", ring.predicted_s / tree.predicted_s, 8.0
     )
@@ -136,8 +136,9 @@ def table_1() -> list[Row]:
                 prompt_s=plan(prompt, where).predicted_s,  # causal: half of the pairs
                 dense_s=2 * LLAMA_PARAMETERS * tokens / 8 / chip.attained_flops_per_s,
                 weights_s=TOKENS * LLAMA_WEIGHTS_BYTES / chip.hbm_bytes_per_s,
-                tree_s=TOKENS * plan(decode, where, combine="psum").predicted_s,
-                ring_s=TOKENS * plan(decode, where, combine="ring", query_sharded=True).predicted_s,
+                tree_s=TOKENS * plan(decode, where, strategy="psum").predicted_s,
+                ring_s=TOKENS
+                * plan(decode, where, strategy="ring", query_sharded=True).predicted_s,
             )
         )
     return found

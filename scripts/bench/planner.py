@@ -1,9 +1,9 @@
-"""What combine='auto' takes, beside the best that could have been taken: measured, on a grid of shapes.
+"""What strategy='auto' takes, beside the best that could have been taken: measured, on a grid of shapes.
 
     python scripts/bench/planner.py                      # eight fake devices of one process
     python scripts/bench/planner.py --processes 2x4      # processes x devices on one machine, gloo
 
-Of each shape all combines that fit are run by turns in one process, or one job; medians. `auto` is right
+Of each shape all strategies that fit are run by turns in one process, or one job; medians. `auto` is right
 where what it takes is the fastest, or within --noise of it, which two runs of one program differ by.
 """
 
@@ -39,14 +39,14 @@ SHAPES = (
 
 
 def measure(mesh, processes, repeats):
-    """[(shape, choice, {combine: seconds})]."""
+    """[(shape, choice, {strategy: seconds})]."""
     found = []
     for b, t, s, n, k, h, sharded in SHAPES:
         shape = Shape(b, t, s, n, k, h, h, 4)
         topology = Topology("cpu", (mesh.size,), processes)
         known = QUERY_SHARDED if sharded else QUERY_REPLICATED
         names = [name for name in known if fits(name, shape, topology)]
-        choice = cost.choose(shape, topology, query_sharded=sharded).combine
+        choice = cost.choose(shape, topology, query_sharded=sharded).strategy
         along = P(None, "kv")
         query = array((b, t, n, h), mesh, along if sharded else P())
         key = array((b, s, k, h), mesh, along)
@@ -57,7 +57,7 @@ def measure(mesh, processes, repeats):
                 mesh=mesh,
                 axis_name="kv",
                 query_axis_name="kv" if sharded else None,
-                combine=name,
+                strategy=name,
             )
             programs[name] = jax.jit(f).lower(query, key, key).compile()
         medians = by_turns(programs, (query, key, key), repeats)

@@ -67,8 +67,8 @@ def compile_table(large):
     for name in TOPOLOGIES + (LARGE if large else ()):
         where = pod(name)
         devices = where.devices
-        decode = functools.partial(attention, combine="butterfly")
-        prompt = functools.partial(attention, combine="ring", is_causal=True)
+        decode = functools.partial(attention, strategy="butterfly")
+        prompt = functools.partial(attention, strategy="ring", is_causal=True)
         programs = {"decode": (decode, 1, KEYS * devices, False)}
         if devices <= 4096:  # 512 rows of a device
             programs["prompt"] = (prompt, 512 * devices, 512 * devices, True)
@@ -97,9 +97,9 @@ def compile_table(large):
 def predicted(name, workload, where, report):
     """Seconds by the model: of a plan, or of attention itself and the all-reduces that were compiled."""
     if name in ("butterfly", "psum"):
-        return plan(workload, where, combine=name).predicted_s
+        return plan(workload, where, strategy=name).predicted_s
     if name == "ring":
-        return plan(workload, where, combine="ring", query_sharded=True).predicted_s
+        return plan(workload, where, strategy="ring", query_sharded=True).predicted_s
     topology = where.topology()
     exchange_s = sum(
         x.count * time_s(sum_traffic("psum", x.bytes // x.count, topology), topology)
@@ -148,8 +148,8 @@ def estimate():
         where = pod(name)
         keys = KEYS * where.devices
         row = []
-        for combine in ("butterfly", "psum"):
-            f = functools.partial(dense, combine=combine)
+        for strategy in ("butterfly", "psum"):
+            f = functools.partial(dense, strategy=strategy)
             row.append(compiled(f, 1, keys, where, sharded=False))
         theirs = jax.nn.dot_product_attention
         row.append(compiled(theirs, 1, keys, where, sharded=False, kind=AxisType.Auto))

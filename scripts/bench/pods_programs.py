@@ -29,9 +29,9 @@ def compiled(f, rows, keys, where, *, sharded, kind=AxisType.Explicit):
     return compile_for(f, *shapes(rows, keys), topology=where.name, mesh=mesh, specs=specs)
 
 
-def training(combine):
+def training(strategy):
     def loss(*arrays):
-        out = distattn.dot_product_attention(*arrays, combine=combine, is_causal=True)
+        out = distattn.dot_product_attention(*arrays, strategy=strategy, is_causal=True)
         return out.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))
@@ -81,8 +81,8 @@ def contenders(where):
     """Name to (function, kind of the mesh axes)."""
     axes, attention = tuple(where.axes), distattn.dot_product_attention
     return {
-        "butterfly": (functools.partial(attention, combine="butterfly"), AxisType.Explicit),
-        "psum": (functools.partial(attention, combine="psum"), AxisType.Explicit),
+        "butterfly": (functools.partial(attention, strategy="butterfly"), AxisType.Explicit),
+        "psum": (functools.partial(attention, strategy="psum"), AxisType.Explicit),
         "published": (published_recipe(axes), AxisType.Auto),
         "xla": (jax.nn.dot_product_attention, AxisType.Auto),
         "ring": (ring_decode(axes), AxisType.Auto),

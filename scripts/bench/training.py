@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from attention import compiled_runner, gradient, inputs, medians
 from distattn import layouts
-from distattn.local.inputs import make_operands
+from distattn.local.inputs import make_inputs
 from distattn.local.mask import Span
 from distattn.local.tiling import Machine, Tiles, choose_tiling
 from distattn.testing import fake_devices
@@ -39,7 +39,7 @@ MESHES = {"kv": ((8,), ("kv",)), "host, chip": ((2, 4), ("host", "chip"))}
 # On eight fake devices all temp memory comes out of one machine's.
 LIMIT_BYTES = 12 * 2**30
 
-# name: (combine, mesh, layout)
+# name: (strategy, mesh, layout)
 OURS = {
     "reduce_scatter": ("reduce_scatter", "kv", None),
     "gather_kv": ("gather_kv", "kv", None),
@@ -74,7 +74,7 @@ def mesh_of(name):
     return jax.make_mesh(sizes, axes, (AxisType.Auto,) * len(axes))
 
 
-def ours(length, combine, mesh, layout):
+def ours(length, strategy, mesh, layout):
     order = None if layout is None else jnp.asarray(layout(length, jax.device_count()))
     attention = functools.partial(
         distattn.dot_product_attention,
@@ -84,7 +84,7 @@ def ours(length, combine, mesh, layout):
         mesh=mesh,
         axis_name=mesh.axis_names,
         query_axis_name=mesh.axis_names,
-        combine=combine,
+        strategy=strategy,
     )
     return Contender(attention, mesh)
 
@@ -141,8 +141,8 @@ def contenders(length):
     return {
         "XLA": Contender(xla, mesh_of("kv")),
         **{
-            name: ours(length, combine, mesh_of(mesh), layout)
-            for name, (combine, mesh, layout) in OURS.items()
+            name: ours(length, strategy, mesh_of(mesh), layout)
+            for name, (strategy, mesh, layout) in OURS.items()
         },
         "ringattention": ringattention(length, mesh_of("kv")),
     }
@@ -195,7 +195,7 @@ def parts(length, layout):
 
 def pairs(query, key, value, query_positions, key_positions):
     """How many pairs of a query and a key are in blocks that are visited."""
-    operands = make_operands(
+    operands = make_inputs(
         query,
         key,
         value,
@@ -211,7 +211,7 @@ def pairs(query, key, value, query_positions, key_positions):
         key_value_segment_ids=None,
     )
     tiling = choose_tiling(operands, Machine("cpu"), backward=True)
-    table = Tiles(operands, tiling).visits.table(Span(0, 1))
+    table = Tiles(operands, tiling).block_sparsity.table(Span(0, 1))
     return int(table.sum()) * tiling.query * tiling.key
 
 

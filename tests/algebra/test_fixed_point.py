@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from distattn.algebra import deterministic_math, fixed_point
 from distattn.algebra import fixed_point as gauge
-from distattn.algebra.fixed_point import FixedPointState, lattice
+from distattn.algebra.fixed_point import FixedPointState, limb_format
 from tests.cases import FULLY_OPTIMIZED, mesh_of
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -29,11 +29,11 @@ def same_bits(a, b):
 
 @st.composite
 def terms(draw, count=3, width=4):
-    """Rows of numbers, each in a regime of its own, with the number of bits of a lattice."""
+    """Rows of numbers, each in a regime of its own, with the number of bits of a limb_format."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scales = [draw(st.sampled_from(SCALES)) for _ in range(count)]
     x = np.stack([np.clip(rng.normal(size=width), -9, 9) * scale for scale in scales])
-    return x.astype(np.float32), lattice(draw(st.sampled_from((1, 300, 10**4, 10**6))))
+    return x.astype(np.float32), limb_format(draw(st.sampled_from((1, 300, 10**4, 10**6))))
 
 
 def fixed(x, scale):
@@ -96,13 +96,13 @@ def test_error_bound(drawn):
 
 def test_error_bound_is_below_half_a_unit_of_the_last_place():
     for count in (1, 100, 486, 487, 4096, 7782, 2**17 - 8, 2**20, 2**24):
-        scale = lattice(count)
+        scale = limb_format(count)
         assert count * 2.0 ** (-scale.bits * (scale.words - 1)) <= FLOAT32_EPS / 2
         assert count * 2.0 ** (scale.bits - 1) < 2**31
     with pytest.raises(
         ValueError, match="at most 2\\^24 terms, and this one has 16777217; sum parts"
     ):
-        lattice(2**24 + 1)
+        limb_format(2**24 + 1)
 
 
 def test_a_length_and_what_it_is_padded_to_have_one_lattice():
@@ -110,26 +110,26 @@ def test_a_length_and_what_it_is_padded_to_have_one_lattice():
         for length in (2**power, 3 * 2**power, 10**power):
             padded = math.ceil(length / devices) * devices
             if padded <= 2**24:
-                assert lattice(length) == lattice(padded)
+                assert limb_format(length) == limb_format(padded)
 
 
 def test_other_lattices_do_not_merge():
-    a, b = (fixed_point.zero((1, 2), lattice(count)) for count in (1, 10**6))
-    with pytest.raises(ValueError, match="bits=23.*bits=11.*make it, with `lattice`"):
+    a, b = (fixed_point.zero((1, 2), limb_format(count)) for count in (1, 10**6))
+    with pytest.raises(ValueError, match="bits=23.*bits=11.*make it, with `limb_format`"):
         fixed_point.merge(a, b)
 
 
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
 def test_what_is_no_number_makes_its_row_none(odd):
     x = jnp.array([[1.0, 2.0], [odd, 3.0]], jnp.float32).T  # rows (1, 2) and (odd, 3)
-    value = np.asarray(fixed_point.value(fixed_point.quantise(x, lattice(4))))
+    value = np.asarray(fixed_point.value(fixed_point.quantise(x, limb_format(4))))
     np.testing.assert_array_equal(value, [[1, np.nan], [2, np.nan]])
-    merged = fixed_point.merge_axes(fixed_point.quantise(x, lattice(4)), 0)
+    merged = fixed_point.merge_axes(fixed_point.quantise(x, limb_format(4)), 0)
     assert np.isnan(np.asarray(fixed_point.value(merged))).all()
 
 
 def test_powers_of_two_and_ties():
-    for scale in (lattice(1), lattice(4096), lattice(10**5)):
+    for scale in (limb_format(1), limb_format(4096), limb_format(10**5)):
         for exponent in range(-120, 121, 7):
             x = np.ldexp([1.0, -1.0, 1.5, 1.25], exponent).astype(np.float32)
             rows = fixed_point.quantise(jnp.asarray(x)[None], scale)
@@ -169,7 +169,7 @@ REGIMES = {
 def test_states_finish_as_attention(regime):
     rng = np.random.default_rng(0)
     logits, values = (np.asarray(x, np.float32) for x in REGIMES[regime](rng))
-    scale = lattice(16)
+    scale = limb_format(16)
     whole = state_of(logits, values, 4, scale)
     order = rng.permutation(16)
     blocks = [x.reshape(16, 4, *x.shape[1:])[order].reshape(x.shape) for x in (logits, values)]
@@ -194,12 +194,12 @@ def test_sinks():
     rng = np.random.default_rng(1)
     logits, values = rng.normal(size=8), rng.normal(size=(8, 3))
     sink = jnp.array([0.7])
-    out, lse = fixed_point.finalize(state_of(logits, values, 4, lattice(2)), sink)
+    out, lse = fixed_point.finalize(state_of(logits, values, 4, limb_format(2)), sink)
     total = np.exp(logits).sum() + np.exp(0.7)
     want = np.exp(logits) @ values / total
     np.testing.assert_allclose(out[0, 0, 0], want, rtol=0, atol=8 * FLOAT32_EPS)
     np.testing.assert_allclose(lse, np.log(total), rtol=0, atol=8 * FLOAT32_EPS)
-    empty = state_of(np.full(4, -np.inf), np.ones((4, 3)), 4, lattice(2))
+    empty = state_of(np.full(4, -np.inf), np.ones((4, 3)), 4, limb_format(2))
     out, lse = fixed_point.finalize(empty, sink)
     assert (np.asarray(out) == 0).all()
     np.testing.assert_allclose(lse, 0.7, rtol=0, atol=FLOAT32_EPS)

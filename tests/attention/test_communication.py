@@ -34,7 +34,7 @@ def hlo(f, mesh, *arguments):
         return jax.jit(f).lower(*arguments).compile().as_text()
 
 
-def call(mesh, combine, *, is_causal=True):
+def call(mesh, strategy, *, is_causal=True):
     def f(query, key, value):
         return distattn.dot_product_attention(
             query,
@@ -43,7 +43,7 @@ def call(mesh, combine, *, is_causal=True):
             is_causal=is_causal,
             mesh=mesh,
             axis_name=mesh.axis_names,
-            combine=combine,
+            strategy=strategy,
         )
 
     return f
@@ -54,7 +54,7 @@ def gradient(f):
 
 
 @pytest.mark.parametrize(
-    ("combine", "devices", "expected", "kind"),
+    ("strategy", "devices", "expected", "kind"),
     [
         ("butterfly", 8, {"collective-permute": 3}, "auto"),
         ("butterfly", 8, {"collective-permute": 3}, "explicit"),
@@ -65,9 +65,9 @@ def gradient(f):
         *(("all_gather", 8, {"all-gather": 1}, kind) for kind in KINDS),
     ],
 )
-def test_forward_of_a_replicated_query(combine, devices, expected, kind):
+def test_forward_of_a_replicated_query(strategy, devices, expected, kind):
     mesh = mesh_of(devices, kind)
-    text = hlo(call(mesh, combine), mesh, *shapes(mesh, 4, 8 * devices * 5))
+    text = hlo(call(mesh, strategy), mesh, *shapes(mesh, 4, 8 * devices * 5))
     assert collectives(text) == expected
 
 
@@ -105,7 +105,7 @@ def test_where_messages_are_slow_the_query_gradient_is_summed_by_messages(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("combine", "dtype", "forward", "backward"),
+    ("strategy", "dtype", "forward", "backward"),
     [
         # The query is gathered, then states are halved; back, all that goes by rows is gathered in one
         # message (16 bits apart from 32), and dq is scattered.
@@ -128,11 +128,11 @@ def test_where_messages_are_slow_the_query_gradient_is_summed_by_messages(
         ),
     ],
 )
-def test_a_query_sharded_along_t(combine, dtype, forward, backward, kind):
+def test_a_query_sharded_along_t(strategy, dtype, forward, backward, kind):
     mesh = mesh_of(8, kind)
     arguments = shapes(mesh, 64, 64, rows="kv", dtype=dtype)
-    assert collectives(hlo(call(mesh, combine), mesh, *arguments)) == forward
-    assert collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)) in backward
+    assert collectives(hlo(call(mesh, strategy), mesh, *arguments)) == forward
+    assert collectives(hlo(gradient(call(mesh, strategy)), mesh, *arguments)) in backward
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_ring_makes_a_hop_less_than_there_are_devices(devices, is_causal):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("combine", "merge"),
+    ("strategy", "merge"),
     [
         ("butterfly", {"collective-permute": 3}),
         ("psum", {"all-reduce": 2}),
@@ -167,16 +167,16 @@ def test_a_ring_makes_a_hop_less_than_there_are_devices(devices, is_causal):
     ],
 )
 def test_where_states_are_merged_whole_the_rows_of_a_sharded_query_are_gathered(
-    combine, merge, kind
+    strategy, merge, kind
 ):
     mesh = mesh_of(8, kind)
     arguments = shapes(mesh, 64, 320, rows="kv")
     with jax.set_mesh(mesh):
-        program = jax.jit(call(mesh, combine)).lower(*arguments).compile()
+        program = jax.jit(call(mesh, strategy)).lower(*arguments).compile()
     assert collectives(program.as_text()) == Counter(merge) + Counter({"all-gather": 1})
     # Every device has all rows; Explicit axes cut them again as the query is, which sends nothing.
     assert program.output_shardings.is_fully_replicated == (kind == "auto")
-    back = Counter(collectives(hlo(gradient(call(mesh, combine)), mesh, *arguments)))
+    back = Counter(collectives(hlo(gradient(call(mesh, strategy)), mesh, *arguments)))
     # Where rows of the result are cut, its gradient has to be gathered as the query has.
     assert back - Counter(merge) == {"all-gather": 1 if kind == "auto" else 2, "all-reduce": 1}
 
@@ -208,7 +208,7 @@ def test_what_a_ring_sends_waits_for_nothing_that_is_computed_meanwhile():
 
 
 @pytest.mark.parametrize(
-    ("combine", "forward", "backward"),
+    ("strategy", "forward", "backward"),
     [
         # Query, and key and value in one; and back out. With the gradient the log-sum-exp goes with out,
         # and beside the three again dout and a pair of numbers a row.
@@ -225,29 +225,29 @@ def test_what_a_ring_sends_waits_for_nothing_that_is_computed_meanwhile():
         ),
     ],
 )
-def test_heads_in_place_of_rows(combine, forward, backward):
+def test_heads_in_place_of_rows(strategy, forward, backward):
     mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
     axes = ("host", "kv")
     arguments = shapes(mesh, 32, 32, rows=axes, axes=axes, heads=8)
-    if combine == "ulysses":
+    if strategy == "ulysses":
         mesh = mesh_of(2, "auto")
         arguments = shapes(mesh, 32, 32, rows="kv", heads=8)
-    assert collectives(hlo(call(mesh, combine), mesh, *arguments), executed=True) == forward
-    both = hlo(gradient(call(mesh, combine)), mesh, *arguments)
+    assert collectives(hlo(call(mesh, strategy), mesh, *arguments), executed=True) == forward
+    both = hlo(gradient(call(mesh, strategy)), mesh, *arguments)
     assert collectives(both, executed=True) == backward
 
 
 @pytest.mark.parametrize(
-    ("combine", "sizes", "sharded", "backward"),
+    ("strategy", "sizes", "sharded", "backward"),
     [
         *(
-            (combine, (4,), False, backward)
-            for combine in ALL_REDUCES
+            (strategy, (4,), False, backward)
+            for strategy in ALL_REDUCES
             for backward in (False, True)
         ),
         *(
-            (combine, (4,), True, backward)
-            for combine in QUERY_SHARDED
+            (strategy, (4,), True, backward)
+            for strategy in QUERY_SHARDED
             for backward in (False, True)
         ),
         *(
@@ -259,12 +259,12 @@ def test_heads_in_place_of_rows(combine, forward, backward):
         ("butterfly", (4,), True, False),
     ],
 )
-def test_what_lower_counts_is_what_the_compiled_program_sends(combine, sizes, sharded, backward):
+def test_what_lower_counts_is_what_the_compiled_program_sends(strategy, sizes, sharded, backward):
     names = ("host", "kv")[-len(sizes) :]
     kinds = (KINDS["explicit"],) * len(sizes)
     mesh = jax.make_mesh(sizes, names, kinds, devices=jax.devices()[:4])
     arguments = shapes(mesh, 32, 32, rows=names if sharded else None, axes=names)
-    f = functools.partial(distattn.dot_product_attention, is_causal=True, combine=combine)
+    f = functools.partial(distattn.dot_product_attention, is_causal=True, strategy=strategy)
     f = gradient(f) if backward else f
     with jax.set_mesh(mesh):
         lowered = jax.jit(f).lower(*arguments)
@@ -313,7 +313,7 @@ def test_batch_and_heads_on_other_axes_add_no_collective():
         jnp.float32,
         sharding=NamedSharding(mesh, P("data", "kv", "heads")),
     )
-    f = functools.partial(distattn.dot_product_attention, combine="butterfly")
+    f = functools.partial(distattn.dot_product_attention, strategy="butterfly")
     assert collectives(hlo(f, mesh, query, key, key)) == {"collective-permute": 1}
     assert collectives(hlo(gradient(f), mesh, query, key, key)) == {
         "collective-permute": 1,
@@ -322,7 +322,7 @@ def test_batch_and_heads_on_other_axes_add_no_collective():
 
 
 @pytest.mark.parametrize(
-    ("combine", "expected"),
+    ("strategy", "expected"),
     [
         ("reduce_scatter", {"all-gather": 2, "collective-permute": 1, "reduce-scatter": 1}),
         ("gather_kv", {"all-gather": 2, "reduce-scatter": 2}),
@@ -331,7 +331,7 @@ def test_batch_and_heads_on_other_axes_add_no_collective():
         ("ulysses", {"all-to-all": 6}),
     ],
 )
-def test_a_batch_that_the_compiler_would_shard_unseen(combine, expected):
+def test_a_batch_that_the_compiler_would_shard_unseen(strategy, expected):
     mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["auto"],) * 3)
     spec = NamedSharding(mesh, P("data", "kv", "heads"))
     query, key = (
@@ -344,7 +344,7 @@ def test_a_batch_that_the_compiler_would_shard_unseen(combine, expected):
         query_axis_name="kv",
         batch_axis_name="data",
         heads_axis_name="heads",
-        combine=combine,
+        strategy=strategy,
     )
     text = hlo(gradient(f), mesh, query, key, key)
     assert collectives(text, executed=True) == expected
@@ -356,7 +356,7 @@ def test_a_tuple_of_axes_goes_level_by_level():
     query = jax.ShapeDtypeStruct((1, 4, HEADS, WIDTH), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 64, KV_HEADS, WIDTH), jnp.float32, sharding=spec)
     f = functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name=("host", "chip"), combine="butterfly"
+        distattn.dot_product_attention, mesh=mesh, axis_name=("host", "chip"), strategy="butterfly"
     )
     assert collectives(hlo(f, mesh, query, key, key)) == {"collective-permute": 3}
 
@@ -389,7 +389,7 @@ def test_a_whole_pod_lowers_without_devices():
     query = jax.ShapeDtypeStruct((1, 1, HEADS, WIDTH), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 4096 * 8, KV_HEADS, WIDTH), jnp.float32)
     f = functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name="kv", combine="butterfly"
+        distattn.dot_product_attention, mesh=mesh, axis_name="kv", strategy="butterfly"
     )
     text = jax.jit(f).trace(query, key, key).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.collective_permute") == np.log2(4096)

@@ -103,7 +103,7 @@ WRONG = {
     "soft_cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap is 0.0", "positive"]),
     "scale": ({"scale": float("nan")}, ["scale is nan", "finite"]),
     "implementation": ({"implementation": "flash"}, ["'flash'", "'blocked'"]),
-    "combine": ({"combine": "tree"}, ["'tree'", "butterfly"]),
+    "strategy": ({"strategy": "tree"}, ["'tree'", "butterfly"]),
     "axis_without_mesh": ({"axis_name": "kv"}, ["axis_name is kv", "no mesh", "mesh="]),
 }
 
@@ -149,13 +149,16 @@ MESH_ERRORS = {
     ),
     "axis_twice": ({"axis_name": ("kv", "kv")}, ["twice", "once"]),
     "not_a_name": ({"axis_name": 3}, ["axis_name is 3", "axis name"]),
-    "schedule_size": ({"axis_name": "kv", "combine": butterfly(8)}, ["8 devices", "4", "build it"]),
+    "schedule_size": (
+        {"axis_name": "kv", "strategy": butterfly(8)},
+        ["8 devices", "4", "build it"],
+    ),
     "ring_with_replicated_query": (
-        {"axis_name": "kv", "combine": "ring", "query_axis_name": None},
+        {"axis_name": "kv", "strategy": "ring", "query_axis_name": None},
         ["'ring'", "query_axis_name is None", "replicated", "'butterfly'"],
     ),
     "heads_that_do_not_divide": (
-        {"axis_name": "kv", "combine": "ulysses", "query": QUERY[:, :, :2], "key": KEY[:, :, :2]}
+        {"axis_name": "kv", "strategy": "ulysses", "query": QUERY[:, :, :2], "key": KEY[:, :, :2]}
         | {"value": KEY[:, :, :2]},
         ["'ulysses'", "heads of query over the 4 devices of ('kv',)", "are 2", "'ring'"],
     ),
@@ -173,11 +176,11 @@ MESH_ERRORS = {
         ["'kv' shards both B and S", "axis_name"],
     ),
     "one_level": (
-        {"axis_name": "kv", "combine": "ulysses_ring"},
+        {"axis_name": "kv", "strategy": "ulysses_ring"},
         ["'ulysses_ring'", "two levels", "('kv',)", "'ulysses' or 'ring'"],
     ),
     "scatter_with_replicated_query": (
-        {"axis_name": "kv", "combine": "reduce_scatter", "query_axis_name": None},
+        {"axis_name": "kv", "strategy": "reduce_scatter", "query_axis_name": None},
         ["'reduce_scatter'", "query_axis_name is None", "'auto'"],
     ),
 }
@@ -211,14 +214,14 @@ def test_a_mesh_that_is_none(mesh):
         smollm2.place({}, mesh)
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring"])
-def test_a_combine_that_could_not_be_obeyed(combine):
+@pytest.mark.parametrize("strategy", ["butterfly", "gather_kv", "ring"])
+def test_a_strategy_that_could_not_be_obeyed(strategy):
     mesh = mesh_of(4, "auto")
-    f = jax.jit(functools.partial(distattn.dot_product_attention, combine=combine))
+    f = jax.jit(functools.partial(distattn.dot_product_attention, strategy=strategy))
     key = placed(mesh, KEY, None, "kv")
     with (
         jax.set_mesh(mesh),
-        raises(ValueError, [repr(combine), "inside jit", "pass axis_name"]),
+        raises(ValueError, [repr(strategy), "inside jit", "pass axis_name"]),
         pytest.warns(UserWarning, match="pass axis_name="),
     ):
         f(placed(mesh, QUERY), key, key)
@@ -227,7 +230,7 @@ def test_a_combine_that_could_not_be_obeyed(combine):
 def test_heads_go_where_rows_and_keys_come_from():
     mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2)
     with raises(ValueError, ["same axes", "T is sharded over ('host',)", "S over ('host', 'kv')"]):
-        call(mesh=mesh, axis_name=("host", "kv"), query_axis_name="host", combine="ulysses")
+        call(mesh=mesh, axis_name=("host", "kv"), query_axis_name="host", strategy="ulysses")
 
 
 def placed(mesh, x, *spec):
@@ -287,14 +290,14 @@ def test_the_inside_call_outside():
     [
         ({"axis_name": "seq"}, ["'seq'", "['kv']"]),
         (
-            {"axis_name": "kv", "combine": "gather_kv"},
+            {"axis_name": "kv", "strategy": "gather_kv"},
             ["'gather_kv'", "query_sharded=False", "psum"],
         ),
         (
-            {"axis_name": "kv", "combine": "psum", "query_sharded": True},
+            {"axis_name": "kv", "strategy": "psum", "query_sharded": True},
             ["'psum'", "query_sharded=True", "gather_kv"],
         ),
-        ({"axis_name": "kv", "combine": butterfly(8)}, ["8 devices", "has 4", "build it"]),
+        ({"axis_name": "kv", "strategy": butterfly(8)}, ["8 devices", "has 4", "build it"]),
     ],
 )
 def test_wrong_calls_inside(options, parts):

@@ -91,7 +91,7 @@ def test_gradients_under_explicit_axes(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "combine"),
+    ("name", "strategy"),
     [
         ("rows_part", "reduce_scatter"),
         ("rows_part", "gather_kv"),
@@ -101,22 +101,22 @@ def test_gradients_under_explicit_axes(name):
         ("rows_both_backwards", "gather_kv"),
     ],
 )
-def test_gradients_of_sharded_queries(name, combine):
+def test_gradients_of_sharded_queries(name, strategy):
     mesh = mesh_of((2, 2), ("a", "b"), "explicit")
     query_spec, key_spec = LAYOUTS[name]
 
     def on_mesh(*, query, key, value, **rest):
         query = jax.reshard(query, NamedSharding(mesh, query_spec))
         key, value = (jax.reshard(x, NamedSharding(mesh, key_spec)) for x in (key, value))
-        return attention(query, key, value, combine=combine, **rest)
+        return attention(query, key, value, strategy=strategy, **rest)
 
     with jax.set_mesh(mesh):
-        check(CASE, on_mesh, what=f"{name} {combine}")
+        check(CASE, on_mesh, what=f"{name} {strategy}")
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "psum"])
+@pytest.mark.parametrize("strategy", ["butterfly", "psum"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_combine_of_replicated_queries_gathers_a_sharded_one(kind, combine):
+def test_a_strategy_of_replicated_queries_gathers_a_sharded_one(kind, strategy):
     mesh = mesh_of((4,), ("kv",), kind)
 
     def on_mesh(*, query, key, value, **rest):
@@ -130,12 +130,12 @@ def test_a_combine_of_replicated_queries_gathers_a_sharded_one(kind, combine):
             mesh=mesh,
             axis_name="kv",
             query_axis_name="kv",
-            combine=combine,
+            strategy=strategy,
             **rest,
         )
 
     with jax.set_mesh(mesh):
-        check(CASE, on_mesh, what=f"{kind} {combine}")
+        check(CASE, on_mesh, what=f"{kind} {strategy}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +167,7 @@ def test_in_jit_under_auto_axes_the_caller_says_where_keys_lie():
 
     def run(query, key, value):
         return attention(
-            query, key, value, is_causal=True, mesh=mesh, axis_name="kv", combine="butterfly"
+            query, key, value, is_causal=True, mesh=mesh, axis_name="kv", strategy="butterfly"
         )
 
     compiled = jax.jit(run).lower(**arguments).compile()
@@ -207,31 +207,31 @@ def test_keys_replicated_over_an_axis_count_once():
     agrees(attention(**placed(mesh, P(), P(None, "kv"))))
 
 
-@pytest.mark.parametrize("combine", ["ulysses", "ulysses_ring"])
-def test_an_axis_of_size_one_among_those_of_the_keys(combine):
+@pytest.mark.parametrize("strategy", ["ulysses", "ulysses_ring"])
+def test_an_axis_of_size_one_among_those_of_the_keys(strategy):
     mesh = mesh_of((1, 4), ("one", "kv"), "auto")
     arguments = as_float32(Case(queries=8, keys=16).arguments())
     query, key, value = (
         jax.device_put(arguments[name], NamedSharding(mesh, P(None, axes)))
         for name, axes in (("query", "kv"), ("key", ("one", "kv")), ("value", ("one", "kv")))
     )
-    out = distattn.dot_product_attention(query, key, value, combine=combine)
-    assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=combine)
+    out = distattn.dot_product_attention(query, key, value, strategy=strategy)
+    assert_close(out, distattn.dot_product_attention(**arguments), jnp.float32, 16, what=strategy)
 
 
-@pytest.mark.parametrize("combine", QUERY_SHARDED)
+@pytest.mark.parametrize("strategy", QUERY_SHARDED)
 @pytest.mark.parametrize("empty", ["B", "T", "S"])
-def test_nothing_at_all(empty, combine):
+def test_nothing_at_all(empty, strategy):
     sizes = {"B": 2, "T": 8, "S": 16} | {empty: 0}
     query, key = (jnp.ones((sizes["B"], sizes[x], 4, 8)) for x in "TS")
     mesh = mesh_of((4,), ("kv",), "auto")
-    where = {"mesh": mesh, "axis_name": "kv", "combine": combine}
+    where = {"mesh": mesh, "axis_name": "kv", "strategy": strategy}
     out = distattn.dot_product_attention(query, key, key, **where)
     np.testing.assert_array_equal(out, jnp.zeros(query.shape))
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring", "ulysses"])
-def test_batch_and_heads_by_name(combine):
+@pytest.mark.parametrize("strategy", ["butterfly", "gather_kv", "ring", "ulysses"])
+def test_batch_and_heads_by_name(strategy):
     mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["auto"],) * 3)
     attention = functools.partial(
         distattn.dot_product_attention,
@@ -239,22 +239,22 @@ def test_batch_and_heads_by_name(combine):
         axis_name="kv",
         batch_axis_name="data",
         heads_axis_name="heads",
-        combine=combine,
+        strategy=strategy,
         return_residual=True,
     )
-    check(CASES["everything"], attention, what=f"batch and heads by name, {combine}")
+    check(CASES["everything"], attention, what=f"batch and heads by name, {strategy}")
 
 
-@pytest.mark.parametrize(("combine", "kind"), [("psum", "auto"), ("gather_kv", "explicit")])
+@pytest.mark.parametrize(("strategy", "kind"), [("psum", "auto"), ("gather_kv", "explicit")])
 @pytest.mark.parametrize("name", ["lengths", "bias_full", "mask_full", "plain"])
-def test_sizes_that_the_devices_do_not_divide(name, combine, kind):
+def test_sizes_that_the_devices_do_not_divide(name, strategy, kind):
     mesh = mesh_of((5,), ("kv",), kind)
     case = CASES[name]
     with jax.set_mesh(mesh):
-        got = jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", combine=combine))(
+        got = jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", strategy=strategy))(
             **as_float32(case.arguments())
         )
-        agrees(got, case, what=f"{name} {kind} {combine}")
+        agrees(got, case, what=f"{name} {kind} {strategy}")
 
 
 @pytest.mark.parametrize("heads", [(4, 1), (4, 2), (8, 2), (6, 3)])
@@ -326,7 +326,7 @@ def test_no_axis_of_the_mesh_is_named_in_the_program_without_need():
     arguments = placed(mesh, P("data"), P("data", "kv"))
     arguments.pop("is_causal")
     text = (
-        jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", combine="butterfly"))
+        jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", strategy="butterfly"))
         .lower(**arguments)
         .compile()
         .as_text()

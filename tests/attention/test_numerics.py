@@ -16,11 +16,11 @@ MESHES = (None, 1, 3, 8)
 attention = functools.partial(distattn.dot_product_attention, return_residual=True)
 
 
-def on(devices, combine="butterfly"):
+def on(devices, strategy="butterfly"):
     if devices is None:
         return attention
     mesh = mesh_of(devices, "auto")
-    return functools.partial(attention, mesh=mesh, axis_name="kv", combine=combine)
+    return functools.partial(attention, mesh=mesh, axis_name="kv", strategy=strategy)
 
 
 def random(*shape, seed=0):
@@ -49,9 +49,9 @@ def test_logits_from_one_end_to_the_other(devices):
 
 
 @pytest.mark.parametrize(
-    "combine", ["butterfly", "psum", "all_gather", "reduce_scatter", "gather_kv"]
+    "strategy", ["butterfly", "psum", "all_gather", "reduce_scatter", "gather_kv"]
 )
-def test_a_row_that_attends_to_nothing(combine):
+def test_a_row_that_attends_to_nothing(strategy):
     query, key, value = random(2, 4, 2, 4), random(2, 24, 2, 4, seed=1), random(2, 24, 2, 4, seed=2)
     mask = np.ones((2, 1, 4, 24), bool)
     mask[0, :, 1] = False
@@ -59,7 +59,7 @@ def test_a_row_that_attends_to_nothing(combine):
     bias = random(1, 2, 4, 24, seed=3)
 
     def loss(query, key, value, bias):
-        out, lse = on(4, combine)(query, key, value, bias, mask)
+        out, lse = on(4, strategy)(query, key, value, bias, mask)
         return (out * 3).sum() + lse.sum(), (out, lse)
 
     grads, (out, lse) = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(

@@ -1,4 +1,4 @@
-"""reproducible=True: the same bits whatever the devices, combine, mesh and order of the blocks."""
+"""reproducible=True: the same bits whatever the devices, strategy, mesh and order of the blocks."""
 
 import dataclasses
 import functools
@@ -115,7 +115,7 @@ def check_bits(case: Case, dtype: Any = jnp.float32, **where: Any) -> None:
             np.testing.assert_array_equal(np.asarray(found[name]), x, name, strict=True)
 
 
-# Every number of devices, and every combine on some of them that a round number does not fit.
+# Every number of devices, and every strategy on some of them that a round number does not fit.
 GRID = [
     *((devices, "butterfly") for devices in (1, 2, 4, 5, 8)),
     (6, "reduce_scatter"),
@@ -126,11 +126,11 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize(("devices", "combine"), GRID)
-def test_devices_and_combines(devices, combine):
+@pytest.mark.parametrize(("devices", "strategy"), GRID)
+def test_devices_and_strategies(devices, strategy):
     mesh = mesh_of(devices, list(KINDS)[devices % 2])
     with jax.set_mesh(mesh):
-        check_bits(WHOLE, mesh=mesh, axis_name="kv", combine=combine)
+        check_bits(WHOLE, mesh=mesh, axis_name="kv", strategy=strategy)
 
 
 @pytest.mark.parametrize("devices", [3, 6, 7])
@@ -139,7 +139,7 @@ def test_a_butterfly_of_devices_that_pair_up_unevenly(devices):
         FEATURES["few queries, one head"],
         mesh=mesh_of(devices, "auto"),
         axis_name="kv",
-        combine="butterfly",
+        strategy="butterfly",
     )
 
 
@@ -147,9 +147,9 @@ def test_a_butterfly_of_devices_that_pair_up_unevenly(devices):
 def test_features(name):
     index = list(FEATURES).index(name)
     mesh = mesh_of((3, 8, 5, 4)[index % 4], list(KINDS)[index % 2])
-    combine = ("auto", "reduce_scatter", "ring", "gather_kv", "psum")[index % 5]
+    strategy = ("auto", "reduce_scatter", "ring", "gather_kv", "psum")[index % 5]
     with jax.set_mesh(mesh):
-        check_bits(FEATURES[name], mesh=mesh, axis_name="kv", combine=combine)
+        check_bits(FEATURES[name], mesh=mesh, axis_name="kv", strategy=strategy)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,20 +161,20 @@ def test_rows_of_a_whole_query_are_cut_where_states_are_large(kind):
     arrays = arguments_of(case, jnp.float32)[0]
     with jax.set_mesh(mesh):
         check_bits(case, **where)
-        operands = tuple(arrays[name] for name in ("query", "key", "value"))
-        compiled = forward.lower(*operands).compile()
+        inputs = tuple(arrays[name] for name in ("query", "key", "value"))
+        compiled = forward.lower(*inputs).compile()
     counts = collectives(compiled.as_text())
     assert counts["all-reduce"] == counts["reduce-scatter"] == 0 < counts["all-gather"], counts
     assert compiled.output_shardings.is_fully_replicated
 
 
-@pytest.mark.parametrize(("dtype", "combine"), [("bfloat16", "ring"), ("float16", "butterfly")])
-def test_half_precision(dtype, combine):
-    check_bits(WHOLE, jnp.dtype(dtype), mesh=mesh_of(4, "auto"), axis_name="kv", combine=combine)
+@pytest.mark.parametrize(("dtype", "strategy"), [("bfloat16", "ring"), ("float16", "butterfly")])
+def test_half_precision(dtype, strategy):
+    check_bits(WHOLE, jnp.dtype(dtype), mesh=mesh_of(4, "auto"), axis_name="kv", strategy=strategy)
 
 
 @pytest.mark.parametrize(
-    ("combine", "sizes", "axes"),
+    ("strategy", "sizes", "axes"),
     [
         ("butterfly", (2, 3), ("kv", "x")),
         ("ulysses", (4,), "kv"),
@@ -183,23 +183,23 @@ def test_half_precision(dtype, combine):
         ("ring", (2, 2), ("kv", "x")),
     ],
 )
-def test_levels_and_heads(combine, sizes, axes):
+def test_levels_and_heads(strategy, sizes, axes):
     names = ("x", "kv")[-len(sizes) :]
     count = int(np.prod(sizes))
     mesh = jax.make_mesh(
         sizes, names, (KINDS["explicit"],) * len(sizes), devices=jax.devices()[:count]
     )
     with jax.set_mesh(mesh):
-        check_bits(WHOLE, mesh=mesh, axis_name=axes, combine=combine)
+        check_bits(WHOLE, mesh=mesh, axis_name=axes, strategy=strategy)
 
 
 def test_batch_and_heads_on_other_axes():
     mesh = jax.make_mesh((2, 2, 2), ("b", "h", "kv"), (KINDS["auto"],) * 3)
     where = {"batch_axis_name": "b", "heads_axis_name": "h", "axis_name": "kv"}
-    check_bits(WHOLE, mesh=mesh, combine="ring", **where)
+    check_bits(WHOLE, mesh=mesh, strategy="ring", **where)
     # The compiler may shard batch and heads unseen.
     plain = FEATURES["plain, key heads alone"]
-    check_bits(plain, mesh=mesh, combine="butterfly", axis_name="kv")
+    check_bits(plain, mesh=mesh, strategy="butterfly", axis_name="kv")
 
 
 @pytest.mark.parametrize("name", ["everything", *list(FEATURES)[:4]])
@@ -216,7 +216,7 @@ def test_against_the_oracle(name):
 
 # Under check_vma=False JAX divides what comes back by the number of devices: exact for powers of two.
 @pytest.mark.parametrize(
-    ("devices", "combine", "vma"),
+    ("devices", "strategy", "vma"),
     [
         (8, "butterfly", True),
         (4, "reduce_scatter", False),
@@ -225,12 +225,12 @@ def test_against_the_oracle(name):
         (4, "ulysses", True),
     ],
 )
-def test_inside(devices, combine, vma):
+def test_inside(devices, strategy, vma):
     case = Case(batch=1, queries=256, keys=24 * BLOCK, heads=4, kv_heads=2, sinks=True, seed=3)
-    case = dataclasses.replace(case, bias=None if combine == "ulysses" else ("N", "S"))
-    sharded = combine not in ALL_REDUCES
+    case = dataclasses.replace(case, bias=None if strategy == "ulysses" else ("N", "S"))
+    sharded = strategy not in ALL_REDUCES
     split, mesh = P(None, "kv"), mesh_of(devices, "auto")
-    bias_split = P(None, None, None, "kv") if not sharded or combine == "reduce_scatter" else P()
+    bias_split = P(None, None, None, "kv") if not sharded or strategy == "reduce_scatter" else P()
     arrays, _ = arguments_of(case, jnp.float32)
     floats = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE}
     specs = {"query": split if sharded else P(), "key": split, "value": split}
@@ -240,7 +240,7 @@ def test_inside(devices, combine, vma):
         return distattn.sharded_attention(
             **floats,
             axis_name="kv",
-            combine=combine,
+            strategy=strategy,
             query_sharded=sharded,
             is_causal=True,
             return_residual=True,
@@ -313,7 +313,7 @@ def test_the_ordinary_bits_differ():
     mesh = mesh_of(5, "auto")
     outs = [
         jax.jit(functools.partial(distattn.dot_product_attention, **where))(*given)
-        for where in ({}, {"mesh": mesh, "axis_name": "kv", "combine": "butterfly"})
+        for where in ({}, {"mesh": mesh, "axis_name": "kv", "strategy": "butterfly"})
     ]
     assert (np.asarray(outs[0]) != np.asarray(outs[1])).any()
 
@@ -373,10 +373,10 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("combine", COUNTS)
-def test_collectives(combine):
+@pytest.mark.parametrize("strategy", COUNTS)
+def test_collectives(strategy):
     mesh = mesh_of(8, "auto")
-    sharded = combine in ("reduce_scatter", "gather_kv")
+    sharded = strategy in ("reduce_scatter", "gather_kv")
     specs = [P(None, "kv") if sharded else P(), P(None, "kv"), P(None, "kv")]
     arrays = [
         jax.ShapeDtypeStruct((1, n, 4, 16), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
@@ -387,11 +387,11 @@ def test_collectives(combine):
         mesh=mesh,
         axis_name="kv",
         query_axis_name="kv" if sharded else None,
-        combine=combine,
+        strategy=strategy,
         reproducible=True,
     )
     text = jax.jit(run).lower(*arrays).compile().as_text()
-    assert dict(collectives(text, executed=True)) == COUNTS[combine]
+    assert dict(collectives(text, executed=True)) == COUNTS[strategy]
 
 
 def test_errors():

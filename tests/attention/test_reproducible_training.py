@@ -26,15 +26,15 @@ def job(example):
 
 @pytest.fixture(scope="module")
 def run(example, job):
-    """`run(sizes, combine, layout, ...)`: the losses, and in the end parameters and optimizer, by name."""
+    """`run(sizes, strategy, layout, ...)`: the losses, and in the end parameters and optimizer, by name."""
 
     @functools.cache
-    def compiled(sizes, combine, reproducible):
+    def compiled(sizes, strategy, reproducible):
         config = dataclasses.replace(job.config, reproducible=reproducible)
         return example.Trainer.compile(
             dataclasses.replace(job, config=config),
             example.make_mesh(sizes),
-            combine=combine,
+            strategy=strategy,
             compiler_options=FULLY_OPTIMIZED if reproducible else None,
         )
 
@@ -43,8 +43,8 @@ def run(example, job):
         for x in jax.tree.leaves(example.Trainer.start(compiled((1, 1), "ring", True)))
     ]
 
-    def train(sizes, combine, layout="contiguous", *, reproducible=True, steps=STEPS):
-        trainer = compiled(sizes, combine, reproducible)
+    def train(sizes, strategy, layout="contiguous", *, reproducible=True, steps=STEPS):
+        trainer = compiled(sizes, strategy, reproducible)
         trainer = dataclasses.replace(trainer, order=getattr(layouts, layout)(LENGTH, sizes[1]))
         like, structure = jax.tree.flatten(trainer.state_like)
         state = [jax.device_put(x, y.sharding) for x, y in zip(begin, like, strict=True)]
@@ -71,15 +71,15 @@ def differing(got, expected):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "combine", "layout"),
+    ("sizes", "strategy", "layout"),
     [
         ((1, 2), "gather_kv", "zigzag"),
         ((1, 8), "ring", "contiguous"),
     ],
 )
-def test_thirty_steps_are_equal_bit_for_bit(run, expected, sizes, combine, layout):
+def test_thirty_steps_are_equal_bit_for_bit(run, expected, sizes, strategy, layout):
     assert len(expected) == 1 + 3 * 12 + 3  # losses, 12 parameters with two moments, and counters
-    assert not differing(run(sizes, combine, layout), expected)
+    assert not differing(run(sizes, strategy, layout), expected)
     assert expected["losses"][-1] < 0.7 * expected["losses"][0]  # and it has learned
 
 
@@ -121,7 +121,7 @@ def test_an_ordinary_run_is_not(run):
 
 def test_as_it_is_run(tmp_path):
     sizes = ("--length", "256", "--dim", "32", "--layers", "1", "--mesh", "1x2")
-    arguments = (*sizes, "--combine", "gather_kv", "--resume-mesh", "1x1", "--reproducible")
+    arguments = (*sizes, "--strategy", "gather_kv", "--resume-mesh", "1x1", "--reproducible")
     text = printed("examples/08_train.py", *arguments, "--out", str(tmp_path / "run"))
     assert re.search(r"^ *resumed from uninterrupted +0\.0e\+00$", text, re.MULTILINE), text
 

@@ -27,9 +27,9 @@ MASKS = {
 }
 
 
-def on_four_devices(combine, kind):
+def on_four_devices(strategy, kind):
     """The call of a user with a mesh, and the mesh: of two levels where the strategy has two."""
-    one_level = combine in QUERY_SHARDED
+    one_level = strategy in QUERY_SHARDED
     sizes, axes = ((4,), ("sequence",)) if one_level else ((2, 2), ("host", "chip"))
     mesh = jax.make_mesh(sizes, axes, (KINDS[kind],) * len(sizes), devices=jax.devices()[:4])
     return mesh, functools.partial(
@@ -37,17 +37,17 @@ def on_four_devices(combine, kind):
         mesh=mesh,
         axis_name=axes,
         query_axis_name=axes,
-        combine=combine,
+        strategy=strategy,
         return_residual=True,
     )
 
 
 # Compiled once for each strategy and mask: a layout and its documents are data.
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("combine", STRATEGIES)
-def test_every_layout(combine, mask):
-    kind = list(KINDS)[(STRATEGIES.index(combine) + list(MASKS).index(mask)) % 2]
-    mesh, attention = on_four_devices(combine, kind)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_layout(strategy, mask):
+    kind = list(KINDS)[(STRATEGIES.index(strategy) + list(MASKS).index(mask)) % 2]
+    mesh, attention = on_four_devices(strategy, kind)
     run = jax.jit(runner(attention, dict(MASKS[mask].options)))
     with jax.set_mesh(mesh):
         for layout, documents in itertools.product(LAYOUTS, (1, 4)):
@@ -59,4 +59,4 @@ def test_every_layout(combine, mask):
                 documents=documents,
                 seed=documents,
             )
-            check(case, run=run, what=f"{combine} {mask} {layout} {documents} {kind}")
+            check(case, run=run, what=f"{strategy} {mask} {layout} {documents} {kind}")

@@ -1,4 +1,4 @@
-"""`sharded_attention` in a user's own `shard_map`: check_vma True and False, every combine, gradients."""
+"""`sharded_attention` in a user's own `shard_map`: check_vma True and False, every strategy, gradients."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from tests.tolerance import assert_close
 DEVICES = 4
 
 
-def spec_of(name, x, axes, query_sharded, combine):
+def spec_of(name, x, axes, query_sharded, strategy):
     """How an argument lies: keys over the axes, and for a sharded query rows too."""
     if name in ("key", "value", "key_positions", "key_value_segment_ids"):
         return P(None, axes)
@@ -26,18 +26,20 @@ def spec_of(name, x, axes, query_sharded, combine):
         return P(None, axes) if query_sharded else P()
     if name not in ("bias", "mask"):
         return P()
-    if query_sharded and combine != "reduce_scatter":
+    if query_sharded and strategy != "reduce_scatter":
         return P(None, None, axes) if x.shape[2] > 1 else P()
     return P(None, None, None, axes) if x.shape[3] > 1 else P()
 
 
-def own_shard_map(mesh, check_vma, *, axes="kv", query_sharded=False, combine="auto"):
+def own_shard_map(mesh, check_vma, *, axes="kv", query_sharded=False, strategy="auto"):
     """The call as a user writes it: a shard_map over the axis of the keys."""
 
     def attention(**arguments):
         fixed = {k: x for k, x in arguments.items() if not hasattr(x, "shape")}
         arrays = {k: jnp.asarray(x) for k, x in arguments.items() if k not in fixed}
-        specs = {name: spec_of(name, x, axes, query_sharded, combine) for name, x in arrays.items()}
+        specs = {
+            name: spec_of(name, x, axes, query_sharded, strategy) for name, x in arrays.items()
+        }
         out_spec = P(None, axes) if query_sharded else P()
 
         @functools.partial(
@@ -53,7 +55,7 @@ def own_shard_map(mesh, check_vma, *, axes="kv", query_sharded=False, combine="a
                 **fixed,
                 axis_name=axes,
                 query_sharded=query_sharded,
-                combine=combine,
+                strategy=strategy,
                 return_residual=True,
             )
 
@@ -71,20 +73,20 @@ EVERYTHING = Case(**{**vars(CASES["everything"]), "queries": 8})
 
 
 @pytest.mark.parametrize(
-    ("combine", "check_vma"), [("auto", True), *itertools.product(ALL_REDUCES, (True, False))]
+    ("strategy", "check_vma"), [("auto", True), *itertools.product(ALL_REDUCES, (True, False))]
 )
-def test_replicated_query(combine, check_vma):
+def test_replicated_query(strategy, check_vma):
     mesh = mesh_of(DEVICES, "auto")
-    run = own_shard_map(mesh, check_vma, combine=combine)
-    check(EVERYTHING, run, what=f"inside {combine} {check_vma}")
+    run = own_shard_map(mesh, check_vma, strategy=strategy)
+    check(EVERYTHING, run, what=f"inside {strategy} {check_vma}")
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("combine", QUERY_SHARDED)
-def test_sharded_query(combine, check_vma):
+@pytest.mark.parametrize("strategy", QUERY_SHARDED)
+def test_sharded_query(strategy, check_vma):
     mesh = mesh_of(DEVICES, "auto")
-    run = own_shard_map(mesh, check_vma, combine=combine, query_sharded=True)
-    check(EVERYTHING, run, what=f"inside {combine} {check_vma}")
+    run = own_shard_map(mesh, check_vma, strategy=strategy, query_sharded=True)
+    check(EVERYTHING, run, what=f"inside {strategy} {check_vma}")
 
 
 def test_auto_takes_the_combine_for_which_a_bias_is_cut():
@@ -109,7 +111,7 @@ def test_auto_takes_the_combine_for_which_a_bias_is_cut():
 
 
 @pytest.mark.parametrize(
-    ("combine", "check_vma", "names"),
+    ("strategy", "check_vma", "names"),
     [
         ("ring", False, ("chip", "host")),
         ("ulysses", True, ("host", "chip")),
@@ -117,12 +119,12 @@ def test_auto_takes_the_combine_for_which_a_bias_is_cut():
         ("ulysses_gather_kv", False, ("chip", "host")),
     ],
 )
-def test_a_sharded_query_over_two_axes(combine, check_vma, names):
+def test_a_sharded_query_over_two_axes(strategy, check_vma, names):
     mesh = jax.make_mesh((2, 2), ("host", "chip"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
     # One head of keys, to be repeated; rows of a bias without heads; heads of a mask without rows.
     case = dataclasses.replace(EVERYTHING, bias=("B", "T", "S"), mask=("N", "S"), kv_heads=1)
-    run = own_shard_map(mesh, check_vma, axes=names, combine=combine, query_sharded=True)
-    check(case, run, what=f"inside {combine} {names} {check_vma}")
+    run = own_shard_map(mesh, check_vma, axes=names, strategy=strategy, query_sharded=True)
+    check(case, run, what=f"inside {strategy} {names} {check_vma}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,10 +136,10 @@ def test_default_positions_count_over_the_shards(check_vma, kind):
 
 
 @pytest.mark.parametrize(
-    ("query_sharded", "combine"), [(False, "butterfly"), (True, "reduce_scatter")]
+    ("query_sharded", "strategy"), [(False, "butterfly"), (True, "reduce_scatter")]
 )
 @pytest.mark.parametrize("names", [("host", "chip"), ("chip", "host")])
-def test_a_tuple_of_axes(names, query_sharded, combine):
+def test_a_tuple_of_axes(names, query_sharded, strategy):
     mesh = jax.make_mesh((2, 4), ("host", "chip"), (KINDS["auto"],) * 2)
     case = Case(queries=16, keys=16, options=(("is_causal", True),))
     arguments = as_float32(case.arguments())
@@ -158,12 +160,12 @@ def test_a_tuple_of_axes(names, query_sharded, combine):
             is_causal=True,
             axis_name=names,
             query_sharded=query_sharded,
-            combine=combine,
+            strategy=strategy,
         )
 
     expected = distattn.dot_product_attention(**arguments, is_causal=True)
     out = jax.jit(run)(*arguments.values())
-    assert_close(out, expected, jnp.float32, case.keys, what=f"{names} {combine}")
+    assert_close(out, expected, jnp.float32, case.keys, what=f"{names} {strategy}")
 
 
 def test_only_some_axes_are_manual():
@@ -194,7 +196,7 @@ def test_a_schedule_and_an_unbatched_call():
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("kv"), P("kv")), out_specs=P())
     def run(query, key, value):
         return distattn.sharded_attention(
-            query, key, value, axis_name="kv", combine=schedule.butterfly(DEVICES)
+            query, key, value, axis_name="kv", strategy=schedule.butterfly(DEVICES)
         )
 
     out = jax.jit(run)(*(arguments[name][0] for name in ("query", "key", "value")))

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from distattn import _compat
 from distattn.local import dispatch
-from distattn.local.block import Scoring
-from distattn.local.inputs import make_operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import make_inputs
 from distattn.local.kernels import cudnn, splash
 from distattn.local.kernels.tpu import support
 from distattn.local.tiling import Machine
@@ -91,9 +91,9 @@ def on_a_gpu(monkeypatch):
     """cuDNN takes this machine for a GPU, and our own kernels do not."""
     refusal = cudnn.refusal
 
-    def there(operands, scoring, machine, *, backward=False):
+    def there(operands, logit_config, machine, *, backward=False):
         machine = dataclasses.replace(machine, platform="gpu")
-        return refusal(operands, scoring, machine, backward=backward)
+        return refusal(operands, logit_config, machine, backward=backward)
 
     monkeypatch.setattr(cudnn, "refusal", there)
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
@@ -167,27 +167,27 @@ def nothing():
     yield
 
 
-def over_devices(combine, case, run, dtype, around, factor):
-    sharded = {} if combine == "butterfly" else {"query_axis_name": "kv"}
-    where = {"mesh": mesh_of(2, "auto"), "axis_name": "kv", "combine": combine, **sharded}
+def over_devices(strategy, case, run, dtype, around, factor):
+    sharded = {} if strategy == "butterfly" else {"query_axis_name": "kv"}
+    where = {"mesh": mesh_of(2, "auto"), "axis_name": "kv", "strategy": strategy, **sharded}
     with around():
-        check(case, functools.partial(run, **where), dtype=dtype, what=f"{combine}", factor=factor)
+        check(case, functools.partial(run, **where), dtype=dtype, what=f"{strategy}", factor=factor)
 
 
 # Keys that two devices do not divide, of which the last ones are empty, and heads instead of positions.
-@pytest.mark.parametrize("combine", ["butterfly", "ring", "ulysses"])
-def test_cudnn_over_a_mesh(stand_in, combine):
-    case = CUDNN["causal"] if combine == "ulysses" else Case(2, 10, 23, lengths=True)
+@pytest.mark.parametrize("strategy", ["butterfly", "ring", "ulysses"])
+def test_cudnn_over_a_mesh(stand_in, strategy):
+    case = CUDNN["causal"] if strategy == "ulysses" else Case(2, 10, 23, lengths=True)
     case = dataclasses.replace(case, kv_heads=2)
-    over_devices(combine, case, with_cudnn, jnp.bfloat16, nothing, HALF_FACTOR)
+    over_devices(strategy, case, with_cudnn, jnp.bfloat16, nothing, HALF_FACTOR)
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "ring", "ulysses"])
-def test_splash_over_a_mesh(combine):
-    case = Case(1, 24, 255 if combine == "butterfly" else 256)
-    if combine == "ulysses":
+@pytest.mark.parametrize("strategy", ["butterfly", "ring", "ulysses"])
+def test_splash_over_a_mesh(strategy):
+    case = Case(1, 24, 255 if strategy == "butterfly" else 256)
+    if strategy == "ulysses":
         case = dataclasses.replace(case, options=CAUSAL)
-    over_devices(combine, case, with_splash, jnp.float32, interpreted, 1.0)
+    over_devices(strategy, case, with_splash, jnp.float32, interpreted, 1.0)
 
 
 def inside(*, mesh, implementation, check_vma, is_causal=False):
@@ -254,7 +254,9 @@ def test_splash_has_no_types_for_a_checked_shard_map():
 
 def call_of(dtype=jnp.bfloat16, *, platform, queries=128, keys=128, width=8, **arguments):
     """The arguments of `kernels.chosen`, from those of a call."""
-    scoring = Scoring(1.0, arguments.pop("logits_soft_cap", None), arguments.pop("precision", None))
+    logit_config = LogitConfig(
+        1.0, arguments.pop("logits_soft_cap", None), arguments.pop("precision", None)
+    )
     machine = Machine(platform, arguments.pop("compiler_sharded", False))
     mixed = arguments.pop("value_dtype", dtype)
     value_width = arguments.pop("value_width", width)
@@ -268,7 +270,7 @@ def call_of(dtype=jnp.bfloat16, *, platform, queries=128, keys=128, width=8, **a
         )
     )
     more = usual | {"is_causal": False} | arguments
-    return make_operands(query, key, value, **more), scoring, machine
+    return make_inputs(query, key, value, **more), logit_config, machine
 
 
 IDS = jnp.zeros(128, jnp.int32)

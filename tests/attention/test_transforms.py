@@ -19,9 +19,11 @@ def arrays(case=CASE):
     return tuple(arguments[name] for name in ("query", "key", "value"))
 
 
-def attention(mesh, implementation=None, combine="butterfly"):
+def attention(mesh, implementation=None, strategy="butterfly"):
     where = (
-        {"axis_name": ()} if mesh is None else {"mesh": mesh, "axis_name": "kv", "combine": combine}
+        {"axis_name": ()}
+        if mesh is None
+        else {"mesh": mesh, "axis_name": "kv", "strategy": strategy}
     )
     return functools.partial(
         distattn.dot_product_attention, is_causal=True, implementation=implementation, **where
@@ -116,7 +118,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize(
-    ("combine", "policy", "kind"),
+    ("strategy", "policy", "kind"),
     [
         # Offloaded in a scan on an Explicit mesh, the partitioner of JAX 0.9.2 fails of itself.
         ("ring", "offloaded", "auto"),
@@ -125,7 +127,7 @@ POLICIES = {
         ("gather_kv", "saved", "explicit"),
     ],
 )
-def test_a_sharded_query_under_everything_at_once(combine, policy, kind):
+def test_a_sharded_query_under_everything_at_once(strategy, policy, kind):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), arrays())
 
     def model(f, *x):
@@ -141,8 +143,8 @@ def test_a_sharded_query_under_everything_at_once(combine, policy, kind):
     want = gradient_on(attention(None, "dense"))(*stacked)
     mesh = mesh_of(4, kind)
     with jax.set_mesh(mesh):
-        run = gradient_on(attention(mesh, combine=combine))
-        close(run(*stacked), want, f"{combine} {policy} {kind}")
+        run = gradient_on(attention(mesh, strategy=strategy))
+        close(run(*stacked), want, f"{strategy} {policy} {kind}")
         if policy == "offloaded":
             assert "<host>" in str(jax.make_jaxpr(run)(*stacked))
 
@@ -154,7 +156,7 @@ def test_vjp_gives_the_value_of_the_call(mesh):
 
 
 @pytest.mark.parametrize(
-    ("combine", "kind"),
+    ("strategy", "kind"),
     [
         ("butterfly", "auto"),
         ("butterfly", "explicit"),
@@ -163,11 +165,11 @@ def test_vjp_gives_the_value_of_the_call(mesh):
         ("ulysses", "explicit"),
     ],
 )
-def test_dense_has_forward_mode_and_hessians(combine, kind):
+def test_dense_has_forward_mode_and_hessians(strategy, kind):
     mesh = mesh_of(4, kind)
     with jax.set_mesh(mesh):
-        got = second_order(attention(mesh, "dense", combine))
-    close(got, second_order_of_dense(), f"jvp and hessian of {combine}")
+        got = second_order(attention(mesh, "dense", strategy))
+    close(got, second_order_of_dense(), f"jvp and hessian of {strategy}")
 
 
 def second_order(f):
@@ -217,8 +219,8 @@ def test_float64_states_under_x64():
         )
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "ring"])
-def test_float64_on_a_mesh(combine):
+@pytest.mark.parametrize("strategy", ["butterfly", "ring"])
+def test_float64_on_a_mesh(strategy):
     mesh = mesh_of(4, "auto")
     with jax.enable_x64(True):
         check(
@@ -228,10 +230,10 @@ def test_float64_on_a_mesh(combine):
                 return_residual=True,
                 mesh=mesh,
                 axis_name="kv",
-                combine=combine,
+                strategy=strategy,
             ),
             dtype=jnp.float64,
-            what=f"float64 on a mesh, {combine}",
+            what=f"float64 on a mesh, {strategy}",
         )
 
 

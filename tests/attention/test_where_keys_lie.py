@@ -44,7 +44,7 @@ def compiled(run, *x):
 def test_the_only_axis_of_the_mesh_is_taken():
     """In jit under Auto axes, and of arrays that lie on no mesh, in jit or outside."""
     mesh = mesh_of(4, "auto")
-    run = functools.partial(attention, mesh=mesh, combine="butterfly")
+    run = functools.partial(attention, mesh=mesh, strategy="butterfly")
     assert compiled(run, *on(mesh)) == ONE_TREE
     assert compiled(run, *arrays()) == ONE_TREE
     agrees(run(*arrays()))
@@ -81,7 +81,7 @@ def test_what_the_compiler_is_left_to_decide_is_said(transformation):
     # Nothing is left where it is said, or where types say it.
     agrees(transformation(functools.partial(attention, axis_name=()))(*x))
     assert (
-        compiled(functools.partial(attention, axis_name="kv", combine="butterfly"), *x) == ONE_TREE
+        compiled(functools.partial(attention, axis_name="kv", strategy="butterfly"), *x) == ONE_TREE
     )
     agrees(transformation(attention)(*on(mesh_of(4, "explicit"))))
     agrees(transformation(attention)(*arrays()))
@@ -108,13 +108,13 @@ def test_a_gradient_outside_jit_reads_the_arrays(argnums):
             assert x.sharding.spec == P(None, "kv"), "gradients stay with their keys"
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "fused", "ring", "gather_kv"])
-def test_a_combine_without_devices_to_combine(combine):
-    run = functools.partial(attention, combine=combine)
+@pytest.mark.parametrize("strategy", ["butterfly", "fused", "ring", "gather_kv"])
+def test_a_strategy_without_devices(strategy):
+    run = functools.partial(attention, strategy=strategy)
     for f in (run, jax.jit(run)):
-        with pytest.raises(ValueError, match=f"combine='{combine}'.*over no axis: pass mesh="):
+        with pytest.raises(ValueError, match=f"strategy='{strategy}'.*over no axis: pass mesh="):
             f(*arrays())
-    with pytest.raises(ValueError, match=f"combine='{combine}'.*over no axis: pass mesh="):
+    with pytest.raises(ValueError, match=f"strategy='{strategy}'.*over no axis: pass mesh="):
         run(*on(mesh_of(4, "explicit"), P()))
 
 
@@ -130,7 +130,7 @@ def test_inside_a_shard_map_a_combine_is_that_of_sharded_attention(check_vma):
         )(*arrays())
 
     with pytest.raises(ValueError, match=r"inside a shard_map over \('kv',\).*sharded_attention"):
-        run(functools.partial(attention, combine="ring"))
+        run(functools.partial(attention, strategy="ring"))
     with pytest.raises(ValueError, match="axis_name 'kv' is manual here.*sharded_attention"):
         run(functools.partial(attention, axis_name="kv"))
     agrees(run(functools.partial(distattn.sharded_attention, axis_name="kv")))

@@ -172,7 +172,7 @@ def test_layers_under_one_set_of_tags(name):
                 cache, x = carry
                 i, key, value = scanned
                 cache = cache.write(key, value, slots, layer=i)
-                return (cache, x + cache.attend(x, layer=i, combine="psum")[..., :1]), None
+                return (cache, x + cache.attend(x, layer=i, strategy="psum")[..., :1]), None
 
             index = jnp.arange(layers, dtype=jnp.int32)
             (cache, x), _ = jax.lax.scan(layer, (cache, query), (index, key, value))
@@ -592,7 +592,7 @@ WRONG = {
     "no layers": (lambda: make().attend(queries(), layer=0), "no layers: pass None"),
     "write": (lambda: make().write(*tokens(1), make().reserve(T)[1], layer=0), "has no layers"),
     "query": (lambda: make().attend(queries()[0]), r"needs \[B, T, N, H\]"),
-    "gather": (lambda: make().attend(queries(), combine="gather_kv"), "stays where it is"),
+    "gather": (lambda: make().attend(queries(), strategy="gather_kv"), "stays where it is"),
     "tree": (lambda: make().attend(queries(), tree_mask=np.eye(3, dtype=bool)), r"with T=5, B=4"),
     "lengths": (
         lambda: make().append(*tokens(1), lengths=np.ones(3, np.int32)),

@@ -147,7 +147,7 @@ def test_a_step_sends_nothing_for_the_copies_and_copies_nothing():
 
         def step(cache, new):
             cache = cache.append(new, new)
-            return cache, cache.attend(new, combine="butterfly")
+            return cache, cache.attend(new, strategy="butterfly")
 
         lowered = jax.jit(step, donate_argnums=0).lower(cache, new)
         compiled[copies] = lowered.compile(FULLY_OPTIMIZED)

@@ -234,21 +234,21 @@ def test_resized_and_restored(tmp_path):
         check_bits(KVCache.restore(tmp_path, mesh=on(devices)))
 
 
-@pytest.mark.parametrize("combine", [*ALL_REDUCES, "reduce_scatter"])
+@pytest.mark.parametrize("strategy", [*ALL_REDUCES, "reduce_scatter"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_combine(combine, kind):
+def test_any_strategy(strategy, kind):
     view, options = "a token", {}
-    if combine == "reduce_scatter":
+    if strategy == "reduce_scatter":
         view, options = "a tree", {"query_axis_name": "kv"}
     cache = filled(on(4, kind), seed=40)
-    check_bits(cache, [view], combine=combine, **options)
-    sent = collectives(program(view, combine=combine, **options).lower(cache).compile().as_text())
-    assert bool(sent["collective-permute"]) == (combine in ("butterfly", "reduce_scatter"))
+    check_bits(cache, [view], strategy=strategy, **options)
+    sent = collectives(program(view, strategy=strategy, **options).lower(cache).compile().as_text())
+    assert bool(sent["collective-permute"]) == (strategy in ("butterfly", "reduce_scatter"))
 
 
 def test_a_combine_of_no_power_of_two():
-    for combine in ("psum", "all_gather"):  # the butterfly is 'auto'
-        check_bits(filled(on(5), seed=41), ["a token"], combine=combine)
+    for strategy in ("psum", "all_gather"):  # the butterfly is 'auto'
+        check_bits(filled(on(5), seed=41), ["a token"], strategy=strategy)
 
 
 def test_rows_and_heads_on_other_devices():

@@ -19,11 +19,11 @@ from distattn.cli import main
 from distattn.cli.check import command as check
 from distattn.cli.check import correctness
 from distattn.cli.check import environment as reported
-from distattn.cli.check.combines import measure_combines, workloads
 from distattn.cli.check.correctness import NAMED, Problem, Subject, subjects
 from distattn.cli.check.examination import Effort, examine
 from distattn.cli.check.links import HOPS, measure_axes
 from distattn.cli.check.programs import on_mesh
+from distattn.cli.check.strategies import measure_strategies, workloads
 from distattn.cli.check.text import text
 from distattn.planning import cost
 from distattn.planning.cost import Link, Topology
@@ -43,7 +43,7 @@ KEYS = {
     "between_devices_checked",
     "replicas_equal",
     "axes",
-    "combine_s",
+    "strategy_s",
     "auto",
     "verdict",
 }
@@ -92,7 +92,7 @@ def test_a_mesh_that_is_no_power_of_two():
     names = ("butterfly", "reduce_scatter", "ulysses_ring")  # each kind of movement
     found, left_out = subjects(mesh, names, quick=True)
     chosen = [subject for subject in found if subject.axes == ("a", "b")]
-    assert [subject.combine for subject in chosen] == list(names)
+    assert [subject.strategy for subject in chosen] == list(names)
     assert left_out == []
     checks = correctness.check(mesh, chosen, 1, quiet)
     for found in checks:
@@ -108,11 +108,11 @@ def test_what_is_checked():
     full, _ = subjects(mesh, NAMED, quick=False)
     assert set(quick) < set(full)
     here = [n for n in NAMED if n != "fused"]  # a kernel for TPUs
-    assert {s.combine for s in quick} == set(here)
+    assert {s.strategy for s in quick} == set(here)
     orders = {("host", "device"), ("device", "host"), ("host",), ("device",)}
     assert {s.axes for s in quick} == {s.axes for s in full} == orders
     for order in orders:
-        of_order = [s.combine for s in full if s.axes == order]
+        of_order = [s.strategy for s in full if s.axes == order]
         assert of_order == [n for n in here if len(order) == 2 or not n.startswith("ulysses_")]
     alone, _ = subjects(mesh_of(x=1, y=1), ("butterfly", "ring"), quick=True)
     assert alone == [Subject("butterfly", ("y",)), Subject("ring", ("y",))]
@@ -120,7 +120,7 @@ def test_what_is_checked():
     assert len({s.axes for s in three}) == 6 + 3
 
 
-def test_combines_that_need_very_many_heads_are_left_out_and_said(monkeypatch):
+def test_strategies_that_need_very_many_heads_are_left_out_and_said(monkeypatch):
     monkeypatch.setattr(correctness, "MAX_HEADS", 6)
     found, left_out = subjects(mesh_of(a=2, b=4), ("ulysses", "ring"), quick=True)
     assert "ulysses over a, b" not in {s.name for s in found}
@@ -143,7 +143,7 @@ def test_the_problem_has_all_that_the_promise_names():
 
 def test_a_report_of_what_is_well(started, capfd, tmp_path):
     file = tmp_path / "report.json"
-    arguments = ["--quick", "--mesh", "host=2,device=4", "--combines", "psum,all_gather"]
+    arguments = ["--quick", "--mesh", "host=2,device=4", "--strategies", "psum,all_gather"]
     assert main(["check", *arguments, "--repeats", "2", "--json", str(file)]) == 0
     captured = capfd.readouterr()
     assert "verdict: all 5 checks passed\n" in captured.out
@@ -157,11 +157,11 @@ def test_a_report_of_what_is_well(started, capfd, tmp_path):
     assert report["versions"]["jax"] == jax.__version__
     assert report["between_devices_checked"] is True
     assert report["replicas_equal"] is True
-    assert re.search(r"^  combine over axes +worst error +in result +verdict$", captured.out, re.M)
+    assert re.search(r"^  strategy over axes +worst error +in result +verdict$", captured.out, re.M)
     assert re.search(r"^  psum over host, device +0\.\d+ +\w+ +ok$", captured.out, re.M)
     assert report["verdict"] == "passed"
     for found in report["checks"]:
-        assert set(found) >= {"name", "combine", "pass", "error_fraction"}
+        assert set(found) >= {"name", "strategy", "pass", "error_fraction"}
         assert found["pass"]
         assert 0 < found["error_fraction"] <= 1
     assert list(report["axes"]) == ["host", "device"]
@@ -170,8 +170,8 @@ def test_a_report_of_what_is_well(started, capfd, tmp_path):
         assert axis["bytes_per_s"] > 0
         assert axis["residual"] >= 0
         assert [sample["bytes"] for sample in axis["samples"]] == [8, 16 << 10, 256 << 10]
-    assert len(report["combine_s"]) == 2  # of a replicated query: a little and much
-    for name, seconds in report["combine_s"].items():
+    assert len(report["strategy_s"]) == 2  # of a replicated query: a little and much
+    for name, seconds in report["strategy_s"].items():
         assert set(seconds) == {"psum", "all_gather"}
         assert min(seconds.values()) > 0
         auto = report["auto"][name]
@@ -183,9 +183,9 @@ def test_a_report_of_what_is_well(started, capfd, tmp_path):
     Topology("cpu", (2, 4), 1, links=tuple(links.values()))
 
 
-def test_a_combine_that_is_wrong_is_found(started, broken, capfd):
+def test_a_strategy_that_is_wrong_is_found(started, broken, capfd):
     broken(lambda state, axes: scaled(state, 1 + 1e-5))
-    arguments = ["--mesh", "d=8", "--quick", "--combines", "psum", "--repeats", "1"]
+    arguments = ["--mesh", "d=8", "--quick", "--strategies", "psum", "--repeats", "1"]
     assert main(["check", *arguments, "--json"]) == 1
     captured = capfd.readouterr()
     report = json.loads(captured.out)  # and nothing else
@@ -224,23 +224,23 @@ def refuse(state, axes):
     raise ValueError("there is no such thing")
 
 
-def test_a_combine_that_does_not_compile_is_a_failure_and_the_others_go_on(broken):
+def test_a_strategy_that_does_not_compile_is_a_failure_and_the_others_go_on(broken):
     broken(refuse)
-    report = examine(mesh_of(x=2), Effort(True, combines=("psum", "gather_kv")), quiet)
+    report = examine(mesh_of(x=2), Effort(True, strategies=("psum", "gather_kv")), quiet)
     refused, fine = report.checks
     assert refused.failure == "ValueError: there is no such thing"
     assert not refused.passed
     assert fine.passed
     assert report.as_json()["checks"][0]["failure"] == refused.failure
-    assert "name one that passed (combine='gather_kv')" in text(report)
-    assert "not measured, because a combine does not run" in text(report)
+    assert "name one that passed (strategy='gather_kv')" in text(report)
+    assert "not measured, because a strategy does not run" in text(report)
 
 
 def test_nothing_that_ran_is_no_pass(broken):
     broken(refuse)
-    report = examine(mesh_of(x=2), Effort(True, combines=("psum",)), quiet)
+    report = examine(mesh_of(x=2), Effort(True, strategies=("psum",)), quiet)
     assert not report.replicas_equal
-    assert "replicas: not compared, because no combine runs" in text(report)
+    assert "replicas: not compared, because no strategy runs" in text(report)
 
 
 def test_pieces_are_told_apart():
@@ -266,7 +266,7 @@ def test_pieces_are_told_apart():
 
 
 def test_one_device_moves_nothing():
-    report = examine(mesh_of(host=1, device=1), Effort(True, combines=("butterfly",)), quiet)
+    report = examine(mesh_of(host=1, device=1), Effort(True, strategies=("butterfly",)), quiet)
     assert report.passed
     assert report.axes == {}
     assert report.timings == []
@@ -283,7 +283,7 @@ def test_one_device_moves_nothing():
 
 
 def test_only_json_is_on_stdout_whatever_libraries_say_there(started, monkeypatch, capfd):
-    report = examine(mesh_of(host=1, device=1), Effort(True, combines=("psum",)), quiet)
+    report = examine(mesh_of(host=1, device=1), Effort(True, strategies=("psum",)), quiet)
 
     def noisy(*_):
         os.write(1, b"[Gloo] Rank 0 is connected\n")
@@ -323,16 +323,16 @@ def test_hops_go_to_the_neighbour_along_the_axis():
 
 
 def test_auto_by_measured_links_is_what_the_planner_says_for_them(monkeypatch):
-    monkeypatch.setattr("distattn.cli.check.combines.prepare", lambda name, f, *arrays: None)
+    monkeypatch.setattr("distattn.cli.check.strategies.prepare", lambda name, f, *arrays: None)
     monkeypatch.setattr(
-        "distattn.cli.check.combines.medians",
+        "distattn.cli.check.strategies.medians",
         lambda programs, repeats: {name: 1.0 + len(name) for name in programs},
     )
     mesh = mesh_of(host=2, device=4)
     far = {name: Link(1.0, 1e12) for name in mesh.axis_names}
     sizes = workloads(8, quick=True)
     names = ("butterfly", "psum", "gather_kv", "ring")
-    timings = measure_combines(mesh, sizes, names, far, 1, quiet)
+    timings = measure_strategies(mesh, sizes, names, far, 1, quiet)
     assert [list(t.seconds) for t in timings] == [["butterfly", "psum"]] * 2 + [
         ["gather_kv", "ring"]
     ] * 2
@@ -348,7 +348,7 @@ def test_auto_by_measured_links_is_what_the_planner_says_for_them(monkeypatch):
         (["--mesh", "host:2"], "'host:2' is not axes with their sizes"),
         (["--mesh", "host=2,host=4"], "each axis once"),
         (["--mesh", "host=0"], "'host=0' is not axes"),
-        (["--combines", "butterfly,star"], "'butterfly,star' is not some of butterfly, "),
+        (["--strategies", "butterfly,star"], "'butterfly,star' is not some of butterfly, "),
         (["--sizes", "8"], "two sizes or more"),
         (["--sizes", "1,4"], "two sizes or more"),
         (["--sizes", "8,16Q"], "'8,16Q' is not numbers of bytes"),
@@ -356,7 +356,7 @@ def test_auto_by_measured_links_is_what_the_planner_says_for_them(monkeypatch):
         (["--cpu-devices", "x"], "'x' is not a whole number"),
         (["--json", "/dev/null/report.json"], "--json /dev/null/report.json: Not a directory"),
         (
-            ["--combines", "ulysses_ring"],
+            ["--strategies", "ulysses_ring"],
             "'device': 8}: ulysses_ring: needs two axes of devices; name",
         ),
         (["--json", "/"], "--json /: Is a directory"),
@@ -391,18 +391,18 @@ def test_arguments_are_read():
     parser = argparse.ArgumentParser()
     check.add(parser.add_subparsers())
     options = parser.parse_args(
-        ["check", "--mesh", "a=2,b=3,c=4", "--sizes", "64K,9,1m", "--combines", "ring,psum,ring"]
+        ["check", "--mesh", "a=2,b=3,c=4", "--sizes", "64K,9,1m", "--strategies", "ring,psum,ring"]
     )
     assert options.mesh == {"a": 2, "b": 3, "c": 4}
     assert options.sizes == (12, 64 << 10, 1 << 20)
-    assert options.combines == ("ring", "psum")
+    assert options.strategies == ("ring", "psum")
     assert options.json is None
 
 
 def test_two_processes(tmp_path):
     file = tmp_path / "report.json"
     launch = ["launch", "-n", "2", "--devices-per-process", "2", "--timeout", str(LIMIT_S), "--"]
-    command = ["check", "--quick", "--combines", "psum", "--repeats", "2", "--json", str(file)]
+    command = ["check", "--quick", "--strategies", "psum", "--repeats", "2", "--json", str(file)]
     module = [sys.executable, "-m", "distattn"]
     # XLA_FLAGS of conftest.py too: quick to compile.
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -27,7 +27,7 @@ def test_the_command_prints_a_table(capsys):
     assert "  topology  v5p:16x16x16: 4096 devices\n" in out
     assert "  mesh      x=16, y=16, z=16 (default); keys over x, y and z\n" in out
     assert "verdict: it fits: 2.46 GiB of 95 GiB a device" in out
-    assert 'combine="butterfly", the least time: 4.81 ms a step' in out
+    assert 'strategy="butterfly", the least time: 4.81 ms a step' in out
     assert "12 one after another in the forward pass of a layer, along z, then y, then x" in out
     taken = (
         r"^  butterfly +4\.8\d ms +2\.46 GiB +15\.2 MiB +12 +1,275,064,320  taken: the least time$"
@@ -46,9 +46,9 @@ def test_the_command_prints_json_and_nothing_else(capsys):
     assert found == json.loads(json.dumps(plan(LLAMA, pod("v5p:16x16x16")).as_json()))
     assert found["workload"]["causal"]
     assert found["axis_order"] == ["z", "y", "x"]
-    assert {"devices", "combine", "predicted_s", "bytes_per_device", "alternatives"} <= set(found)
+    assert {"devices", "strategy", "predicted_s", "bytes_per_device", "alternatives"} <= set(found)
     assert found["devices"] == 4096
-    assert [x["combine"] for x in found["alternatives"]] == ["psum", "all_gather"]
+    assert [x["strategy"] for x in found["alternatives"]] == ["psum", "all_gather"]
 
 
 def test_the_command_starts_no_device():
@@ -66,10 +66,10 @@ def test_the_command_starts_no_device():
 
 
 def test_the_command_trains_with_as_many_queries_as_keys(capsys):
-    arguments = [*POD[:4], "1048576", *POD[5:], "--training", "--combine", "ring", "--json"]
+    arguments = [*POD[:4], "1048576", *POD[5:], "--training", "--strategy", "ring", "--json"]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["combine"] == "ring"
+    assert found["strategy"] == "ring"
     assert found["query_sharded"]
 
 
@@ -91,7 +91,7 @@ def test_the_command_takes_what_check_measured(tmp_path, capsys):
     [
         (["--topology", "v9:4x4"], "topology is 'v9:4x4'"),
         (["--kv-heads", "5"], "heads is 32 and kv_heads is 5"),
-        (["--combine", "ring"], "combine is 'ring'; for 1 queries"),
+        (["--strategy", "ring"], "strategy is 'ring'; for 1 queries"),
         (["--mesh", "a=5"], "sharding is {'a': 5}"),
         (["--check", "no-such-file"], "--check no-such-file: No such file"),
         (["--batch-axis", "data"], "batch_axis_name is ('data',), and 'data' is no axis"),
@@ -121,7 +121,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, said, cap
         ["--reserved-bytes", "1,2"],
         ["--batch-axis", "a=2"],
         ["--dtype", "int3"],
-        ["--combine", "star"],
+        ["--strategy", "star"],
         ["--mesh", "a"],
     ],
 )
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_said_first_and_the_exit_code_is_1(capsys):
     assert err == ""
     verdict = out.split("\n\n")[1].splitlines()
     assert verdict[0] == "verdict: IT DOES NOT FIT: a device needs 4.92 TiB, and there are 14.9 GiB"
-    assert verdict[1] == '  that is with combine="butterfly", which needs least'
+    assert verdict[1] == '  that is with strategy="butterfly", which needs least'
     assert "    a context of at most 97,652, the largest that fits" in verdict
     assert any("times as many devices" in line for line in verdict)
     assert any("a KVCache of dtype int8" in line for line in verdict)
@@ -260,10 +260,10 @@ def test_what_does_not_fit_is_said_first_and_the_exit_code_is_1(capsys):
 
 def test_a_named_combine_that_does_not_fit_names_those_that_do(capsys):
     context = ["--context", "1,275,000,000"]
-    assert main([*MODEL[:3], *context, *MODEL[5:], "--combine", "all_gather"]) == 1
+    assert main([*MODEL[:3], *context, *MODEL[5:], "--strategy", "all_gather"]) == 1
     out = capsys.readouterr().out
-    assert '  that is with combine="all_gather"\n' in out
-    assert "    another combine, for these fit: butterfly, psum\n" in out
+    assert '  that is with strategy="all_gather"\n' in out
+    assert "    another strategy, for these fit: butterfly, psum\n" in out
     assert "taken" not in out
     assert "fits; it was not named" in out
 
@@ -274,7 +274,7 @@ def test_what_a_step_is_and_what_is_not_in_it_is_said(capsys):
     assert "time of a step, forward and backward through the attention of 80 layers" in out
     assert "  not counted      weights, and what is not attention: see --reserved-bytes" in out
     assert "what the backward pass needs, and gradients" in out
-    # Each device of one process reads all of its keys once, in every combine alike.
+    # Each device of one process reads all of its keys once, in every strategy alike.
     assert main(["plan", "--topology", "cpu:8", "--context", "64k", "--heads", "8"]) == 0
     out = capsys.readouterr().out
     assert "verdict: not known: a device needs 32 MiB" in out

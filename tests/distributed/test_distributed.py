@@ -77,11 +77,11 @@ class Sequence:
 QUERY_POSITIONS = np.arange(S - T, S, dtype=np.int32)
 
 
-def check_attention(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
+def check_attention(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
     """Forward and gradient against the oracle, and the same bits in every process."""
     whole = Sequence.make()
     key, value, positions = distattn.distributed.from_process_local(*whole.own(), mesh=mesh)
-    sharded = {"query_axis_name": None if combine in ALL_REDUCES else axes}
+    sharded = {"query_axis_name": None if strategy in ALL_REDUCES else axes}
 
     @jax.jit
     def run(query, key, value, positions):
@@ -95,7 +95,7 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
                 key_positions=positions,
                 mesh=mesh,
                 axis_name=axes,
-                combine=combine,
+                strategy=strategy,
                 **sharded,
             )
             return (out * whole.d_out).sum(), out
@@ -111,15 +111,15 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
     expected, _ = reference.dot_product_attention(whole.query, **slots, **masks)
     expected_grads = reference.attention_gradients(whole.query, **slots, **masks, dout=whole.d_out)
     got = [fetch(x) for x in (out, *grads)]
-    distattn.distributed.assert_same(f"{combine}: results", got)
-    assert_close(got[0], expected, jnp.float32, S, what=combine)
+    distattn.distributed.assert_same(f"{strategy}: results", got)
+    assert_close(got[0], expected, jnp.float32, S, what=strategy)
     terms = S + H + V + T * N // K
     for x, name in zip(got[1:], ("query", "key", "value"), strict=True):
-        assert_close(x, expected_grads[f"d{name}"], jnp.float32, terms, what=f"{combine}: d{name}")
-    say("checked", combine, dict(mesh.shape), f"at {time.process_time():.1f} s")
+        assert_close(x, expected_grads[f"d{name}"], jnp.float32, terms, what=f"{strategy}: d{name}")
+    say("checked", strategy, dict(mesh.shape), f"at {time.process_time():.1f} s")
 
 
-def check_bits(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
+def check_bits(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
     """reproducible=True in all processes, forward and gradient: the bits of one device of this process."""
     rng = np.random.default_rng(5)
     rows, keys = 64 * mesh.size, 128 * mesh.size
@@ -138,12 +138,12 @@ def check_bits(mesh: Mesh, axes: tuple[str, ...], combine: str) -> None:
     alone = compiled(functools.partial(run, {}))(*whole)
     split = NamedSharding(mesh, PartitionSpec(None, axes))
     there = [jax.make_array_from_callback(x.shape, split, x.__getitem__) for x in whole]
-    where = {"mesh": mesh, "axis_name": axes, "query_axis_name": axes, "combine": combine}
+    where = {"mesh": mesh, "axis_name": axes, "query_axis_name": axes, "strategy": strategy}
     with jax.set_mesh(mesh):
         found = compiled(functools.partial(run, where))(*there)
     for x, y in zip(found, alone, strict=True):
         np.testing.assert_array_equal(distattn.distributed.fetch(x), np.asarray(y), strict=True)
-    say("the same bits", combine)
+    say("the same bits", strategy)
 
 
 def check_arrays(mesh: Mesh) -> None:
@@ -237,7 +237,7 @@ def check_health() -> None:
 
 def job_all() -> None:
     """Everything that a healthy job of n processes does."""
-    combines = sys.argv[2].split(",")
+    strategies = sys.argv[2].split(",")
     kind = AxisType[sys.argv[3]]
     count, own = jax.process_count(), jax.local_device_count()
     mesh = distattn.distributed.make_mesh(axis_types=(kind, kind))
@@ -252,11 +252,11 @@ def job_all() -> None:
     check_arrays(mesh)
     check_arrays(scattered)
     check_health()
-    for combine in combines:
-        check_attention(mesh, ("host", "device"), combine)
+    for strategy in strategies:
+        check_attention(mesh, ("host", "device"), strategy)
     check_bits(mesh, ("host", "device"), "ring" if count == 2 else "reduce_scatter")
-    if len(combines) > 5:
-        check_attention(scattered, ("kv",), combines[0])
+    if len(strategies) > 5:
+        check_attention(scattered, ("kv",), strategies[0])
 
 
 def job_fails() -> None:
@@ -411,7 +411,7 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices", "kind", "combines"),
+    ("processes", "devices", "kind", "strategies"),
     [
         # The first: alone on JAX versions that are not the default.
         (3, 1, "Auto", ("butterfly", "ring")),
@@ -420,12 +420,12 @@ def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
     ],
     ids=lambda x: str(x) if isinstance(x, int) else "",
 )
-def test_a_healthy_job(processes, devices, kind, combines):
+def test_a_healthy_job(processes, devices, kind, strategies):
     options = ("-n", str(processes), "--devices-per-process", str(devices))
-    code, text, _ = run(*options, job=("all", ",".join(combines), kind))
+    code, text, _ = run(*options, job=("all", ",".join(strategies), kind))
     assert code == 0, text
-    for combine, rank in itertools.product(combines, range(processes)):
-        assert f"[{rank}] checked {combine} {{'host': {processes}" in text
+    for strategy, rank in itertools.product(strategies, range(processes)):
+        assert f"[{rank}] checked {strategy} {{'host': {processes}" in text
     assert text.count("] the same bits") == processes
     assert text.count("] done") == processes
 

@@ -40,9 +40,9 @@ def one(example, model):
     return example.answer(model, prompt(), TOKENS, example.one_device(model[0], SLOTS))
 
 
-def on_eight_devices(example, model, mesh, owners, combine):
+def on_eight_devices(example, model, mesh, owners, strategy):
     cache = example.many_devices(model[0], SLOTS, mesh)
-    given = {"owners": owners, "mesh": mesh, "combine": combine}
+    given = {"owners": owners, "mesh": mesh, "strategy": strategy}
     return example.answer(model, prompt(), TOKENS, cache, **given)
 
 

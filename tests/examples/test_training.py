@@ -24,7 +24,7 @@ from tolerance import assert_close
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 EXAMPLE = "08_train"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-COMBINES = ("reduce_scatter", "gather_kv", "ring", "ulysses", "auto")
+STRATEGIES = ("reduce_scatter", "gather_kv", "ring", "ulysses", "auto")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 # A loss is the mean over these, and each is a sum over the keys: as many roundings, at most.
 LENGTH, BATCH, STEPS = 256, 2, 4
@@ -44,14 +44,14 @@ def job(example):
 
 @pytest.fixture(scope="module")
 def trainer(example, job):
-    """`trainer(sizes, combine, layout)`: each program is compiled once, for all layouts."""
+    """`trainer(sizes, strategy, layout)`: each program is compiled once, for all layouts."""
 
     @functools.cache
-    def compiled(sizes, combine):
-        return example.Trainer.compile(job, example.make_mesh(sizes), combine=combine)
+    def compiled(sizes, strategy):
+        return example.Trainer.compile(job, example.make_mesh(sizes), strategy=strategy)
 
-    def get(sizes, combine, layout="contiguous"):
-        made = compiled(sizes, combine)
+    def get(sizes, strategy, layout="contiguous"):
+        made = compiled(sizes, strategy)
         shards = int(np.prod(sizes[1:]))
         return dataclasses.replace(made, order=getattr(layouts, layout)(LENGTH, shards))
 
@@ -85,23 +85,23 @@ def expected(one, start):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("combine", COMBINES)
-def test_losses_are_those_of_one_device(trainer, start, expected, combine, layout):
-    run = trainer((2, 4), combine, layout)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_are_those_of_one_device(trainer, start, expected, strategy, layout):
+    run = trainer((2, 4), strategy, layout)
     losses = run.train(start(run), range(STEPS))[1]
-    assert_close(losses, expected, np.float32, KEYS, what=f"loss {combine} {layout}")
+    assert_close(losses, expected, np.float32, KEYS, what=f"loss {strategy} {layout}")
 
 
-@pytest.mark.parametrize("combine", ["ulysses_ring", "ulysses_gather_kv"])
-def test_losses_over_two_axes_of_sequence(trainer, start, expected, combine):
-    run = trainer((2, 2, 2), combine, "zigzag")
+@pytest.mark.parametrize("strategy", ["ulysses_ring", "ulysses_gather_kv"])
+def test_losses_over_two_axes_of_sequence(trainer, start, expected, strategy):
+    run = trainer((2, 2, 2), strategy, "zigzag")
     losses = run.train(start(run), range(STEPS))[1]
-    assert_close(losses, expected, np.float32, KEYS, what=f"loss {combine} zigzag")
+    assert_close(losses, expected, np.float32, KEYS, what=f"loss {strategy} zigzag")
 
 
 def test_losses_on_auto_axes(example, job, expected):
     mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
-    run = example.Trainer.compile(job, mesh, layout="zigzag", combine="ring")
+    run = example.Trainer.compile(job, mesh, layout="zigzag", strategy="ring")
     losses = run.train(run.start(), range(STEPS))[1]
     assert_close(losses, expected, np.float32, KEYS, what="loss ring zigzag, Auto axes")
 
@@ -167,9 +167,9 @@ def test_resuming_on_another_mesh(example, job, trainer, start, tmp_path):
     assert_close(tail, losses[2:], np.float32, KEYS, what="loss resumed on 1 x 8")
 
 
-@pytest.mark.parametrize("combine", COMBINES)
-def test_nothing_moves_outside_attention_but_gradients(example, trainer, combine):
-    inside, elsewhere = example.moved(trainer((2, 4), combine).step.as_text())
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_moves_outside_attention_but_gradients(example, trainer, strategy):
+    inside, elsewhere = example.moved(trainer((2, 4), strategy).step.as_text())
     assert inside.total() > 0
     assert set(elsewhere) == {"all-reduce"}
 
@@ -244,7 +244,7 @@ def test_the_bar_is_full_in_the_end(example, capsys):
 
 # ------------------------------------------------------------------------ a job that may die
 
-SMALL = ("--length", "64", "--dim", "32", "--layers", "1", "--combine", "gather_kv")
+SMALL = ("--length", "64", "--dim", "32", "--layers", "1", "--strategy", "gather_kv")
 SMALL_JOB = (*SMALL, "--steps", "12", "--save-every", "2")
 
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import distattn
-from distattn.algebra.fixed_point import FixedPoint, FixedPointState, lattice, quantise
+from distattn.algebra.fixed_point import FixedPoint, FixedPointState, limb_format, quantise
 from distattn.experimental.fused import exchange, hooks
 from distattn.experimental.fused.route import route_over
 from distattn.testing import interpreted, reference
@@ -97,7 +97,7 @@ def exchanged(*sizes: int, axes: Any = "kv", rows: tuple[int, ...] = (1, 2, 6), 
 
 
 def attention(devices: int, **options: Any) -> Callable:
-    named = {"combine": "fused", "return_residual": True} | options
+    named = {"strategy": "fused", "return_residual": True} | options
     return functools.partial(
         distattn.dot_product_attention, mesh=mesh_of(devices), axis_name="kv", **named
     )
@@ -124,7 +124,7 @@ def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float 
 def fixed_point(*sizes: int, gradient: bool) -> None:
     """That integers are the same by the kernel as by messages: of a state, or of some sums."""
     terms = [states(sizes, (2, 3, 2), 9).weighted_sum * 10.0**power for power in (-8, 0, 9)]
-    scale = lattice(1000)
+    scale = limb_format(1000)
 
     def quantised(x: jax.Array) -> FixedPoint:  # [..., X, rows]
         x = jnp.moveaxis(x, (0, -1), (-1, 0))
@@ -142,7 +142,7 @@ def reproducible() -> None:
     arguments = as_float32(case.arguments())
     options = dict(case.options) | {"reproducible": True}
     arrays = {name: x for name, x in arguments.items() if name not in options}
-    runs = (attention(2, combine=x, **options) for x in ("fused", "butterfly"))
+    runs = (attention(2, strategy=x, **options) for x in ("fused", "butterfly"))
     same(*(jax.jit(run)(**arrays) for run in runs))
 
 
@@ -156,7 +156,7 @@ def inside(check_vma: bool) -> Callable:
         body = functools.partial(
             distattn.sharded_attention,
             axis_name="kv",
-            combine="fused",
+            strategy="fused",
             is_causal=is_causal,
             return_residual=True,
             implementation="pallas_tpu",
@@ -181,8 +181,8 @@ def cache() -> None:
     for dtype in (jnp.float32, jnp.int8):
         held = distattn.KVCache.create(**options, dtype=dtype, mesh=mesh_of(4), axis_name="kv")
         held = held.append(*new)
-        got = held.attend(query, layer=1, combine="fused", **KERNEL)
-        want = held.attend(query, layer=1, combine="butterfly")
+        got = held.attend(query, layer=1, strategy="fused", **KERNEL)
+        want = held.attend(query, layer=1, strategy="butterfly")
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 

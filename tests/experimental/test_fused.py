@@ -156,7 +156,9 @@ def compiled(
     )
 
 
-attention = functools.partial(distattn.dot_product_attention, combine="fused", return_residual=True)
+attention = functools.partial(
+    distattn.dot_product_attention, strategy="fused", return_residual=True
+)
 POSITIONS = {"is_causal": True, "query_positions": np.array([40_000], np.int32)}
 
 
@@ -179,7 +181,7 @@ def test_decode_is_one_launch(topology, width, dtype, more):
 
 
 def test_decode_of_a_quantised_cache_is_one_launch():
-    report = decode_of_a_cache("v5p:2x2x1", jnp.int8, 128, 8, 3, combine="fused")
+    report = decode_of_a_cache("v5p:2x2x1", jnp.int8, 128, 8, 3, strategy="fused")
     assert launches(report) == 1
     assert report.collectives == {}
     assert arrays_of_size(report, 2 * CACHE_SLOTS * 8 * 128) == []
@@ -236,7 +238,7 @@ def test_between_slices_xla_exchanges():
 def test_untyped_results_are_refused_where_they_would_be_summed():
     def run(*arrays):
         body = functools.partial(
-            distattn.sharded_attention, axis_name="kv", combine="fused", reproducible=True
+            distattn.sharded_attention, axis_name="kv", strategy="fused", reproducible=True
         )
         return jax.shard_map(body, in_specs=(P(), ALONG, ALONG), out_specs=P())(*arrays)
 
@@ -249,7 +251,7 @@ def test_untyped_results_are_refused_where_they_would_be_summed():
 def test_gradient_inside_a_shard_map(check_vma):
     def run(*arrays):
         body = functools.partial(
-            distattn.sharded_attention, axis_name="kv", combine="fused", return_residual=True
+            distattn.sharded_attention, axis_name="kv", strategy="fused", return_residual=True
         )
         out, lse = jax.shard_map(
             body, in_specs=(P(), ALONG, ALONG), out_specs=P(), check_vma=check_vma
@@ -288,7 +290,7 @@ def test_elsewhere_it_is_refused():
     mesh = mesh_of(4, "auto")
     for more in ({}, {"reproducible": True}, {"implementation": "dense"}):
         with pytest.raises(
-            NotImplementedError, match="combine='fused'.*platform is 'cpu'.*butterf"
+            NotImplementedError, match="strategy='fused'.*platform is 'cpu'.*butterf"
         ):
             called(mesh, *arrays(), **more)
     with interpreted(), pytest.raises(NotImplementedError, match=r"pltpu.InterpretParams"):
@@ -298,12 +300,12 @@ def test_elsewhere_it_is_refused():
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_one_device_exchanges_nothing(check_vma):
     body = functools.partial(
-        distattn.sharded_attention, axis_name="kv", combine="fused", return_residual=True
+        distattn.sharded_attention, axis_name="kv", strategy="fused", return_residual=True
     )
     specs = {"in_specs": (P(), ALONG, ALONG), "out_specs": P(), "check_vma": check_vma}
     mesh = mesh_of(1, "auto")
     inside = jax.jit(jax.shard_map(body, mesh=mesh, **specs))
-    want = attention(*arrays(), combine="auto")
+    want = attention(*arrays(), strategy="auto")
     for got in (called(mesh, *arrays()), inside(*arrays())):
         for x, y in zip(got, want, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -344,7 +346,7 @@ def test_without_devices_slices_are_not_known():
 
 def test_it_is_named_where_names_are():
     for call, name in (
-        (lambda: called(mesh_of(2, "auto"), *arrays(), combine="tree"), "combine"),
+        (lambda: called(mesh_of(2, "auto"), *arrays(), strategy="tree"), "strategy"),
         (lambda: fused_job.merged(mesh_of(2, "auto"), "kv", "tree", None), "schedule"),
     ):
         with pytest.raises(ValueError, match=f"{name} is 'tree'.*'fused'"):
@@ -353,11 +355,11 @@ def test_it_is_named_where_names_are():
 
 def test_it_is_planned_by_name_alone():
     small = Workload(context=4096)
-    by_name, free = plan(small, "v5e:4x4", combine="fused"), plan(small, "v5e:4x4")
-    messages = plan(small, "v5e:4x4", combine="butterfly")
-    assert by_name.combine == "fused"
+    by_name, free = plan(small, "v5e:4x4", strategy="fused"), plan(small, "v5e:4x4")
+    messages = plan(small, "v5e:4x4", strategy="butterfly")
+    assert by_name.strategy == "fused"
     assert by_name.predicted_s == messages.predicted_s
-    assert "fused" not in {free.combine, *(x.combine for x in free.alternatives)}
+    assert "fused" not in {free.strategy, *(x.strategy for x in free.alternatives)}
     assert "fused" not in cost.QUERY_REPLICATED
-    with pytest.raises(ValueError, match="combine is 'fused'"):
-        plan(small, "h100:2x8", combine="fused")
+    with pytest.raises(ValueError, match="strategy is 'fused'"):
+        plan(small, "h100:2x8", strategy="fused")

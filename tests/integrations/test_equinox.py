@@ -100,8 +100,8 @@ def test_module_agrees_with_equinox(mesh, options, call):
     close(run(module, placed(mesh), **CALLS[call]), expected(options, call), f"{options} {call}")
 
 
-@pytest.mark.parametrize("combine", ["gather_kv", "ring"])
-def test_combine_and_query_axis_are_passed_on(mesh, combine):
+@pytest.mark.parametrize("strategy", ["gather_kv", "ring"])
+def test_strategy_and_query_axis_are_passed_on(mesh, strategy):
     module = MultiheadAttention(
         HEADS,
         FEATURES,
@@ -109,9 +109,9 @@ def test_combine_and_query_axis_are_passed_on(mesh, combine):
         mesh=mesh,
         axis_name="kv",
         query_axis_name="kv",
-        combine=combine,
+        strategy=strategy,
     )
-    close(run(module, placed(mesh), is_causal=True), expected("plain", "mask"), combine)
+    close(run(module, placed(mesh), is_causal=True), expected("plain", "mask"), strategy)
 
 
 def test_every_setting_arrives(arriving, elsewhere):

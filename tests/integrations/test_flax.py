@@ -130,13 +130,13 @@ def test_layer_agrees_with_flax(mesh, kind, name):
     close(got, of_flax(kind, name), f"{kind} {name}", unit=1.0)
 
 
-@pytest.mark.parametrize("combine", ["gather_kv", "ring", "ulysses"])
-def test_combine_and_query_axis_are_passed_on(mesh, combine):
+@pytest.mark.parametrize("strategy", ["gather_kv", "ring", "ulysses"])
+def test_strategy_and_query_axis_are_passed_on(mesh, strategy):
     attention = attention_fn(
-        mesh=mesh, axis_name="kv", query_axis_name="kv", combine=combine, is_causal=True
+        mesh=mesh, axis_name="kv", query_axis_name="kv", strategy=strategy, is_causal=True
     )
     got = run(Nnx(2, attention_fn=attention), placed(mesh))
-    close(got, of_flax("nnx_gqa", "causal"), combine, unit=1.0)
+    close(got, of_flax("nnx_gqa", "causal"), strategy, unit=1.0)
 
 
 def test_causal_of_the_call_and_of_the_function(mesh):
@@ -271,7 +271,7 @@ def test_precision_is_passed_on():
 def decode_inputs(mesh, **options):
     cache = NamedSharding(mesh, P(None, ("data", "kv")))
     # By name, so that a gather would be one of keys, and not of states.
-    return attention_fn(mesh=mesh, axis_name=("data", "kv"), combine="psum", **options), cache
+    return attention_fn(mesh=mesh, axis_name=("data", "kv"), strategy="psum", **options), cache
 
 
 def steps(step, cache):

@@ -54,7 +54,7 @@ def of_jax_nn(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_agrees_with_jax_nn(mesh, name):
     query, *rest = jax.device_put(ARRAYS, NamedSharding(mesh, P(None, "kv")))
-    attention = stand_in(mesh=mesh, axis_name="kv", query_axis_name="kv", combine="gather_kv")
+    attention = stand_in(mesh=mesh, axis_name="kv", query_axis_name="kv", strategy="gather_kv")
     got = model(attention, CALLS[name])((query, *rest))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(of_jax_nn(name)), strict=True):
         # Both sides are float32.

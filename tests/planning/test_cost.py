@@ -34,7 +34,7 @@ SHAPE = Shape(
     itemsize=2,
 )
 N = 4 * 2 * 3 * 8 * (32 + 2)
-COMBINES = ("butterfly", "psum", "all_gather", "reduce_scatter", "gather_kv")
+STRATEGIES = ("butterfly", "psum", "all_gather", "reduce_scatter", "gather_kv")
 DECODE = Shape(1, 1, 4096, 8, 2, 64, 64, 4)  # a payload of 2 KiB
 
 topologies = st.builds(
@@ -54,11 +54,11 @@ shapes = st.builds(
     value_dim=st.integers(1, 256),
     itemsize=st.sampled_from([2, 4, 8]),
 )
-combines = st.sampled_from(COMBINES)
+strategies = st.sampled_from(STRATEGIES)
 
 
-def seconds(combine, shape, topology):
-    return time_s(traffic(combine, shape, topology), topology)
+def seconds(strategy, shape, topology):
+    return time_s(traffic(strategy, shape, topology), topology)
 
 
 def test_payload_is_float32_unless_the_inputs_are_wider():
@@ -79,8 +79,8 @@ def test_bytes_sent_are_those_of_the_design(size):
         "gather_kv": keys_and_values * part,
         "ring": keys_and_values * part,
     }
-    for combine, sent in expected.items():
-        assert traffic(combine, SHAPE, topology).bytes_sent == pytest.approx(sent)
+    for strategy, sent in expected.items():
+        assert traffic(strategy, SHAPE, topology).bytes_sent == pytest.approx(sent)
 
 
 def test_heads_over_all_devices_or_over_the_last_axis():
@@ -99,8 +99,8 @@ def test_heads_over_all_devices_or_over_the_last_axis():
 
 
 def test_launches_messages_and_merges_on_eight_devices():
-    def counts(combine, topology):
-        cost = traffic(combine, SHAPE, topology)
+    def counts(strategy, topology):
+        cost = traffic(strategy, SHAPE, topology)
         return cost.launches, cost.messages, cost.merges
 
     ring, tree = Topology("cpu", (8,), processes=8), Topology("tpu", (8,))
@@ -142,12 +142,12 @@ def test_the_busiest_device_of_a_schedule_counts():
     )
 
 
-@pytest.mark.parametrize("combine", [*COMBINES, butterfly(1)], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, butterfly(1)], ids=str)
 @pytest.mark.parametrize("sizes", [(), (1,), (1, 1)], ids=str)
-def test_one_device_costs_nothing(combine, sizes):
+def test_one_device_costs_nothing(strategy, sizes):
     topology = Topology("cpu", sizes)
-    assert traffic(combine, SHAPE, topology) == Traffic()
-    assert seconds(combine, SHAPE, topology) == 0
+    assert traffic(strategy, SHAPE, topology) == Traffic()
+    assert seconds(strategy, SHAPE, topology) == 0
 
 
 def test_seconds_are_the_sum_of_the_terms():
@@ -189,8 +189,8 @@ def test_what_runs_along_all_axes_waits_for_the_worst_link():
     topology = Topology("tpu", (2, 4), links=crossed)
     assert topology.constants.link == Link(1.0, 1e6)
     alike = Topology("tpu", (2, 4), link=Link(1.0, 1e6))
-    for combine in ("psum", "all_gather", "gather_kv", "ring", "reduce_scatter", "ulysses"):
-        assert seconds(combine, SHAPE, topology) == seconds(combine, SHAPE, alike)
+    for strategy in ("psum", "all_gather", "gather_kv", "ring", "reduce_scatter", "ulysses"):
+        assert seconds(strategy, SHAPE, topology) == seconds(strategy, SHAPE, alike)
     # An axis of one device has no link to wait for.
     assert Topology("tpu", (1, 4), links=crossed).constants.link == crossed[1]
     table = PLATFORMS["tpu", False].link
@@ -213,10 +213,10 @@ def test_heads_over_the_fast_axis_take_what_it_takes():
 def test_links_that_are_alike_are_one_link(shape, topology, link):
     alike = dataclasses.replace(topology, links=(link,) * len(topology.sizes))
     one = dataclasses.replace(topology, link=link)
-    for combine in FORMULAS:
-        if fits(combine, shape, topology):
-            expected = seconds(combine, shape, one)
-            assert seconds(combine, shape, alike) == pytest.approx(expected)
+    for strategy in FORMULAS:
+        if fits(strategy, shape, topology):
+            expected = seconds(strategy, shape, one)
+            assert seconds(strategy, shape, alike) == pytest.approx(expected)
 
 
 @given(shapes, topologies, st.data())
@@ -224,8 +224,8 @@ def test_a_better_axis_never_takes_more(shape, topology, data):
     own = tuple(data.draw(links) for _ in topology.sizes)
     worse = tuple(Link(2 * x.latency_s, x.bytes_per_s / 2) for x in own[:1]) + own[1:]
     here, there = (dataclasses.replace(topology, links=x) for x in (own, worse))
-    for combine in COMBINES:
-        fast, slow = (seconds(combine, shape, where) for where in (here, there))
+    for strategy in STRATEGIES:
+        fast, slow = (seconds(strategy, shape, where) for where in (here, there))
         assert 0 <= fast <= slow * (1 + 1e-9)
 
 
@@ -252,8 +252,8 @@ PODS = [
 @pytest.mark.parametrize("name", PODS)
 def test_on_a_pod_a_butterfly_by_name_takes_what_its_schedule_does(name):
     topology = pod(name).topology()
-    combines = ("butterfly", hierarchical(topology.sizes))
-    by_name, by_schedule = (seconds(c, SHAPE, topology) for c in combines)
+    strategies = ("butterfly", hierarchical(topology.sizes))
+    by_name, by_schedule = (seconds(c, SHAPE, topology) for c in strategies)
     assert by_name == pytest.approx(by_schedule)
 
 
@@ -305,22 +305,22 @@ def test_hosts_of_one_gpu_reduce_by_trees():
 def test_wiring_changes_no_count_of_launches_bytes_or_merges(name):
     topology = pod(name).topology()
     plain = dataclasses.replace(topology, wiring=None)
-    for combine in FORMULAS:
-        if fits(combine, SHAPE, topology):
-            one, other = (traffic(combine, SHAPE, where) for where in (topology, plain))
+    for strategy in FORMULAS:
+        if fits(strategy, SHAPE, topology):
+            one, other = (traffic(strategy, SHAPE, where) for where in (topology, plain))
             assert one.launches == other.launches
             assert one.bytes_sent == pytest.approx(other.bytes_sent)
             assert (one.merges, one.merged_bytes) == (other.merges, other.merged_bytes)
 
 
 @given(st.sampled_from(PODS), shapes, st.sampled_from(sorted(FORMULAS)))
-def test_on_a_pod_more_rows_or_keys_never_take_less(name, shape, combine):
+def test_on_a_pod_more_rows_or_keys_never_take_less(name, shape, strategy):
     topology = pod(name).topology()
     larger = dataclasses.replace(
         shape, query_length=2 * shape.query_length, key_length=2 * shape.key_length
     )
-    if fits(combine, shape, topology):
-        few, more = (seconds(combine, x, topology) for x in (shape, larger))
+    if fits(strategy, shape, topology):
+        few, more = (seconds(strategy, x, topology) for x in (shape, larger))
         assert 0 <= few <= more * (1 + 1e-9)
 
 
@@ -411,19 +411,19 @@ DELAYED = {
 MESSAGE = Link(latency_s=9.2e-3, bytes_per_s=5e7)  # one permute between two of these hosts
 
 
-@pytest.mark.parametrize("combine", DELAYED)
+@pytest.mark.parametrize("strategy", DELAYED)
 @pytest.mark.parametrize("hosts", [2, 4, 8, 16])
-def test_hosts_far_apart_take_as_long_as_measured(combine, hosts):
-    predicted = 1e3 * seconds(combine, DECODE, Topology("cpu", (hosts,), hosts, MESSAGE))
-    assert 1 / 1.4 < predicted / DELAYED[combine][hosts] < 1.4
+def test_hosts_far_apart_take_as_long_as_measured(strategy, hosts):
+    predicted = 1e3 * seconds(strategy, DECODE, Topology("cpu", (hosts,), hosts, MESSAGE))
+    assert 1 / 1.4 < predicted / DELAYED[strategy][hosts] < 1.4
 
 
 def test_processes_on_one_machine_are_in_the_measured_order():
     topology = Topology("cpu", (8,), 8)
-    predicted = {combine: 1e3 * seconds(combine, DECODE, topology) for combine in DELAYED}
+    predicted = {strategy: 1e3 * seconds(strategy, DECODE, topology) for strategy in DELAYED}
     assert predicted["butterfly"] < predicted["all_gather"] < predicted["psum"]
-    for combine, measured in {"butterfly": 6.4, "all_gather": 16, "psum": 39}.items():
-        assert 1 / 2.5 < predicted[combine] / measured < 2.5
+    for strategy, measured in {"butterfly": 6.4, "all_gather": 16, "psum": 39}.items():
+        assert 1 / 2.5 < predicted[strategy] / measured < 2.5
 
 
 @pytest.mark.parametrize(
@@ -436,42 +436,42 @@ def test_processes_on_one_machine_are_in_the_measured_order():
 )
 def test_threads_are_in_the_measured_order(rows, order, butterfly_over_psum):
     shape = dataclasses.replace(DECODE, query_length=rows)
-    predicted = {combine: seconds(combine, shape, Topology("cpu", (8,))) for combine in order}
+    predicted = {strategy: seconds(strategy, shape, Topology("cpu", (8,))) for strategy in order}
     assert sorted(order, key=predicted.get) == order
     ratio = predicted["butterfly"] / predicted["psum"]
     assert 1 / 1.4 < ratio / butterfly_over_psum < 1.4
 
 
-@given(combines, shapes, topologies)
-def test_more_rows_or_keys_never_take_less(combine, shape, topology):
+@given(strategies, shapes, topologies)
+def test_more_rows_or_keys_never_take_less(strategy, shape, topology):
     larger = dataclasses.replace(
         shape, query_length=2 * shape.query_length, key_length=2 * shape.key_length
     )
-    assert 0 <= seconds(combine, shape, topology) <= seconds(combine, larger, topology)
+    assert 0 <= seconds(strategy, shape, topology) <= seconds(strategy, larger, topology)
 
 
-@given(combines, shapes, topologies)
-def test_a_worse_link_never_takes_less(combine, shape, topology):
+@given(strategies, shapes, topologies)
+def test_a_worse_link_never_takes_less(strategy, shape, topology):
     link = topology.constants.link
     slower = Link(2 * link.latency_s + 1e-6, link.bytes_per_s / 2)
-    worse = seconds(combine, shape, dataclasses.replace(topology, link=slower))
-    assert worse > seconds(combine, shape, topology) or topology.size == 1
+    worse = seconds(strategy, shape, dataclasses.replace(topology, link=slower))
+    assert worse > seconds(strategy, shape, topology) or topology.size == 1
 
 
 @given(st.sampled_from(["psum", "all_gather", "gather_kv"]), shapes, topologies, st.integers(1, 64))
-def test_one_device_more_never_takes_less(combine, shape, topology, size):
+def test_one_device_more_never_takes_less(strategy, shape, topology, size):
     few, more = (dataclasses.replace(topology, sizes=(d,)) for d in (size, size + 1))
-    assert seconds(combine, shape, few) <= seconds(combine, shape, more)
+    assert seconds(strategy, shape, few) <= seconds(strategy, shape, more)
 
 
-@given(combines, shapes, topologies)
-def test_nobody_sends_more_than_there_is_time_for(combine, shape, topology):
-    cost = traffic(combine, shape, topology)
+@given(strategies, shapes, topologies)
+def test_nobody_sends_more_than_there_is_time_for(strategy, shape, topology):
+    cost = traffic(strategy, shape, topology)
     assert 0 <= cost.bytes_sent <= cost.message_bytes
     assert cost.launches <= cost.messages
 
 
-@given(combines, combines, shapes, topologies)
+@given(strategies, strategies, shapes, topologies)
 def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
     one, two = traffic(first, shape, topology), traffic(second, shape, topology)
     assert time_s(one + two, topology) == pytest.approx(
@@ -500,11 +500,11 @@ def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
         (lambda: links_from({"platform": "cpu"}), "report is {'platform': 'cpu'}", "--json"),
         (lambda: links_from([]), "report is []", "pass what distattn check --json has written"),
         (lambda: links_from(report("cpu", 1, x=(1, 2)) | {"axes": 3}), "report is {", "--json"),
-        (lambda: links_from(report("abacus", 1)), "platform is 'abacus'", "name a combine"),
+        (lambda: links_from(report("abacus", 1)), "platform is 'abacus'", "name a strategy"),
         (
             lambda: Topology("abacus", (8,)),
             "platform is 'abacus'",
-            "name a combine instead of 'auto'",
+            "name a strategy instead of 'auto'",
         ),
         (
             lambda: dataclasses.replace(pod("v5e:4x4").topology(), sizes=(16,)),
@@ -514,7 +514,7 @@ def test_one_after_the_other_takes_the_sum(first, second, shape, topology):
         (lambda: Topology("cuda", (8,)), "platform is 'cuda'", "'cpu', 'gpu' and 'tpu'"),
         (
             lambda: traffic("star", SHAPE, Topology("cpu", (8,))),
-            "combine is 'star'",
+            "strategy is 'star'",
             "'butterfly', ",
         ),
         (

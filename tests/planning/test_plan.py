@@ -1,4 +1,4 @@
-"""Plans for pods: the laws of memory and time, and the same choice as combine='auto'."""
+"""Plans for pods: the laws of memory and time, and the same choice as strategy='auto'."""
 
 import dataclasses
 import functools
@@ -69,12 +69,12 @@ workloads = st.builds(
     training=st.booleans(),
     causal=st.booleans(),
 )
-combines = st.sampled_from(sorted(FORMULAS))
+strategies = st.sampled_from(sorted(FORMULAS))
 
 
 def test_a_pod_of_4096_decodes_with_a_butterfly():
     found = plan(LLAMA, pod("v5p:16x16x16"))
-    assert (found.devices, found.combine, found.rounds) == (4096, "butterfly", 12)
+    assert (found.devices, found.strategy, found.rounds) == (4096, "butterfly", 12)
     assert found.axis_order == ("z", "y", "x")
     assert found.fits
     assert not found.query_sharded
@@ -82,7 +82,7 @@ def test_a_pod_of_4096_decodes_with_a_butterfly():
     state = 4 * 32 * 130
     assert found.bytes_per_device == 80 * keys * 8 * 256 * 2 + 32 * 256 * 2 + 2 * state
     assert found.bytes_sent_per_device == 80 * 12 * state
-    assert [x.combine for x in found.alternatives] == ["psum", "all_gather"]
+    assert [x.strategy for x in found.alternatives] == ["psum", "all_gather"]
     assert found.reason.startswith("butterfly on v5p:16x16x16, 4096 devices: 4.8")
     assert "the least time, against psum" in found.reason
     assert "84 more messages to wait for in a layer" in found.alternatives[0].why
@@ -110,13 +110,15 @@ def test_the_exchange_is_what_auto_predicts(workload, where):
     choice = choose(workload.shape, topology, query_sharded=found.query_sharded)
     names = QUERY_SHARDED if found.query_sharded else QUERY_REPLICATED
     for x in (found, *found.alternatives):
-        assert x.combine in names
+        assert x.strategy in names
         exchange_s = x.predicted_s - found.breakdown["local_s"]
-        predicted = workload.layers * time_s(traffic(x.combine, workload.shape, topology), topology)
+        predicted = workload.layers * time_s(
+            traffic(x.strategy, workload.shape, topology), topology
+        )
         assert exchange_s == pytest.approx(predicted, abs=1e-9 * found.predicted_s)
     if all(x.fits for x in (found, *found.alternatives)):
-        assert found.combine == choice.combine
-        assert [x.combine for x in found.alternatives] == [name for name, _ in choice.alternatives]
+        assert found.strategy == choice.strategy
+        assert [x.strategy for x in found.alternatives] == [name for name, _ in choice.alternatives]
 
 
 MESHES = {
@@ -143,15 +145,15 @@ def test_groups_choose_as_auto_does_for_what_each_of_them_has(workload, name):
     assert topology.sizes == tuple(keys.values())
     choice = choose(shape, topology, query_sharded=found.query_sharded)
     crowd = where.devices // topology.size if name.startswith("cpu") else 1
-    seconds = {choice.combine: choice.predicted_s, **dict(choice.alternatives)}
+    seconds = {choice.strategy: choice.predicted_s, **dict(choice.alternatives)}
     for x in (found, *found.alternatives):
         exchange_s = x.predicted_s - found.breakdown["local_s"]
-        predicted = workload.layers * crowd * seconds[x.combine]
+        predicted = workload.layers * crowd * seconds[x.strategy]
         assert exchange_s == pytest.approx(predicted, abs=1e-9 * found.predicted_s)
         step = dataclasses.replace(workload, kv_heads=repeated)
-        assert x.bytes_per_device == bytes_per_device(x.combine, step, topology.sizes)
+        assert x.bytes_per_device == bytes_per_device(x.strategy, step, topology.sizes)
     if all(x.fits for x in (found, *found.alternatives)):
-        assert found.combine == choice.combine
+        assert found.strategy == choice.strategy
 
 
 def test_memory_and_products_are_divided_by_all_devices_and_messages_go_along_the_keys():
@@ -165,7 +167,7 @@ def test_memory_and_products_are_divided_by_all_devices_and_messages_go_along_th
     assert (apart.key_axes, apart.batch_axes, apart.heads_axes) == (("sp",), ("dp",), ("tp",))
     # A group has its own wires: the plan is that of one group on a row of the torus.
     one = plan(dataclasses.replace(prompt, batch=1, heads=8, kv_heads=2), "v5p:4x1x1")
-    assert apart.combine == one.combine
+    assert apart.strategy == one.strategy
     assert apart.breakdown["local_s"] == pytest.approx(one.breakdown["local_s"])
     assert apart.bytes_per_device == one.bytes_per_device
     assert apart.bytes_sent_per_device == one.bytes_sent_per_device
@@ -184,13 +186,13 @@ def test_axes_that_divide_all_but_keys_leave_nothing_to_exchange():
 
 
 def test_groups_on_a_cpu_share_its_cores():
-    one = plan(BATCH, "cpu:4", combine="psum")
+    one = plan(BATCH, "cpu:4", strategy="psum")
     split = plan(
         dataclasses.replace(BATCH, batch=32),
         "cpu:8",
         sharding={"dp": 2, "sp": 4},
         batch_axis_name="dp",
-        combine="psum",
+        strategy="psum",
     )
     assert split.predicted_s == pytest.approx(2 * one.predicted_s)
     assert split.breakdown["local_s"] == pytest.approx(2 * one.breakdown["local_s"])
@@ -249,12 +251,12 @@ def test_what_would_make_it_fit_does(workload, where, tightness):
     most = max(free.bytes_per_device >> tightness, 1)
     if most >= where.hbm_bytes:
         return
-    found = plan(workload, where, combine=free.combine, reserved_bytes=where.hbm_bytes - most)
+    found = plan(workload, where, strategy=free.strategy, reserved_bytes=where.hbm_bytes - most)
     assert not found.fits
 
     def fits(**changes):
         step = dataclasses.replace(workload, **changes)
-        return bytes_per_device(found.combine, step, where.topology().sizes) <= most
+        return bytes_per_device(found.strategy, step, where.topology().sizes) <= most
 
     for remedy in found.remedies:
         numbers = [int(x.replace(",", "")) for x in re.findall(r"\d[\d,]*", remedy)]
@@ -263,7 +265,7 @@ def test_what_would_make_it_fit_does(workload, where, tightness):
         elif "times as many devices" in remedy:
             *slow, fast = where.topology().sizes
             for times, enough in ((numbers[0], True), (numbers[0] // 2, False)):
-                axes, name = (*slow, fast * times), found.combine
+                axes, name = (*slow, fast * times), found.strategy
                 if (sharded := workload.queries >= math.prod(axes)) != found.query_sharded:
                     name = "ring" if sharded else "butterfly"
                 held = bytes_per_device(name, workload, axes)
@@ -289,7 +291,7 @@ def test_a_prompt_that_is_too_long_for_one_device_is_sharded_over_more():
 
 
 def test_an_int8_cache_holds_half_and_scales():
-    found = plan(dataclasses.replace(LLAMA, context=1 << 20), "v5e:2x2", combine="psum")
+    found = plan(dataclasses.replace(LLAMA, context=1 << 20), "v5e:2x2", strategy="psum")
     keys = (1 << 20) // 4
     assert found.key_value_bytes_per_device == 80 * keys * 8 * 256 * 2
     small = 80 * keys * 8 * (256 + 8)  # a float32 scale for each key and each value
@@ -304,21 +306,21 @@ def test_an_int8_cache_holds_half_and_scales():
     assert not any("KVCache" in x for x in plan(training, "v5e:2x2").remedies)
 
 
-@given(workloads, combines, st.integers(1, 6), st.integers(26, 38))
-def test_the_largest_context_is_the_largest(workload, combine, devices, log_bytes):
+@given(workloads, strategies, st.integers(1, 6), st.integers(26, 38))
+def test_the_largest_context_is_the_largest(workload, strategy, devices, log_bytes):
     sizes, limit = (devices, 2), 1 << log_bytes
-    longest = largest_context(combine, workload, sizes, limit)
+    longest = largest_context(strategy, workload, sizes, limit)
     for context, fitting in ((longest, True), (longest + 1, False)):
         if context:
-            held = bytes_per_device(combine, workload.with_context(context), sizes)
+            held = bytes_per_device(strategy, workload.with_context(context), sizes)
             assert (held <= limit) == fitting
 
 
 # The others hold something of every device: a state, or padded keys or rows; and one device exchanges
 # nothing, so nothing arrives there.
 @given(workloads, st.sampled_from(["butterfly", "psum", "ring"]), st.integers(2, 64))
-def test_more_devices_never_hold_less(workload, combine, devices):
-    few, more = (largest_context(combine, workload, (d,), 1 << 34) for d in (devices, devices + 1))
+def test_more_devices_never_hold_less(workload, strategy, devices):
+    few, more = (largest_context(strategy, workload, (d,), 1 << 34) for d in (devices, devices + 1))
     assert few <= more
 
 
@@ -333,10 +335,10 @@ def test_twice_the_pod_holds_a_longer_context(queries):
             assert more == pytest.approx(2 * few, rel=1e-4)
 
 
-@given(workloads, combines, st.integers(1, 64), st.integers(1, 1 << 20))
-def test_memory_never_falls_with_keys_rows_or_layers(workload, combine, devices, keys):
+@given(workloads, strategies, st.integers(1, 64), st.integers(1, 1 << 20))
+def test_memory_never_falls_with_keys_rows_or_layers(workload, strategy, devices, keys):
     def held(**changes):
-        return bytes_per_device(combine, dataclasses.replace(workload, **changes), (devices, 2))
+        return bytes_per_device(strategy, dataclasses.replace(workload, **changes), (devices, 2))
 
     assert held(context=workload.context + keys) >= held()
     assert held(queries=workload.queries + keys) >= held()
@@ -344,25 +346,25 @@ def test_memory_never_falls_with_keys_rows_or_layers(workload, combine, devices,
     assert held(batch=workload.batch + 1) > held()
 
 
-def test_a_combine_that_does_not_fit_is_not_taken_over_one_that_does():
+def test_a_strategy_that_does_not_fit_is_not_taken_over_one_that_does():
     # Over NVLink one launch is fastest, and it holds a state of each device.
     where = pod("h200:8")
     free = plan(SMALL, where)
     lean = min((free, *free.alternatives), key=lambda x: x.bytes_per_device)
-    assert free.combine == "all_gather"
+    assert free.strategy == "all_gather"
     assert free.bytes_per_device > lean.bytes_per_device
     tight = where.hbm_bytes - lean.bytes_per_device
     found = plan(SMALL, where, reserved_bytes=tight)
-    assert found.combine in ("butterfly", "psum")
+    assert found.strategy in ("butterfly", "psum")
     assert found.fits
     assert found.predicted_s > free.predicted_s
-    assert found.alternatives[-1].combine == "all_gather"
+    assert found.alternatives[-1].strategy == "all_gather"
     assert found.alternatives[-1].why.startswith("does not fit: ")
     assert found.reason.endswith("; all_gather not fitting")
     nothing = plan(SMALL, where, reserved_bytes=tight + 1)
     assert not nothing.fits
     assert nothing.reason.startswith(
-        "does not fit, by no combine: butterfly, which holds least, needs"
+        "does not fit, by no strategy: butterfly, which holds least, needs"
     )
     assert "taken" not in nothing.reason
     # Keys are padded to as many on each device.
@@ -372,13 +374,15 @@ def test_a_combine_that_does_not_fit_is_not_taken_over_one_that_does():
 
 
 def test_a_named_combine_is_taken_whatever_it_costs():
-    found = plan(LLAMA, pod("v5p:16x16x16"), combine="all_gather")
-    assert found.combine == "all_gather"
-    assert found.alternatives[0].combine == "butterfly"
+    found = plan(LLAMA, pod("v5p:16x16x16"), strategy="all_gather")
+    assert found.strategy == "all_gather"
+    assert found.alternatives[0].strategy == "butterfly"
     assert re.match(r"faster, 0\.[23]\d of the time; it was not named", found.alternatives[0].why)
     assert "named by you, against butterfly" in found.reason
     large = plan(
-        dataclasses.replace(LLAMA, context=1_275_000_000), pod("v5p:16x16x16"), combine="all_gather"
+        dataclasses.replace(LLAMA, context=1_275_000_000),
+        pod("v5p:16x16x16"),
+        strategy="all_gather",
     )
     assert large.reason.startswith("does not fit: all_gather, named by you, needs ")
     assert large.reason.endswith("and butterfly fits")
@@ -389,8 +393,8 @@ def test_what_is_not_hidden_is_why_a_gather_loses_to_a_ring():
     # Heads that do not divide, and enough to multiply while keys and values are on their way.
     prompt = Workload(context=1 << 20, queries=1 << 20, heads=33, kv_heads=11)
     found = plan(prompt, pod("h100:16x8"))
-    assert found.combine == "ring"
-    assert found.alternatives[0].combine == "gather_kv"
+    assert found.strategy == "ring"
+    assert found.alternatives[0].strategy == "gather_kv"
     assert found.alternatives[0].why.endswith("it sends nothing while attention is computed")
 
 
@@ -398,8 +402,8 @@ def test_queries_are_sharded_where_there_are_as_many_as_devices():
     where = pod("v5e:4x4")
     for queries, sharded in ((1, False), (15, False), (16, True)):
         assert plan(dataclasses.replace(SMALL, queries=queries), where).query_sharded == sharded
-    assert plan(SMALL, where, query_sharded=True).combine in QUERY_SHARDED
-    assert plan(TRAINING, where, query_sharded=False).combine in QUERY_REPLICATED
+    assert plan(SMALL, where, query_sharded=True).strategy in QUERY_SHARDED
+    assert plan(TRAINING, where, query_sharded=False).strategy in QUERY_REPLICATED
 
 
 def test_decoding_reads_keys_and_values_once_and_a_prompt_multiplies():
@@ -447,7 +451,7 @@ def test_training_holds_and_takes_more_than_a_prompt():
     where = pod("v5p:4x4x4")
     prompt = plan(dataclasses.replace(TRAINING, training=False), where)
     for x in (found := plan(TRAINING, where), *found.alternatives):
-        same = next(y for y in (prompt, *prompt.alternatives) if y.combine == x.combine)
+        same = next(y for y in (prompt, *prompt.alternatives) if y.strategy == x.strategy)
         assert x.predicted_s > 2 * same.predicted_s
         assert x.bytes_per_device > same.bytes_per_device
         assert x.largest_context < same.largest_context
@@ -461,12 +465,12 @@ def test_a_block_is_as_large_as_the_device_cuts_it(name, queries, training):
     step = dataclasses.replace(SMALL, queries=queries, training=training)
     found = plan(step, where)
     keys, rows = step.context // where.devices, max(queries // where.devices, 1)
-    operands = types.SimpleNamespace(
+    inputs = types.SimpleNamespace(
         query=types.SimpleNamespace(shape=(1, rows, 32, 128)),
         key=types.SimpleNamespace(shape=(1, keys, 8, 128)),
         mask=types.SimpleNamespace(key_positions=None, compares_positions=False),
     )
-    tiling = choose_tiling(operands, Machine(where.chip.platform), backward=training)
+    tiling = choose_tiling(inputs, Machine(where.chip.platform), backward=training)
     assert found.block_size == tiling.key
 
 
@@ -487,7 +491,7 @@ XLA_US = {
 def test_how_far_the_model_is_from_the_compiler(name):
     estimate_us, ratio = XLA_US[name]
     where = pod(name)
-    found = plan(Workload(context=8192 * where.devices), where, combine="butterfly")
+    found = plan(Workload(context=8192 * where.devices), where, strategy="butterfly")
     assert 1e6 * found.predicted_s / estimate_us == pytest.approx(ratio, abs=0.01)
     assert 1 / 2.3 < ratio < 2.3
 
@@ -496,7 +500,7 @@ def test_measured_links_are_taken():
     where = pod("cpu:4x2")
     slow = {"host": Link(1.0, 1e6), "device": Link(1e-6, 1e9)}
     found = plan(SMALL, where, links=slow)
-    assert found.combine == "butterfly"
+    assert found.strategy == "butterfly"
     assert found.breakdown["exchange_s"] > 4 * 2
     assert plan(SMALL, where).breakdown["exchange_s"] < 1
 
@@ -508,8 +512,8 @@ def test_measured_links_are_taken():
         (lambda: Workload(context=8, layers=1.5), "layers is 1.5", "whole number"),
         (lambda: Workload(context=8, heads=6, kv_heads=4), "heads is 6", "a multiple"),
         (
-            lambda: plan(SMALL, pod("v5e:4x4"), combine="ring"),
-            "combine is 'ring'; for 1 queries",
+            lambda: plan(SMALL, pod("v5e:4x4"), strategy="ring"),
+            "strategy is 'ring'; for 1 queries",
             "('all_gather', 'butterfly', 'psum'): name one, or pass query_sharded=True",
         ),
         (
@@ -543,7 +547,7 @@ def test_measured_links_are_taken():
             "an axis name or a tuple",
         ),
         (
-            lambda: plan(BATCH, "v5e:4x4", batch_axis_name="y", combine="ring"),
+            lambda: plan(BATCH, "v5e:4x4", batch_axis_name="y", strategy="ring"),
             "on axes {'x': 4} it must be",
             "pass query_sharded=True",
         ),

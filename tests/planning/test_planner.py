@@ -58,13 +58,13 @@ def sharded(shape, topology, **kwargs):
 )
 def test_eight_threads_launch_as_little_as_they_can(rows, best):
     shape = dataclasses.replace(DECODE, query_length=rows)
-    assert replicated(shape, Topology("cpu", (8,))).combine == best
+    assert replicated(shape, Topology("cpu", (8,))).strategy == best
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8, 16, 6])
 def test_hosts_far_apart_take_a_butterfly(hosts):
     choice = replicated(DECODE, Topology("cpu", (hosts,), hosts, FAR))
-    assert choice.combine == "butterfly"
+    assert choice.strategy == "butterfly"
 
 
 @pytest.mark.parametrize(
@@ -84,26 +84,26 @@ def test_how_a_small_array_is_summed(platform, processes, payload_bytes, expecte
 def test_a_large_payload_takes_the_all_reduce_that_sends_least():
     prefill = dataclasses.replace(GQA, query_length=1 << 16)
     for topology in (Topology("tpu", (64,)), Topology("gpu", (64,), 8), Topology("cpu", (64,), 64)):
-        assert replicated(prefill, topology).combine == "psum"
+        assert replicated(prefill, topology).strategy == "psum"
 
 
 def test_a_pod_takes_a_butterfly_for_one_token():
-    assert replicated(DECODE, Topology("tpu", (16, 16, 16), 1024)).combine == "butterfly"
+    assert replicated(DECODE, Topology("tpu", (16, 16, 16), 1024)).strategy == "butterfly"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("processes", [1, 8])
 def test_as_many_queries_as_keys_move_the_keys(platform, processes):
     topology = Topology(platform, (8,), processes)
-    assert sharded(GQA, topology).combine != "reduce_scatter"
+    assert sharded(GQA, topology).strategy != "reduce_scatter"
     no_heads = dataclasses.replace(GQA, num_heads=33, num_kv_heads=11)
-    assert sharded(no_heads, topology).combine in ("gather_kv", "ring")
+    assert sharded(no_heads, topology).strategy in ("gather_kv", "ring")
 
 
 def test_a_ring_that_hides_behind_the_products_costs_its_launches():
     long = dataclasses.replace(GQA, query_length=1 << 20, key_length=1 << 20, num_heads=33)
     for topology in (Topology("tpu", (64,)), Topology("gpu", (64,), 8)):
-        assert sharded(long, topology).combine == "ring"
+        assert sharded(long, topology).strategy == "ring"
         cost = traffic("ring", long, topology)
         row = topology.constants
         merging_s = cost.merges * row.merge_s + cost.merged_bytes / row.merge_bytes_per_s
@@ -113,7 +113,7 @@ def test_a_ring_that_hides_behind_the_products_costs_its_launches():
 def test_threads_hide_nothing_and_launch_as_little_as_they_can():
     no_heads = dataclasses.replace(GQA, num_heads=33, num_kv_heads=11)
     assert traffic("ring", no_heads, Topology("cpu", (8,))).hidden_s == 0
-    assert sharded(no_heads, Topology("cpu", (8,))).combine == "gather_kv"
+    assert sharded(no_heads, Topology("cpu", (8,))).strategy == "gather_kv"
 
 
 def test_heads_that_do_not_divide_are_not_sharded():
@@ -131,7 +131,7 @@ def test_heads_that_do_not_divide_are_not_sharded():
 @pytest.mark.parametrize("processes", [1, 8])
 def test_few_queries_move_the_states(platform, processes):
     shape = dataclasses.replace(GQA, query_length=16, key_length=1 << 17)
-    assert sharded(shape, Topology(platform, (8,), processes)).combine == "reduce_scatter"
+    assert sharded(shape, Topology(platform, (8,), processes)).strategy == "reduce_scatter"
 
 
 @pytest.mark.parametrize("query_sharded", [False, True])
@@ -140,16 +140,16 @@ def test_one_device_costs_nothing(query_sharded, sizes):
     choice = choose(GQA, Topology("gpu", sizes), query_sharded=query_sharded)
     assert (choice.predicted_s, choice.bytes_sent) == (0, 0)
     assert all(seconds == 0 for _, seconds in choice.alternatives)
-    assert choice.reason == f"{choice.combine}: one device, nothing moves"
+    assert choice.reason == f"{choice.strategy}: one device, nothing moves"
 
 
 def test_equals_are_told_apart_by_their_order():
     two = Topology("gpu", (2,))
     choice = replicated(DECODE, two)
     assert choice.alternatives[0] == ("all_gather", choice.predicted_s)
-    assert choice.combine == "butterfly"
+    assert choice.strategy == "butterfly"
     swapped = replicated(DECODE, two, candidates=("all_gather", "butterfly"))
-    assert swapped.combine == "all_gather"
+    assert swapped.strategy == "all_gather"
 
 
 def test_the_reason_has_the_numbers_and_the_others():
@@ -168,20 +168,20 @@ def test_the_reason_has_the_numbers_and_the_others():
 @given(shapes, topologies, st.booleans())
 def test_the_choice_is_the_least_time(shape, topology, query_sharded):
     choice = choose(shape, topology, query_sharded=query_sharded)
-    ranking = [(choice.combine, choice.predicted_s), *choice.alternatives]
+    ranking = [(choice.strategy, choice.predicted_s), *choice.alternatives]
     assert [s for _, s in ranking] == sorted(s for _, s in ranking)
     names = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
     names = [name for name in names if fits(name, shape, topology)]
     assert dict(ranking) == {
         name: time_s(traffic(name, shape, topology), topology) for name in names
     }
-    assert choice.bytes_sent == traffic(choice.combine, shape, topology).bytes_sent
+    assert choice.bytes_sent == traffic(choice.strategy, shape, topology).bytes_sent
 
 
 @given(shapes, topologies, st.sets(st.sampled_from(sorted(QUERY_REPLICATED)), min_size=1))
 def test_fewer_candidates_are_never_faster(shape, topology, names):
     restricted = replicated(shape, topology, candidates=sorted(names))
-    assert restricted.combine in names
+    assert restricted.strategy in names
     assert len(restricted.alternatives) == len(names) - 1
     assert restricted.predicted_s >= replicated(shape, topology).predicted_s
 
@@ -194,7 +194,7 @@ def test_more_latency_never_chooses_more_messages(shape, topology, query_sharded
         names = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
         names = [name for name in names if "ring" not in name and fits(name, shape, there)]
         choice = choose(shape, there, query_sharded=query_sharded, candidates=names)
-        return traffic(choice.combine, shape, there).messages
+        return traffic(choice.strategy, shape, there).messages
 
     assert messages(max(a, b)) <= messages(min(a, b))
 
@@ -202,8 +202,8 @@ def test_more_latency_never_chooses_more_messages(shape, topology, query_sharded
 @given(shapes, topologies, st.integers(1, 1000))
 def test_more_rows_never_choose_more_bytes_a_row(shape, topology, factor):
     def marginal_s(rows, doubled):
-        combine = replicated(rows, topology).combine
-        one, two = (time_s(traffic(combine, x, topology), topology) for x in (rows, doubled))
+        strategy = replicated(rows, topology).strategy
+        one, two = (time_s(traffic(strategy, x, topology), topology) for x in (rows, doubled))
         return (two - one) / rows.payload_bytes
 
     def times(k):
@@ -215,8 +215,8 @@ def test_more_rows_never_choose_more_bytes_a_row(shape, topology, factor):
 @given(shapes, topologies)
 def test_more_keys_never_change_to_moving_them(shape, topology):
     longer = dataclasses.replace(shape, key_length=2 * shape.key_length)
-    if sharded(shape, topology).combine == "reduce_scatter":
-        assert sharded(longer, topology).combine == "reduce_scatter"
+    if sharded(shape, topology).strategy == "reduce_scatter":
+        assert sharded(longer, topology).strategy == "reduce_scatter"
 
 
 @pytest.mark.parametrize(

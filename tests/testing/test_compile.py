@@ -40,17 +40,17 @@ def shapes(rows, keys):
     return query, key, key
 
 
-def decode(mesh, combine, keys=256, how=compile_for, **options):
+def decode(mesh, strategy, keys=256, how=compile_for, **options):
     """One query over so many keys a device."""
-    f = functools.partial(distattn.dot_product_attention, combine=combine)
+    f = functools.partial(distattn.dot_product_attention, strategy=strategy)
     along = P(None, tuple(mesh))
     arrays = shapes(1, keys * math.prod(mesh.values()))
     return how(f, *arrays, mesh=mesh, specs=(P(), along, along), **options)
 
 
-def training(mesh, combine, rows=128, how=compile_for, **options):
+def training(mesh, strategy, rows=128, how=compile_for, **options):
     """Forward and gradient of causal attention, so many rows and keys a device."""
-    f = functools.partial(distattn.dot_product_attention, combine=combine, is_causal=True)
+    f = functools.partial(distattn.dot_product_attention, strategy=strategy, is_causal=True)
     along, length = P(None, tuple(mesh)), rows * math.prod(mesh.values())
     gradient = jax.grad(lambda *x: f(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     return how(gradient, *shapes(length, length), mesh=mesh, specs=(along,) * 3, **options)
@@ -76,17 +76,17 @@ def test_a_butterfly_has_log_rounds_of_one_state_along_each_axis(name):
     assert sum(x.count for x in sent) == rounds
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "psum", "all_gather"])
-def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(combine):
+@pytest.mark.parametrize("strategy", ["butterfly", "psum", "all_gather"])
+def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(strategy):
     topology, mesh = POD_16
-    short, long = (decode(mesh, combine, keys, topology=topology) for keys in (1024, 8192))
+    short, long = (decode(mesh, strategy, keys, topology=topology) for keys in (1024, 8192))
     assert short.exchanges == long.exchanges
     assert max(short.temp_bytes, long.temp_bytes) < 2**19  # the keys are 16 times that
     kind, count, size = {
         "butterfly": ("collective-permute", 4, 4 * STATE),
         "psum": ("all-reduce", 2, STATE),
         "all_gather": ("all-gather", 1, 16 * STATE),
-    }[combine]
+    }[strategy]
     assert long.collectives == {kind: {"count": count, "bytes": size}}
     assert long.argument_bytes >= 8192 * KV_HEADS * 2 * WIDTH * 2
     assert long.flops > 0
@@ -96,7 +96,7 @@ def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(combine):
 
 # What the text of the compiled program has; XLA:TPU makes a reduce-scatter a part of an all-reduce.
 @pytest.mark.parametrize(
-    ("pod", "combine", "counts", "rounds"),
+    ("pod", "strategy", "counts", "rounds"),
     [
         (POD_16, "ring", {"collective-permute": 8 * 15}, 32),
         (POD_16, "gather_kv", {"all-gather": 2, "all-reduce": 1}, 2),
@@ -106,12 +106,12 @@ def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(combine):
     ],
     ids=lambda x: x if isinstance(x, str) else x[0] if isinstance(x, tuple) else "",
 )
-def test_training(pod, combine, counts, rounds):
+def test_training(pod, strategy, counts, rounds):
     topology, mesh = pod
-    report = training(mesh, combine, topology=topology)
+    report = training(mesh, strategy, topology=topology)
     assert counts is None or {k: v["count"] for k, v in report.collectives.items()} == counts
     assert rounds is None or report.rounds == rounds
-    if combine == "ring":
+    if strategy == "ring":
         assert set(report.collectives) == {"collective-permute"}, "keys and values are not gathered"
 
 
@@ -122,7 +122,7 @@ def test_gradients_of_half_precision_are_summed_in_float32():
 
     def loss(query, key, value):
         out = distattn.dot_product_attention(
-            query, key, value, axis_name="kv", query_axis_name=None, combine="butterfly"
+            query, key, value, axis_name="kv", query_axis_name=None, strategy="butterfly"
         )
         return out.astype(jnp.float32).sum()
 
@@ -144,8 +144,8 @@ def test_counts_by_the_number_of_devices(devices):
     ring, scatter = counted("ring"), counted("reduce_scatter")
     assert ring.collectives["collective-permute"]["count"] == 8 * (devices - 1)
     assert scatter.collectives["collective-permute"]["count"] == math.log2(devices)
-    for combine, count in (("butterfly", math.log2(devices)), ("psum", 2), ("all_gather", 1)):
-        report = decode({"kv": devices}, combine, how=lower)
+    for strategy, count in (("butterfly", math.log2(devices)), ("psum", 2), ("all_gather", 1)):
+        report = decode({"kv": devices}, strategy, how=lower)
         assert (
             sum(x.count for x in report.exchanges) == report.rounds * (1 if count else 0) == count
         )
@@ -157,7 +157,7 @@ def test_auto_is_chosen_for_the_chips_and_hosts_that_it_is_compiled_for(topology
     hosts = pod(topology).hosts
     shape = Shape(1, 1, 256 * 8, HEADS, KV_HEADS, WIDTH, WIDTH, 2)
     there = Topology("gpu", (8,), hosts, chip=CHIPS["h100"])
-    best = choose(shape, there, query_sharded=False).combine
+    best = choose(shape, there, query_sharded=False).strategy
     auto, named = (decode({"kv": 8}, x, topology=topology) for x in ("auto", best))
     assert auto.exchanges == named.exchanges
 
@@ -185,7 +185,7 @@ def test_memory_on_one_chip_beside_that_of_the_paper(gradient, standard, efficie
 def test_lowered_for_any_mesh_and_platform(platform):
     mesh = AbstractMesh((64, 64), ("host", "chip"), axis_types=(AxisType.Auto,) * 2)
     f = functools.partial(
-        distattn.dot_product_attention, combine="butterfly", axis_name=("host", "chip")
+        distattn.dot_product_attention, strategy="butterfly", axis_name=("host", "chip")
     )
     along = P(None, ("host", "chip"))
     arrays = shapes(1, 64 * 4096)
@@ -201,7 +201,7 @@ def test_a_whole_training_step_of_a_user():
         x = params["embed"][tokens]
         heads = x.reshape(*x.shape[:2], HEADS, -1)
         q, k, v = (heads @ params[name] for name in "qkv")
-        x = distattn.dot_product_attention(q, k, v, is_causal=True, axis_name="kv", combine="ring")
+        x = distattn.dot_product_attention(q, k, v, is_causal=True, axis_name="kv", strategy="ring")
         logits = x.reshape(*x.shape[:2], -1) @ params["out"]
         return -jax.nn.log_softmax(logits)[..., 0].mean()
 
@@ -241,7 +241,7 @@ def test_layouts_are_those_of_the_arguments():
     along = jax.sharding.NamedSharding(mesh, P(None, "kv"))
     query, key, _ = shapes(1, 16 * 64)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=along)
-    f = functools.partial(distattn.dot_product_attention, combine="psum")
+    f = functools.partial(distattn.dot_product_attention, strategy="psum")
     report = lower(f, jnp.zeros(query.shape, query.dtype), key, key, mesh={"kv": 16})
     assert report.collectives["all-reduce"]["count"] == 2
     assert lower(f, query, key, key, mesh=mesh).devices == 8
@@ -283,7 +283,7 @@ MODEL = ["--heads", "16", "--kv-heads", "4", "--head-dim", "128", "--layers", "8
 
 def test_the_command_compiles_what_it_plans(capsys):
     command = ["plan", "--topology", "v5p:4x4x4", "--context", "1000000", *MODEL]
-    assert main([*command, "--combine", "butterfly", "--compile", "--json"]) == 0
+    assert main([*command, "--strategy", "butterfly", "--compile", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     compiled = found["compiled"]
     assert compiled["collectives"] == {"collective-permute": {"count": 6, "bytes": 6 * STATE}}
@@ -293,7 +293,7 @@ def test_the_command_compiles_what_it_plans(capsys):
     assert 80 * compiled["argument_bytes"] == pytest.approx(found["bytes_per_device"], rel=0.02)
     assert {"temp_bytes", "optimal_s"} <= set(compiled)
 
-    assert main([*command, *GROUPS, "--combine", "butterfly", "--compile", "--json"]) == 0
+    assert main([*command, *GROUPS, "--strategy", "butterfly", "--compile", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # Each group has a sequence of its own and a quarter of the heads, and sends along sp alone.
     sent = {"collective-permute": {"count": 2, "bytes": 2 * STATE // 4}}
@@ -316,7 +316,7 @@ def test_the_command_compiles_what_it_plans(capsys):
     [
         (
             "v5p:4x4x4",
-            ("--combine", "butterfly"),
+            ("--strategy", "butterfly"),
             ["butterfly (taken)", "z=4, round 2", "x=4, round 1"],
         ),
         (
@@ -325,7 +325,7 @@ def test_the_command_compiles_what_it_plans(capsys):
             ["sp=4", "psum"],
         ),
         ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
-        ("h100:6", ("--combine", "psum"), ["XLA's own psum"]),
+        ("h100:6", ("--strategy", "psum"), ["XLA's own psum"]),
         ("cpu:1", (), ["butterfly (taken)"]),
     ],
 )

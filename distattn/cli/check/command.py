@@ -30,9 +30,9 @@ def add(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "check",
         help="checks results, and measures latency and bandwidth, on these devices and hosts",
-        description="Every combine against a float64 reference, forward and gradient, on random data; "
+        description="Every strategy against a float64 reference, forward and gradient, on random data; "
         "that all devices hold the same bits; latency and bandwidth along each axis of the mesh; the time "
-        "of each combine. In one process on its devices, or in every process of a job, as by: distattn "
+        "of each strategy. In one process on its devices, or in every process of a job, as by: distattn "
         "launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. Rank 0 prints. "
         "The exit code is 1 where something is wrong, in every process. On one device nothing is "
         "exchanged: the code is 0 where its own results are right, and the verdict says that no more was "
@@ -53,7 +53,7 @@ def add(subparsers: Subparsers) -> None:
         help="slow axis first, as host=2,device=4 (default: host is the processes, device theirs)",
     )
     argument(
-        "--combines",
+        "--strategies",
         type=some_of(NAMED),
         default=NAMED,
         metavar="NAME,...",
@@ -97,11 +97,11 @@ def _run(options: argparse.Namespace) -> int:
         if jax.process_index() == 0:
             print(f"```text\n{environment(mesh)}\n```", flush=True)  # an issue keeps its columns
         return 0
-    effort = Effort(options.quick, options.sizes, options.repeats, options.combines, options.seed)
-    chosen, left_out = subjects(mesh, effort.combines, quick=effort.quick)
+    effort = Effort(options.quick, options.sizes, options.repeats, options.strategies, options.seed)
+    chosen, left_out = subjects(mesh, effort.strategies, quick=effort.quick)
     if not chosen:
         raise CommandError(
-            f"--combines: nothing to check on a mesh of {dict(mesh.shape)}: {'; '.join(left_out)}; name "
+            f"--strategies: nothing to check on a mesh of {dict(mesh.shape)}: {'; '.join(left_out)}; name "
             "others, or another --mesh"
         )
     first = jax.process_index() == 0

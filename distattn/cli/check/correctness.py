@@ -1,4 +1,4 @@
-"""Every combine against the float64 oracle, forward and gradient, and the bits of its replicas."""
+"""Every strategy against the float64 oracle, forward and gradient, and the bits of its replicas."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from distattn._compat import platform_of
 from distattn.attention.api import dot_product_attention
-from distattn.attention.strategy import COMBINES
+from distattn.attention.strategy import STRATEGIES
 from distattn.cli.check.programs import DoesNotCompile, first_line, gathered, on_mesh, prepare
 from distattn.collectives.all_reduce import BY_NAME
 from distattn.collectives.mesh import on_devices_of, slice_axes
@@ -23,7 +23,7 @@ from distattn.planning.plan import Axes
 from distattn.testing import reference
 from distattn.testing.reference import tolerance, worst
 
-NAMED = tuple(name for name in COMBINES if name != "auto")
+NAMED = tuple(name for name in STRATEGIES if name != "auto")
 RESULTS = ("out", "lse", "dquery", "dkey", "dvalue")
 B, T, N, K, H, V = 2, 6, 4, 2, 8, 6
 SLOTS = 4  # on each device
@@ -32,21 +32,21 @@ MAX_HEADS = 512  # more would keep the oracle busy for minutes: one row and head
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A combine, and the axes over which the keys lie, in the order of their shards."""
+    """A strategy, and the axes over which the keys lie, in the order of their shards."""
 
-    combine: str
+    strategy: str
     axes: Axes
 
     @property
     def name(self) -> str:
         """'ring over host, device'."""
-        return f"{self.combine} over {', '.join(self.axes)}"
+        return f"{self.strategy} over {', '.join(self.axes)}"
 
     def heads(self, mesh: Mesh) -> int:
         """As many as are needed to give each device that shards them as many."""
-        if self.combine not in HEADS_SHARDED:
+        if self.strategy not in HEADS_SHARDED:
             return N
-        over = self.axes[-1:] if self.combine in TWO_LEVELS else self.axes
+        over = self.axes[-1:] if self.strategy in TWO_LEVELS else self.axes
         return math.lcm(N, math.prod(mesh.shape[axis] for axis in over))
 
 
@@ -55,7 +55,7 @@ class Check:
     """What was found about a subject, on all devices."""
 
     name: str
-    combine: str
+    strategy: str
     error_fraction: (
         float  # the worst error over the tolerance; inf for what is not finite, or no result
     )
@@ -115,16 +115,16 @@ class Problem:
 
 
 def subjects(
-    mesh: Mesh, combines: Sequence[str], *, quick: bool
+    mesh: Mesh, strategies: Sequence[str], *, quick: bool
 ) -> tuple[list[Subject], list[str]]:
     """What there is to check on a mesh, and what is left out, with the reason.
 
-    All combines over all axes in the order of the mesh, and over all axes in every other order and each
-    axis alone: all combines too, or, if quick, the first of them.
+    All strategies over all axes in the order of the mesh, and over all axes in every other order and each
+    axis alone: all strategies too, or, if quick, the first of them.
 
     Args:
       mesh: any; axes of one device are left alone, if others are not.
-      combines: names.
+      strategies: names.
       quick: few.
     """
     axes = wide_axes(mesh)
@@ -134,19 +134,21 @@ def subjects(
         orders = orders[:1] + orders[1:][-1:]  # as the mesh has them, and the other way round
     found, left_out = [], []
     if not alone:
-        left_out = [f"{name}: needs two axes of devices" for name in combines if name in TWO_LEVELS]
-    if "fused" in combines and platform_of(mesh) != "tpu":
+        left_out = [
+            f"{name}: needs two axes of devices" for name in strategies if name in TWO_LEVELS
+        ]
+    if "fused" in strategies and platform_of(mesh) != "tpu":
         left_out.append("fused: needs TPUs")
-        combines = [name for name in combines if name != "fused"]
-    for place, combine in itertools.product((*orders, *alone), combines):
-        subject = Subject(combine, place)
-        if combine in TWO_LEVELS and len(place) < 2:
+        strategies = [name for name in strategies if name != "fused"]
+    for place, strategy in itertools.product((*orders, *alone), strategies):
+        subject = Subject(strategy, place)
+        if strategy in TWO_LEVELS and len(place) < 2:
             continue
-        if combine == "fused" and not _within_slices(mesh, place):
+        if strategy == "fused" and not _within_slices(mesh, place):
             left_out.append(f"{subject.name}: needs an axis within a slice")
         elif subject.heads(mesh) > MAX_HEADS:
             left_out.append(f"{subject.name}: needs {subject.heads(mesh)} heads")
-        elif not quick or place == axes or combine == combines[0]:
+        elif not quick or place == axes or strategy == strategies[0]:
             found.append(subject)
     return found, left_out
 
@@ -197,7 +199,7 @@ def check(
 
 def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]:
     """The results on the devices, by name."""
-    replicated = subject.combine in BY_NAME
+    replicated = subject.strategy in BY_NAME
 
     def run(
         query: jax.Array,
@@ -220,7 +222,7 @@ def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]
                 mesh=mesh,
                 axis_name=subject.axes,
                 query_axis_name=None if replicated else subject.axes,
-                combine=subject.combine,
+                strategy=subject.strategy,
             )
 
         (out, lse), pull = jax.vjp(attention, query, key, value)
@@ -258,7 +260,7 @@ def _judge(problem: Problem, results: dict[str, jax.Array]) -> dict[str, Any]:
 def _check(subject: Subject, found: list[dict[str, Any]]) -> Check:
     """One check from what each process has found."""
     if failures := [x["failure"] for x in found if "failure" in x]:
-        return Check(subject.name, subject.combine, math.inf, "", failure=failures[0])
+        return Check(subject.name, subject.strategy, math.inf, "", failure=failures[0])
     most = max(found, key=lambda x: x["error"])
     pieces: dict[str, dict[str, list[int]]] = {}
     for digests in (x["digests"] for x in found):
@@ -270,7 +272,7 @@ def _check(subject: Subject, found: list[dict[str, Any]]) -> Check:
         for piece, owners in pieces.items()
         if len(owners) > 1
     )
-    return Check(subject.name, subject.combine, most["error"], most["where"], unequal)
+    return Check(subject.name, subject.strategy, most["error"], most["where"], unequal)
 
 
 def _piece(

@@ -12,9 +12,9 @@ import jaxlib.version
 import numpy as np
 from jax.sharding import Mesh
 
-from distattn.cli.check.combines import Timing, measure_combines, slower, workloads
 from distattn.cli.check.correctness import NAMED, Check, check, subjects, wide_axes
 from distattn.cli.check.links import Axis, measure_axes
+from distattn.cli.check.strategies import Timing, measure_strategies, slower, workloads
 from distattn.planning.cost import links_from
 
 QUICK_SIZES = (8, 16 << 10, 256 << 10)
@@ -28,7 +28,7 @@ class Effort:
     quick: bool = False
     sizes: tuple[int, ...] | None = None  # bytes of messages; None: QUICK_SIZES or FULL_SIZES
     repeats: int | None = None  # of each measurement; None: 10 or 30
-    combines: tuple[str, ...] = NAMED
+    strategies: tuple[str, ...] = NAMED
     seed: int = 0
 
 
@@ -76,7 +76,7 @@ class Report:
             "between_devices_checked": self.devices > 1,
             "replicas_equal": self.replicas_equal if self.devices > 1 else None,
             "axes": {name: _axis_json(axis) for name, axis in self.axes.items()},
-            "combine_s": {timing.workload.name: timing.seconds for timing in self.timings},
+            "strategy_s": {timing.workload.name: timing.seconds for timing in self.timings},
             "auto": {timing.workload.name: _auto_json(timing) for timing in self.timings},
             "verdict": "passed" if self.passed else "failed",
         }
@@ -98,7 +98,7 @@ def examine(mesh: Mesh, effort: Effort, say: Callable[[str], None]) -> Report:
     """
     sizes = effort.sizes or (QUICK_SIZES if effort.quick else FULL_SIZES)
     repeats = effort.repeats or (10 if effort.quick else 30)
-    chosen, left_out = subjects(mesh, effort.combines, quick=effort.quick)
+    chosen, left_out = subjects(mesh, effort.strategies, quick=effort.quick)
     checks = check(mesh, chosen, effort.seed, say)
     device = mesh.devices.flat[0]
     report = Report(
@@ -118,10 +118,10 @@ def examine(mesh: Mesh, effort: Effort, say: Callable[[str], None]) -> Report:
         report, axes=measure_axes(mesh, wide_axes(mesh), sizes, repeats, say)
     )
     links = links_from(report.as_json())
-    timings = measure_combines(
+    timings = measure_strategies(
         mesh,
         workloads(mesh.size, quick=effort.quick),
-        effort.combines,
+        effort.strategies,
         links,
         repeats,
         say,
@@ -145,7 +145,7 @@ def _check_json(check: Check) -> dict[str, Any]:
     finite = math.isfinite(check.error_fraction)  # JSON has no other numbers
     found: dict[str, Any] = {
         "name": check.name,
-        "combine": check.combine,
+        "strategy": check.strategy,
         "pass": check.passed,
         "error_fraction": check.error_fraction if finite else None,
         "worst": check.worst_result,

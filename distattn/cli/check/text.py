@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from distattn.cli.check.combines import Timing, slower
 from distattn.cli.check.correctness import Check
 from distattn.cli.check.examination import Report
+from distattn.cli.check.strategies import Timing, slower
 
-SHOWN = 4  # differing replicas of a combine
-HEADINGS = ("combine over axes", "worst error", "in result", "verdict")
+SHOWN = 4  # differing replicas of a strategy
+HEADINGS = ("strategy over axes", "worst error", "in result", "verdict")
 
 
 def text(report: Report) -> str:
@@ -59,7 +59,7 @@ def _replicas(report: Report) -> Iterable[str]:
         yield "replicas: equal bit for bit on all devices"
         return
     if all(check.failure for check in report.checks):
-        yield "replicas: not compared, because no combine runs"
+        yield "replicas: not compared, because no strategy runs"
         return
     yield "replicas: NOT EQUAL"
     for check in report.checks:
@@ -72,7 +72,7 @@ def _replicas(report: Report) -> Iterable[str]:
 def _axes(report: Report) -> Iterable[str]:
     if not report.axes:
         if report.devices > 1:
-            yield "links and times: not measured, because a combine does not run"
+            yield "links and times: not measured, because a strategy does not run"
         return
     yield ""
     yield "links, one message of every device to its neighbour along an axis, all at once:"
@@ -96,8 +96,8 @@ def _timings(timings: Sequence[Timing]) -> Iterable[str]:
         yield "    " + ", ".join(f"{who} {name} ({_rank(timing, name)})" for name, who in picks)
 
 
-def _rank(timing: Timing, combine: str) -> str:
-    factor = slower(timing, combine)
+def _rank(timing: Timing, strategy: str) -> str:
+    factor = slower(timing, strategy)
     return "the fastest" if factor == 1 else f"{factor:.2f} times the fastest"
 
 
@@ -120,13 +120,15 @@ def _verdict(report: Report) -> Iterable[str]:
     for check in report.checks:
         if check.failure or not check.passed or check.unequal:
             yield f"  {check.name}: {_why(check)}"
-    bad = dict.fromkeys(check.combine for check in (*failed, *unequal))
-    good = [c for c in dict.fromkeys(check.combine for check in report.checks) if c not in bad]
-    yield "what to do: do not trust results of these combines on these devices" + (
-        f"; name one that passed (combine={good[0]!r})" if good else ""
+    bad = dict.fromkeys(check.strategy for check in (*failed, *unequal))
+    good = [c for c in dict.fromkeys(check.strategy for check in report.checks) if c not in bad]
+    yield "what to do: do not trust results of these strategies on these devices" + (
+        f"; name one that passed (strategy={good[0]!r})" if good else ""
     )
     yield (
-        "  repeat with --combines " + ",".join(bad) + " and another --seed; if the same devices are"
+        "  repeat with --strategies "
+        + ",".join(bad)
+        + " and another --seed; if the same devices are"
     )
     yield "  named each time, suspect these, else report it with the file of --json"
 

@@ -17,8 +17,8 @@ from distattn.algebra.softmax_state import SoftmaxState, finalize
 from distattn.experimental.fused.exchange import Exchange, barrier_of, rows_spec, scratch_of
 from distattn.experimental.fused.route import Route
 from distattn.experimental.fused.wire import Wire
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import by_key_heads, by_queries
 from distattn.local.kernels.tpu.block_ops import Plan
 from distattn.local.kernels.tpu.forward import fold_step, numbers_of, prepared
@@ -27,21 +27,21 @@ from distattn.local.kernels.tpu.tiling import LANES, TpuCut
 
 
 def attend(
-    operands: Operands, scoring: Scoring, cut: TpuCut, wire: Wire, route: Route
+    inputs: AttentionInputs, logit_config: LogitConfig, cut: TpuCut, wire: Wire, route: Route
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, T, N, V] in query's dtype and lse f32[B, T, N]; see `distattn.experimental.fused.hooks.attend`."""
-    plan, call, inputs, scratch = prepared(operands, scoring, cut)
-    if operands.sinks is not None:
-        inputs.append(_whole(_by_blocks(operands.sinks, cut, wire)))
+    plan, call, arrays, scratch = prepared(inputs, logit_config, cut)
+    if inputs.sinks is not None:
+        arrays.append(_whole(_by_blocks(inputs.sinks, cut, wire)))
     if route.has_rows:
-        inputs.append(Part(route.own_rows(), rows_spec()))
+        arrays.append(Part(route.own_rows(), rows_spec()))
     # Mosaic has no float16.
-    dtype = jnp.float32 if operands.query.dtype == jnp.float16 else operands.query.dtype
+    dtype = jnp.float32 if inputs.query.dtype == jnp.float16 else inputs.query.dtype
     rows = (wire.blocks, wire.heads, wire.rows)
     out, lse = launch(
-        functools.partial(_kernel, plan, call, wire, route, operands.sinks is not None),
+        functools.partial(_kernel, plan, call, wire, route, inputs.sinks is not None),
         call,
-        inputs,
+        arrays,
         [
             _whole(jax.ShapeDtypeStruct((*rows, cut.value_width), dtype)),
             _whole(jax.ShapeDtypeStruct(rows, jnp.float32)),
@@ -61,7 +61,7 @@ def attend(
     out, lse = (
         by_queries(x.reshape(cut.batch, cut.kv_heads, *x.shape[2:]), cut) for x in (out, lse)
     )
-    return out.astype(operands.query.dtype), lse
+    return out.astype(inputs.query.dtype), lse
 
 
 def _kernel(
@@ -69,7 +69,7 @@ def _kernel(
 ) -> None:
     cut, step, parts = plan.cut, call.step(counts), iter(refs[2:])  # behind the order and the layer
     index = plan.compared.blocks(parts)
-    operands = [*itertools.islice(parts, 3)]
+    inputs = [*itertools.islice(parts, 3)]
     scales = plan.scales(parts)
     sinks = next(parts) if has_sinks else None
     rows = next(parts) if route.has_rows else None
@@ -81,7 +81,7 @@ def _kernel(
     def _() -> None:
         exchange.enter()
 
-    fold_step(plan, step, index, operands, scales, state, row_index, parts)
+    fold_step(plan, step, index, inputs, scales, state, row_index, parts)
     weighted_sum, highest, sums = state
 
     @pl.when(step.is_last)

@@ -1,4 +1,4 @@
-"""The exchange of states inside one TPU kernel: `combine='fused'`, and decode attention as one launch.
+"""The exchange of states inside one TPU kernel: `strategy='fused'`, and decode attention as one launch.
 
 All rounds of a butterfly are remote copies from one chip's VMEM to another's, where XLA would start a
 collective for each and wait for it. It has not been timed: it is checked by Pallas' interpreter, which
@@ -21,8 +21,8 @@ from distattn.collectives.mesh import axes_size, slice_axes
 from distattn.experimental.fused.route import Route, route_over
 from distattn.experimental.fused.wire import LANES, SUBLANES, Wire, form_of, softmax_form, wire_of
 from distattn.local import dispatch
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.tpu.tiling import TpuCut, cut_of, target_of
 from distattn.local.tiling import Machine
 
@@ -75,8 +75,8 @@ def varied(x: Any, axes: tuple[str, ...]) -> Any:
 
 
 def in_one_launch(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     implementation: str,
     axes: tuple[str, ...],
@@ -89,19 +89,19 @@ def in_one_launch(
       NotImplementedError: 'pallas_tpu' is named and does not do the call, or nothing is fused here.
     """
     _check_place()
-    kernel = dispatch.chosen(operands, scoring, machine, implementation)
+    kernel = dispatch.chosen(inputs, logit_config, machine, implementation)
     if kernel is not dispatch.own("tpu") or slice_axes(axes) != ():
         return False
-    cut, route = cut_for(operands, machine), route_over(axes)
+    cut, route = cut_for(inputs, machine), route_over(axes)
     if not route.rounds or cut.row_blocks > 1 or cut.queries * cut.groups > LANES:
         return False
     held = _held_bytes(route, wire_for(cut)) + cut.vmem_bytes
     return held <= cut.target.budget_bytes
 
 
-def cut_for(operands: Operands, machine: Machine) -> TpuCut:
+def cut_for(inputs: AttentionInputs, machine: Machine) -> TpuCut:
     """That of the fold alone, but keys are in one part: one core exchanges, and has the state of all."""
-    return dataclasses.replace(cut_of(operands, machine), splits=False)
+    return dataclasses.replace(cut_of(inputs, machine), splits=False)
 
 
 def wire_for(cut: TpuCut) -> Wire:
@@ -112,8 +112,8 @@ def wire_for(cut: TpuCut) -> Wire:
 
 
 def attend(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     axes: tuple[str, ...],
     valid: jax.Array | None,
@@ -121,8 +121,8 @@ def attend(
     """Attention to the keys of all devices of the axes, in one launch.
 
     Args:
-      operands: of this device, with sinks; such that `in_one_launch`.
-      scoring: how logits are made.
+      inputs: of this device, with sinks; such that `in_one_launch`.
+      logit_config: how logits are made.
       machine: what it runs on.
       axes: in the order of the mesh.
       valid: bool[B|1, T], of rows; those that are not are empty. None: all are.
@@ -132,8 +132,8 @@ def attend(
     """
     from distattn.experimental.fused import decode
 
-    cut = cut_for(operands, machine)
-    out, lse = decode.attend(operands, scoring, cut, wire_for(cut), route_over(axes))
+    cut = cut_for(inputs, machine)
+    out, lse = decode.attend(inputs, logit_config, cut, wire_for(cut), route_over(axes))
     if valid is not None:
         out = jnp.where(valid[..., None, None], out, jnp.zeros((), out.dtype))
         lse = jnp.where(valid[..., None], lse, -jnp.inf)
@@ -204,6 +204,6 @@ def _held_bytes(route: Route, wire: Wire) -> int:
 
 def _refused(reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f"combine='fused' is not built for this call: {reason}; or use 'butterfly', which sends the same "
+        f"strategy='fused' is not built for this call: {reason}; or use 'butterfly', which sends the same "
         "messages by XLA, or 'auto'"
     )

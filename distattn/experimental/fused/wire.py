@@ -112,15 +112,15 @@ def form_of(x: State) -> Form:
     if isinstance(x, SoftmaxState):
         return softmax_form(x.weighted_sum.shape[-1], x.max.dtype)
     leaves = fixed_points(x)
-    lattices, counts = [leaf.lattice for leaf in leaves], [len(leaf.words) for leaf in leaves]
+    lattices, counts = [leaf.limb_format for leaf in leaves], [len(leaf.words) for leaf in leaves]
     widths = [leaf.words[0].shape[0] for leaf in leaves]
     vectors = sum(1 + count * (width == 1) for count, width in zip(counts, widths, strict=True))
 
     def merge(a: Parts, b: Parts) -> Parts:
         vectors, matrices = [], []
         sides = [(iter(x.vectors), iter(x.matrices)) for x in (a, b)]
-        for lattice, count, width in zip(lattices, counts, widths, strict=True):
-            pairs = [_fixed_point(*side, lattice, count, width) for side in sides]
+        for limb_format, count, width in zip(lattices, counts, widths, strict=True):
+            pairs = [_fixed_point(*side, limb_format, count, width) for side in sides]
             merged = [fixed_point.merge(*pair) for pair in zip(*pairs, strict=True)]
             vectors.append(merged[0].top)
             (vectors if width == 1 else matrices).extend(x[0] for x in merged[-1].words)
@@ -133,14 +133,14 @@ def form_of(x: State) -> Form:
 
 
 def _fixed_point(
-    vectors: Any, matrices: Any, lattice: Any, count: int, width: int
+    vectors: Any, matrices: Any, limb_format: Any, count: int, width: int
 ) -> list[FixedPoint]:
     """The tops of rows, and the words: a row of one number for each of its numbers, of the same top."""
     top = next(vectors)
     if width == 1:
-        return [FixedPoint(top, tuple(next(vectors)[None] for _ in range(count)), lattice)]
+        return [FixedPoint(top, tuple(next(vectors)[None] for _ in range(count)), limb_format)]
     words = tuple(next(matrices)[None] for _ in range(count))
-    return [FixedPoint(top, (), lattice), FixedPoint(top[..., None], words, lattice)]
+    return [FixedPoint(top, (), limb_format), FixedPoint(top[..., None], words, limb_format)]
 
 
 def softmax_form(width: int, dtype: Any) -> Form:
@@ -184,5 +184,5 @@ def state_of(parts: Parts, like: State) -> State:
             else next(matrices).T.reshape(word.shape)
             for word in leaf.words
         )
-        leaves.append(FixedPoint(top, words, leaf.lattice))
+        leaves.append(FixedPoint(top, words, leaf.limb_format))
     return with_fixed_points(like, leaves)

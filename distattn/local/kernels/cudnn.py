@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from distattn import _compat
 from distattn.algebra.softmax_state import SoftmaxState
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
 from distattn.local.kernels.shared import (
     PLAIN,
@@ -44,11 +44,11 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 _AMPERE, _HOPPER = (8, 0), (9, 0)  # compute capabilities
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
     """As `distattn.local.fold`."""
     del machine
-    mask, query = operands.mask, operands.query
-    queries, keys = query.shape[1], operands.key.shape[1]
+    mask, query = inputs.mask, inputs.query
+    queries, keys = query.shape[1], inputs.key.shape[1]
     lengths = None
     if not mask.index_order.full:
         # What it does without a single key is not known: a row of that kind has one, and is emptied below.
@@ -56,59 +56,59 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     left, right = mask.reach
     out, lse = _compat.cudnn_attention(
         query,
-        without_empty_slots(operands.key, mask),
-        without_empty_slots(operands.value, mask),
-        scale=scoring.scale,
+        without_empty_slots(inputs.key, mask),
+        without_empty_slots(inputs.value, mask),
+        scale=logit_config.scale,
         is_causal=right == 0,
         left=left,
         key_lengths=lengths,
     )
     # JAX before 0.10 forgets over which axes of a shard_map they vary.
-    axes = _compat.varying_axes(*jax.tree.leaves(operands))
+    axes = _compat.varying_axes(*jax.tree.leaves(inputs))
     out, lse = (_compat.vary(x, axes) for x in (out, lse))
     attended = rows_with_keys(mask, queries, keys)
     return finished_state(out, lse.swapaxes(1, 2), attended[..., None])
 
 
 def refusal(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
     """Which argument cuDNN does not do, and why; None: it does the call."""
     del backward  # the gradient is another kernel's
     return (
         shared.of_platform(machine, "gpu", simulated=False)
         or shared.of_sharding(machine)
-        or shared.of_dense_arguments(operands)
-        or shared.of_dtypes(operands, _DTYPES)
-        or shared.of_mixed_dtypes(operands)
-        or shared.of_index_order(operands)
-        or shared.of_precision(scoring, PLAIN)
-        or _of_logits(operands, scoring)
-        or _of_mask(operands)
-        or _of_widths(operands)
+        or shared.of_dense_arguments(inputs)
+        or shared.of_dtypes(inputs, _DTYPES)
+        or shared.of_mixed_dtypes(inputs)
+        or shared.of_index_order(inputs)
+        or shared.of_precision(logit_config, PLAIN)
+        or _of_logits(inputs, logit_config)
+        or _of_mask(inputs)
+        or _of_widths(inputs)
         or _of_library()
     )
 
 
-def reservation(operands: Operands) -> str | None:
+def reservation(inputs: AttentionInputs) -> str | None:
     """Why None does not take it, though it does the call."""
-    if operands.query.shape[1] < FEW_QUERIES:
+    if inputs.query.shape[1] < FEW_QUERIES:
         return "few queries: `pallas_gpu` cuts the keys, so that all processors of a GPU work"
-    if operands.mask.compares_positions:
+    if inputs.mask.compares_positions:
         return "NaN that a causal mask or a window hides from some of the rows may reach them"
     return None
 
 
-def _of_logits(operands: Operands, scoring: Scoring) -> str | None:
-    if scoring.soft_cap is not None:
-        return f"logits_soft_cap is {scoring.soft_cap}"
-    if operands.mask.query_segment_ids is not None:
+def _of_logits(inputs: AttentionInputs, logit_config: LogitConfig) -> str | None:
+    if logit_config.soft_cap is not None:
+        return f"logits_soft_cap is {logit_config.soft_cap}"
+    if inputs.mask.query_segment_ids is not None:
         return "query_segment_ids are given"
     return None
 
 
-def _of_mask(operands: Operands) -> str | None:
-    mask = operands.mask
+def _of_mask(inputs: AttentionInputs) -> str | None:
+    mask = inputs.mask
     if not mask.compares_positions:
         return None
     left, right = mask.reach
@@ -119,15 +119,15 @@ def _of_mask(operands: Operands) -> str | None:
             "local_window_size is given, and some slots of key are empty (key_value_seq_lengths, or an S "
             "that the devices do not divide); it does one of the two"
         )
-    queries, keys = operands.query.shape[1], operands.key.shape[1]
+    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
     if queries != keys:
         name = "is_causal" if mask.is_causal else "local_window_size"
         return f"{name} is given for T={queries} queries and S={keys} keys; it is done for as many"
     return None
 
 
-def _of_widths(operands: Operands) -> str | None:
-    width, value_width = operands.query.shape[-1], operands.value.shape[-1]
+def _of_widths(inputs: AttentionInputs) -> str | None:
+    width, value_width = inputs.query.shape[-1], inputs.value.shape[-1]
     widest = 256 if (_compat.compute_capability() or _AMPERE) >= _HOPPER else 128
     if width % 8 or width > widest:
         return f"query has a head dimension of {width}; done are multiples of 8 up to {widest}"

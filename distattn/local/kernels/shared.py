@@ -33,9 +33,9 @@ from jax import lax
 
 from distattn._compat import interpreter, varying_axes
 from distattn.algebra.softmax_state import SoftmaxState, from_lse, softmax_weights
-from distattn.local.block import Cotangents, Scoring
-from distattn.local.inputs import Operands
-from distattn.local.mask import Mask, Span, Visits, saturating_add
+from distattn.local.block import Cotangents, LogitConfig
+from distattn.local.inputs import AttentionInputs
+from distattn.local.mask import BlockSparsity, Mask, Span, saturating_add
 from distattn.local.tiling import Machine
 
 _HIGHEST = jnp.iinfo(jnp.int32).max
@@ -199,7 +199,7 @@ PLAIN = (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
 class Numbers:
     """How products are made."""
 
-    dtype: jnp.dtype  # of their operands; they are summed in float32
+    dtype: jnp.dtype  # of their inputs; they are summed in float32
     precision: lax.Precision
 
     def product(self, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
@@ -214,13 +214,13 @@ class Numbers:
 
 
 def logits_of(
-    products: jax.Array, allowed: jax.Array | None, scoring: Scoring
+    products: jax.Array, allowed: jax.Array | None, logit_config: LogitConfig
 ) -> tuple[jax.Array, jax.Array | None]:
     """cap(scale * products), -inf where not allowed; and its slope, None for 1."""
-    logits, slope = products * scoring.scale, None
-    if scoring.soft_cap is not None:
-        ratio = jnp.tanh(logits / scoring.soft_cap)
-        logits, slope = scoring.soft_cap * ratio, (1 - ratio) * (1 + ratio)
+    logits, slope = products * logit_config.scale, None
+    if logit_config.soft_cap is not None:
+        ratio = jnp.tanh(logits / logit_config.soft_cap)
+        logits, slope = logit_config.soft_cap * ratio, (1 - ratio) * (1 + ratio)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     return logits, slope
@@ -230,7 +230,7 @@ def gradients_of(
     products: jax.Array,
     d_products: jax.Array,
     allowed: jax.Array | None,
-    scoring: Scoring,
+    logit_config: LogitConfig,
     *,
     reference: jax.Array,
     d_sum: jax.Array,
@@ -241,11 +241,11 @@ def gradients_of(
       products: query . key.
       d_products: d_weighted_sum . value.
       allowed: who attends to whom; None: all do.
-      scoring: how logits are made.
+      logit_config: how logits are made.
       reference: the maximum or the log-sum-exp of rows, broadcasts.
       d_sum: of rows, broadcasts.
     """
-    logits, slope = logits_of(products, allowed, scoring)
+    logits, slope = logits_of(products, allowed, logit_config)
     weights = softmax_weights(logits, reference)
     d_logits = weights * (d_products + d_sum)
     if slope is not None:
@@ -295,9 +295,9 @@ def without_empty_slots(x: jax.Array, mask: Mask) -> jax.Array:
     return jnp.where((mask.key_positions >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
 
 
-def scaled_query(query: jax.Array, scoring: Scoring) -> jax.Array:
+def scaled_query(query: jax.Array, logit_config: LogitConfig) -> jax.Array:
     """The query times the scale, in its own dtype, rounded once."""
-    return (query.astype(jnp.float32) * scoring.scale).astype(query.dtype)
+    return (query.astype(jnp.float32) * logit_config.scale).astype(query.dtype)
 
 
 def _is_full(mask: Mask) -> bool:
@@ -322,14 +322,16 @@ def tables(mask: Mask, cut: Cut) -> tuple[Table, Table]:
     """Of blocks of rows, the blocks of keys; and of blocks of keys, the blocks of rows."""
     counts = cut.row_blocks, cut.key_blocks
     row_block = min(cut.rows, cut.queries * cut.groups)
-    visits = Visits.of(_of_rows(mask, cut.groups), row_block, min(cut.key_block, cut.keys), counts)
+    block_sparsity = BlockSparsity.of(
+        _of_rows(mask, cut.groups), row_block, min(cut.key_block, cut.keys), counts
+    )
     batch = 1
     needed = jnp.ones((1, *counts), bool)
-    if visits is not None:
-        known = jax.tree.leaves((visits.queries, visits.keys))
+    if block_sparsity is not None:
+        known = jax.tree.leaves((block_sparsity.queries, block_sparsity.keys))
         batch = max(x.shape[0] for x in known)
         rows = jnp.arange(batch, dtype=jnp.int32)
-        needed = jax.vmap(lambda b: visits.table(Span(b, 1)))(rows)
+        needed = jax.vmap(lambda b: block_sparsity.table(Span(b, 1)))(rows)
     return _table(needed), _table(needed.swapaxes(1, 2))
 
 
@@ -375,43 +377,43 @@ def of_sharding(machine: Machine) -> str | None:
     return None
 
 
-def of_dense_arguments(operands: Operands) -> str | None:
+def of_dense_arguments(inputs: AttentionInputs) -> str | None:
     """A bias, and a mask that is an array."""
-    if operands.bias is not None:
-        return f"bias is given, of shape {operands.bias.shape}"
-    if operands.mask.dense is not None:
-        shape = operands.mask.dense.shape
+    if inputs.bias is not None:
+        return f"bias is given, of shape {inputs.bias.shape}"
+    if inputs.mask.dense is not None:
+        shape = inputs.mask.dense.shape
         return f"mask is given, of shape {shape}; positions, lengths and segments are done"
     return None
 
 
 def of_dtypes(
-    operands: Operands, dtypes: tuple[Any, ...], *, quantised: tuple[Any, ...] = ()
+    inputs: AttentionInputs, dtypes: tuple[Any, ...], *, quantised: tuple[Any, ...] = ()
 ) -> str | None:
     """An array of a dtype that is not among them, key and value those of bytes where they have scales."""
-    arrays = {"query": operands.query, "key": operands.key, "value": operands.value}
+    arrays = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
     for name, x in arrays.items():
-        done = quantised if name != "query" and operands.key_scale is not None else dtypes
+        done = quantised if name != "query" and inputs.key_scale is not None else dtypes
         if x.dtype not in done:
             names = ", ".join(dtype.__name__ for dtype in done)
             return f"{name} has dtype {x.dtype}; done are {names or 'none with a scale'}"
     return None
 
 
-def of_mixed_dtypes(operands: Operands) -> str | None:
+def of_mixed_dtypes(inputs: AttentionInputs) -> str | None:
     """Arrays of several dtypes."""
-    for name, x in (("key", operands.key), ("value", operands.value)):
-        if x.dtype != operands.query.dtype:
+    for name, x in (("key", inputs.key), ("value", inputs.value)):
+        if x.dtype != inputs.query.dtype:
             return (
-                f"{name} has dtype {x.dtype}, and query {operands.query.dtype}; done is one for all"
+                f"{name} has dtype {x.dtype}, and query {inputs.query.dtype}; done is one for all"
             )
     return None
 
 
-def of_index_order(operands: Operands) -> str | None:
+def of_index_order(inputs: AttentionInputs) -> str | None:
     """Keys that lie in another order than 0, 1, 2, …, or positions that are compared and not known here."""
-    mask = operands.mask
-    if operands.key_scale is not None or operands.layer is not None:
+    mask = inputs.mask
+    if inputs.key_scale is not None or inputs.layer is not None:
         return "key and value are quantised, or those of several layers"
     if mask.index_order is None:
         return "query_positions or key_positions are given, or are a cache's; done is index order alone"
@@ -420,21 +422,21 @@ def of_index_order(operands: Operands) -> str | None:
         return (
             f"{name} compares positions, and the queries or keys of each device begin at another one, "
             "which the kernel would have to know while it is compiled; shard B or heads instead of T and S "
-            "(batch_axis_name, heads_axis_name, combine='ulysses')"
+            "(batch_axis_name, heads_axis_name, strategy='ulysses')"
         )
     return None
 
 
-def of_precision(scoring: Scoring, precisions: tuple[Any, ...]) -> str | None:
+def of_precision(logit_config: LogitConfig, precisions: tuple[Any, ...]) -> str | None:
     """A precision that is not among them."""
-    if scoring.precision not in precisions:
-        return f"precision is {scoring.precision!r}; None and 'default' are done"
+    if logit_config.precision not in precisions:
+        return f"precision is {logit_config.precision!r}; None and 'default' are done"
     return None
 
 
-def of_types(operands: Operands) -> str | None:
+def of_types(inputs: AttentionInputs) -> str | None:
     """A `shard_map` that tracks which values vary over its axes, where a kernel has no types for that."""
-    if varying_axes(*jax.tree.leaves(operands)):
+    if varying_axes(*jax.tree.leaves(inputs)):
         return "the shard_map around has check_vma=True, and its results have no type there; pass False"
     return None
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from distattn._compat import interpreter
 from distattn.algebra.softmax_state import SoftmaxState
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
 from distattn.local.kernels.shared import (
     PLAIN,
@@ -39,13 +39,13 @@ _MASKED = -2.0e38  # a logit that is not allowed; its own default is about that
 _EMPTY = -1.0e38  # no row with a key has a log-sum-exp below
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
     """As `distattn.local.fold`."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    mask = operands.mask
-    _, queries, heads, _ = operands.query.shape
-    keys = operands.key.shape[1]
+    mask = inputs.mask
+    _, queries, heads, _ = inputs.query.shape
+    keys = inputs.key.shape[1]
     block_q, block_kv = _blocks(queries, keys, machine)
     left, right = mask.reach
     if left is None and right is None:
@@ -59,15 +59,15 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
         block_sizes=splash_attention.BlockSizes(block_q=block_q, block_kv=block_kv),
         save_residuals=True,
         mask_value=_MASKED,
-        attn_logits_soft_cap=scoring.soft_cap,
+        attn_logits_soft_cap=logit_config.soft_cap,
         interpret=interpreter() or False,
     )
     arrays = (
-        scaled_query(operands.query, scoring),
-        operands.key,
-        without_empty_slots(operands.value, mask),
+        scaled_query(inputs.query, logit_config),
+        inputs.key,
+        without_empty_slots(inputs.value, mask),
     )
-    ids = _segment_ids(operands)
+    ids = _segment_ids(inputs)
     segments = ids and splash_attention.SegmentIds(*ids)
     out, (lse,) = jax.vmap(attention)(*(x.swapaxes(1, 2) for x in arrays), segments)
     lse = lse.swapaxes(1, 2)
@@ -78,21 +78,21 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
 
 
 def refusal(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
     """Which argument the kernel does not do, and why; None: it does the call."""
     del backward  # the gradient is another kernel's
     return (
         shared.of_platform(machine, "tpu")
         or shared.of_sharding(machine)
-        or shared.of_types(operands)
-        or shared.of_dense_arguments(operands)
-        or shared.of_dtypes(operands, _DTYPES)
-        or shared.of_mixed_dtypes(operands)
-        or shared.of_index_order(operands)
-        or shared.of_precision(scoring, PLAIN)
-        or _of_segments(operands.mask)
-        or _of_sizes(operands, machine)
+        or shared.of_types(inputs)
+        or shared.of_dense_arguments(inputs)
+        or shared.of_dtypes(inputs, _DTYPES)
+        or shared.of_mixed_dtypes(inputs)
+        or shared.of_index_order(inputs)
+        or shared.of_precision(logit_config, PLAIN)
+        or _of_segments(inputs.mask)
+        or _of_sizes(inputs, machine)
         or shared.of_package(MODULE)
     )
 
@@ -106,8 +106,8 @@ def _of_segments(mask: Mask) -> str | None:
     return None
 
 
-def _of_sizes(operands: Operands, machine: Machine) -> str | None:
-    queries, keys = operands.query.shape[1], operands.key.shape[1]
+def _of_sizes(inputs: AttentionInputs, machine: Machine) -> str | None:
+    queries, keys = inputs.query.shape[1], inputs.key.shape[1]
     block_q, block_kv = _blocks(queries, keys, machine)
     if not block_q:
         return (
@@ -133,10 +133,10 @@ def _blocks(queries: int, keys: int, machine: Machine) -> tuple[int, int]:
     return queries if queries <= _BLOCKS[0] else fitting(queries), fitting(keys)
 
 
-def _segment_ids(operands: Operands) -> tuple[jax.Array, jax.Array] | None:
+def _segment_ids(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
     """int32[B, T] and int32[B, S], which also tell empty slots from others."""
-    mask = operands.mask
-    (batch, queries), keys = operands.query.shape[:2], operands.key.shape[1]
+    mask = inputs.mask
+    (batch, queries), keys = inputs.query.shape[:2], inputs.key.shape[1]
     if mask.query_segment_ids is not None:
         ids = mask.query_segment_ids, mask.key_segment_ids
     elif _has_empty_slots(mask):

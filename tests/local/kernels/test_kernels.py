@@ -140,16 +140,16 @@ def test_half_precision(implementation, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "combine"),
+    ("implementation", "strategy"),
     [("pallas_tpu", "butterfly"), ("pallas_tpu", "ring"), ("pallas_gpu", "ring")],
 )
-def test_over_a_mesh(implementation, combine):
+def test_over_a_mesh(implementation, strategy):
     attention = attention_by(implementation)
-    sharded = {"query_axis_name": "kv"} if combine == "ring" else {}
+    sharded = {"query_axis_name": "kv"} if strategy == "ring" else {}
     case = dataclasses.replace(CASES["causal_permuted"], queries=8)
-    where = {"mesh": mesh_of(4, "auto"), "axis_name": "kv", "combine": combine, **sharded}
+    where = {"mesh": mesh_of(4, "auto"), "axis_name": "kv", "strategy": strategy, **sharded}
     with interpreted():
-        check(case, functools.partial(attention, **where), what=f"{implementation} {combine}")
+        check(case, functools.partial(attention, **where), what=f"{implementation} {strategy}")
 
 
 @every_kernel

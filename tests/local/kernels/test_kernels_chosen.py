@@ -70,7 +70,7 @@ def kernels_of(platform, dtype=jnp.bfloat16, **options):
     """How many kernels a call has that names none, lowered for a platform."""
     struct, along = jax.ShapeDtypeStruct, P(None, "kv")
     arrays = [struct((1, n, heads, 64), dtype) for n, heads in ((1, 8), (512, 2), (512, 2))]
-    f = functools.partial(distattn.dot_product_attention, combine="butterfly", **options)
+    f = functools.partial(distattn.dot_product_attention, strategy="butterfly", **options)
     specs = (P(), along, along)
     return launches(lower(f, *arrays, mesh={"kv": 4}, platform=platform, specs=specs))
 

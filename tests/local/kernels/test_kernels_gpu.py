@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import distattn
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.gpu import forward, support, tiling
 from distattn.local.mask import Mask
 from distattn.local.tiling import Machine
@@ -86,22 +86,22 @@ def test_scales_of_slots_that_nobody_attends_to_may_be_anything():
     assert_close(got, np.asarray(want, np.float32), jnp.bfloat16, 9)
 
 
-def operands_of(query, key, value_dtype=None, **more):
+def inputs_of(query, key, value_dtype=None, **more):
     struct = jax.ShapeDtypeStruct
     value = struct(key.shape, value_dtype or key.dtype)
-    return Operands(query, key, value, None, None, Mask(), **more)
+    return AttentionInputs(query, key, value, None, None, Mask(), **more)
 
 
 def test_products_are_as_narrow_as_the_precision_allows():
     struct = jax.ShapeDtypeStruct
 
     def dtype(query, key, precision=None, *, backward=False, quantised=False):
-        operands = operands_of(
+        inputs = inputs_of(
             struct((1, 1, 2, 64), query),
             struct((1, 9, 2, 64), key),
             key_scale=struct((1, 9, 2), jnp.float32) if quantised else None,
         )
-        numbers = tiling.numbers_of(operands, Scoring(1.0, None, precision), backward=backward)
+        numbers = tiling.numbers_of(inputs, LogitConfig(1.0, None, precision), backward=backward)
         return numbers.dtype, numbers.precision
 
     fast, exact = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
@@ -121,16 +121,16 @@ def test_products_are_as_narrow_as_the_precision_allows():
 def test_what_is_quantised(backward):
     struct = jax.ShapeDtypeStruct
     refusal = functools.partial(
-        support.refusal, scoring=Scoring(1.0), machine=Machine("gpu"), backward=backward
+        support.refusal, logit_config=LogitConfig(1.0), machine=Machine("gpu"), backward=backward
     )
     query, scale = struct((1, 1, 8, 128), jnp.bfloat16), struct((1, 9, 8), jnp.float32)
     sizes = {9: None, 2**21: None, 2**21 + 1: "key has 2147484672 items", 2**22 + 1: None}
     for keys, reason in sizes.items():
         key = struct((1, keys, 8, 128), jnp.int8)
-        found = refusal(operands_of(query, key, key_scale=scale, value_scale=scale))
+        found = refusal(inputs_of(query, key, key_scale=scale, value_scale=scale))
         if backward:
             assert "key and value are quantised, and gradients" in found
         else:
             assert (found or "").startswith(reason or "")
             assert bool(found) == bool(reason)
-    assert "key has dtype int8" in refusal(operands_of(query, struct((1, 9, 8, 128), jnp.int8)))
+    assert "key has dtype int8" in refusal(inputs_of(query, struct((1, 9, 8, 128), jnp.int8)))

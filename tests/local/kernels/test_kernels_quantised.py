@@ -136,7 +136,7 @@ def test_over_a_mesh():
     cache = cache.append(random(2, 13, 2, 8), random(2, 13, 2, 8, seed=1))
     query = random(2, 2, 4, 8, seed=2)
     with interpreted():
-        got = cache.attend(query, implementation="pallas_tpu", combine="butterfly")
+        got = cache.attend(query, implementation="pallas_tpu", strategy="butterfly")
     assert_close(got, np.asarray(cache.attend(query)), jnp.float32, 13)
 
 

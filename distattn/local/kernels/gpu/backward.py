@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from distattn.local.block import Cotangents, Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import Cotangents, LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.gpu import launch as gpu_call
 from distattn.local.kernels.gpu.block_ops import Piece, Pieces, Plan, plan_of, unless_finite
 from distattn.local.kernels.gpu.forward import layered
@@ -33,44 +33,44 @@ from distattn.local.tiling import Machine
 
 
 def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     cotangents: Cotangents,
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`; of operands that the kernels take, which have no bias."""
-    cut = cut_of(operands, scoring, machine, backward=True)
-    index = index_of(operands.mask, cut)
-    by_rows, by_keys = tables(operands.mask, cut.coarse)
-    plan = plan_of(operands, scoring, cut, index, backward=True)
+    """As `distattn.local.fold_gradients`; of inputs that the kernels take, which have no bias."""
+    cut = cut_of(inputs, logit_config, machine, backward=True)
+    index = index_of(inputs.mask, cut)
+    by_rows, by_keys = tables(inputs.mask, cut.coarse)
+    plan = plan_of(inputs, logit_config, cut, index, backward=True)
     dtype = plan.numbers.dtype
-    inputs = [
+    arrays = [
         *gpu_call.index_parts(index),
-        gpu_call.by_rows(by_key_heads(operands.query.astype(dtype), cut)),
+        gpu_call.by_rows(by_key_heads(inputs.query.astype(dtype), cut)),
         gpu_call.by_rows(by_key_heads(cotangents.d_weighted_sum.astype(dtype), cut)),
         gpu_call.of_rows(numbers_of_rows(cotangents, cut)),
-        *(gpu_call.by_keys(layered(x)) for x in (operands.key, operands.value)),
+        *(gpu_call.by_keys(layered(x)) for x in (inputs.key, inputs.value)),
     ]
-    d_query = _of_queries(plan, by_rows, operands.layer, inputs)
+    d_query = _of_queries(plan, by_rows, inputs.layer, arrays)
     results = [
         jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype)
-        for x in (operands.key, operands.value)
+        for x in (inputs.key, inputs.value)
     ]
     call = Call(cut, by_keys, "rows")
     d_key, d_value = launch(
         functools.partial(_key_kernel, plan, call),
         call,
-        operands.layer,
-        inputs,
+        inputs.layer,
+        arrays,
         [gpu_call.by_keys(x) for x in results],
         width=2 * (cut.width + cut.value_width),
     )
     return by_queries(d_query, cut), d_key, d_value, None
 
 
-def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, inputs: list[Part]) -> jax.Array:
+def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, arrays: list[Part]) -> jax.Array:
     """f32[B, K, R, H]."""
     cut = plan.cut
     call = Call(cut, table, "keys", cut.splits)
@@ -79,7 +79,7 @@ def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, inputs: list[
         functools.partial(_query_kernel, plan, call),
         call,
         layer,
-        inputs,
+        arrays,
         [gpu_call.by_rows(jax.ShapeDtypeStruct(shape, jnp.float32))],
         width=2 * cut.width + cut.value_width,
     )
@@ -106,7 +106,7 @@ def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *
             plan.scores(queries, own),
             plan.scores(d_outs, values),
             plan.rows_by_keys(index, rows, keys),
-            plan.scoring,
+            plan.logit_config,
             reference=reference,
             d_sum=d_sum,
         )
@@ -117,7 +117,7 @@ def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *
         return _added(sums, plan.weigh(d_logits, own))
 
     sums = program.over(block, plan.query.zeros(cut.rows))
-    plan.query.store(d_query, first_row, _times(sums, plan.scoring.scale), program.split)
+    plan.query.store(d_query, first_row, _times(sums, plan.logit_config.scale), program.split)
 
     def again(piece: Piece) -> None:
         def block(number: jax.Array, found: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *
             return found + plan.weigh_guarded(d_logits, own)
 
         found = program.over(block, jnp.zeros((cut.rows, piece[1]), jnp.float32))
-        found = found * plan.scoring.scale
+        found = found * plan.logit_config.scale
         plan.query.store_piece(d_query, first_row, found, piece, program.split)
 
     if plan.may_leak(key):
@@ -154,7 +154,7 @@ def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *re
             plan.compared.allowed(
                 lambda n: index[0][n, rows][None, :], lambda n: index[1][n, keys][:, None]
             ),
-            plan.scoring,
+            plan.logit_config,
             reference=numbers[0, rows][None, :],
             d_sum=numbers[1, rows][None, :],
         )
@@ -168,7 +168,7 @@ def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *re
 
     zeros = plan.key.zeros(cut.key_block), plan.value.zeros(cut.key_block)
     key_sums, value_sums = program.over(block, zeros)
-    plan.key.store(d_key, start, _times(key_sums, plan.scoring.scale))
+    plan.key.store(d_key, start, _times(key_sums, plan.logit_config.scale))
     plan.value.store(d_value, start, value_sums)
 
     def again(piece: Piece) -> None:
@@ -178,7 +178,7 @@ def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *re
             return found + plan.weigh_guarded(d_logits, queries)
 
         found = program.over(block, jnp.zeros((cut.key_block, piece[1]), jnp.float32))
-        plan.key.store_piece(d_key, start, found * plan.scoring.scale, piece)
+        plan.key.store_piece(d_key, start, found * plan.logit_config.scale, piece)
 
     if plan.may_leak(query):
         unless_finite(key_sums, plan.key, again)

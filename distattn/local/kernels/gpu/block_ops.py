@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.gpu.tiling import SMALLEST, GpuCut, numbers_of, padded
 from distattn.local.kernels.shared import Comparison, Index, Numbers
 
@@ -95,7 +95,7 @@ class Plan:
     """What a kernel computes with, apart from arrays."""
 
     cut: GpuCut
-    scoring: Scoring
+    logit_config: LogitConfig
     numbers: Numbers
     query: Side  # rows
     out: Side  # rows of the state, or of its gradient
@@ -141,8 +141,8 @@ class Plan:
 
 
 def plan_of(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     cut: GpuCut,
     index: Index | None,
     *,
@@ -152,14 +152,14 @@ def plan_of(
     is_ragged = cut.keys < cut.all_keys
     return Plan(
         cut,
-        scoring,
-        numbers_of(operands, scoring, backward=backward),
+        logit_config,
+        numbers_of(inputs, logit_config, backward=backward),
         query=Side(cut.width, cut.all_rows),
         out=Side(cut.value_width, cut.all_rows),
         key=Side(cut.width, cut.keys, is_ragged),
         value=Side(cut.value_width, cut.keys, is_ragged),
-        compared=Comparison.of(operands.mask, index),
-        quantised=operands.key_scale is not None,
+        compared=Comparison.of(inputs.mask, index),
+        quantised=inputs.key_scale is not None,
     )
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from distattn.algebra.softmax_state import SoftmaxState, merge_stacked, softmax_weights
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.gpu import launch as gpu_call
 from distattn.local.kernels.gpu.block_ops import Piece, Plan, plan_of, unless_finite
 from distattn.local.kernels.gpu.launch import Call, launch
@@ -25,18 +25,18 @@ from distattn.local.kernels.shared import by_key_heads, by_queries, index_of, lo
 from distattn.local.tiling import Machine
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`; of operands that the kernel takes, see `distattn.local.dispatch`."""
-    cut = cut_of(operands, scoring, machine)
-    index = index_of(operands.mask, cut)
-    table, _ = tables(operands.mask, cut.coarse)
-    plan = plan_of(operands, scoring, cut, index)
-    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    scales = operands.key_scale, operands.value_scale
-    inputs = [
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
+    """As `distattn.local.fold`; of inputs that the kernel takes, see `distattn.local.dispatch`."""
+    cut = cut_of(inputs, logit_config, machine)
+    index = index_of(inputs.mask, cut)
+    table, _ = tables(inputs.mask, cut.coarse)
+    plan = plan_of(inputs, logit_config, cut, index)
+    query = by_key_heads(inputs.query.astype(plan.numbers.dtype), cut)
+    scales = inputs.key_scale, inputs.value_scale
+    arrays = [
         *gpu_call.index_parts(index),
         gpu_call.by_rows(query),
-        *(gpu_call.by_keys(layered(x)) for x in (operands.key, operands.value)),
+        *(gpu_call.by_keys(layered(x)) for x in (inputs.key, inputs.value)),
         *(gpu_call.of_keys(layered(x, 4)) for x in scales if x is not None),
     ]
     rows = (cut.splits, cut.batch, cut.kv_heads)
@@ -44,8 +44,8 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
         call,
-        operands.layer,
-        inputs,
+        inputs.layer,
+        arrays,
         [
             gpu_call.by_rows(_float32(*rows, cut.all_rows, cut.value_width)),
             gpu_call.of_rows(_float32(*rows, 2, cut.all_rows)),
@@ -88,7 +88,7 @@ def _kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: 
             scale = plan.key.load_numbers(scales[0], start, cut.key_block, of_layer)
             products = products * scale[None, :]
         allowed = plan.rows_by_keys(index, rows, keys)
-        return start, logits_of(products, allowed, plan.scoring)[0]
+        return start, logits_of(products, allowed, plan.logit_config)[0]
 
     def block(number: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         sums, before, total = state

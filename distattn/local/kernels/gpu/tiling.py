@@ -9,7 +9,7 @@ blocks of keys that it visits, which Triton brings into shared memory ahead of t
   rows hide them on an H100 (989e12 flops/s, 3.35e12 bytes/s: 295 flops a byte from memory, 100 from L2).
 * Keys. 64 of them a step; 128 where heads are narrow and rows few, so that a step has as much to load.
 * Registers. The sums of a block of rows stay in them, and what a step computes (logits, weights, their
-  gradients): at most `MOST_NUMBERS` of the 255 that a thread has, the rest for addresses and operands, of
+  gradients): at most `MOST_NUMBERS` of the 255 that a thread has, the rest for addresses and inputs, of
   which those of float32 are as large again and converted on their way. Eight warps hold it, four where it
   is little. With more, the compiler for the H100 spills some to memory.
 * Shared memory. Keys and values of a step, as often as there are stages, and what stays: queries.
@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import EXACT, PLAIN, Cut, Numbers
 from distattn.local.kernels.tuned import chip_name, kind_of, tuned
 from distattn.local.tiling import Machine
@@ -78,7 +78,7 @@ class Shape:
     keys: int  # S
     width: int  # H
     value_width: int  # V
-    itemsize: int  # of the operands of products
+    itemsize: int  # of the inputs of products
     backward: bool = False
     exact: bool = False  # products of float32, for which there are no tensor cores
 
@@ -201,12 +201,12 @@ class GpuCut(Cut):
         return dataclasses.replace(self, rows=rows, key_block=keys, row_span=1, key_span=1)
 
 
-def precision_of(scoring: Scoring) -> lax.Precision | None:
+def precision_of(logit_config: LogitConfig) -> lax.Precision | None:
     """HIGHEST: of float32; DEFAULT: of what is fast; None: another is asked for, which is not done.
 
     Where the call names none it is that of `jax.default_matmul_precision`.
     """
-    precision = scoring.precision
+    precision = logit_config.precision
     if precision is None:
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if precision in EXACT:
@@ -214,34 +214,36 @@ def precision_of(scoring: Scoring) -> lax.Precision | None:
     return lax.Precision.DEFAULT if precision in _FAST else None
 
 
-def numbers_of(operands: Operands, scoring: Scoring, *, backward: bool = False) -> Numbers:
+def numbers_of(
+    inputs: AttentionInputs, logit_config: LogitConfig, *, backward: bool = False
+) -> Numbers:
     """bfloat16 or float16 where all is, and no other precision is asked for; else float32.
 
     float32 at the default precision is TensorFloat-32, which holds float16 and int8 exactly. float16 has
     too few exponents for gradients, and for weights times the scales of what is quantised.
     """
-    arrays = operands.query, operands.key, operands.value
+    arrays = inputs.query, inputs.key, inputs.value
     dtypes = {x.dtype for x in arrays if x.dtype != jnp.int8}
-    precision = precision_of(scoring) or lax.Precision.DEFAULT
+    precision = precision_of(logit_config) or lax.Precision.DEFAULT
     narrow = len(dtypes) == 1 and precision == lax.Precision.DEFAULT
     dtype = dtypes.pop() if narrow else jnp.dtype(jnp.float32)
-    if dtype == jnp.float16 and (backward or operands.key_scale is not None):
+    if dtype == jnp.float16 and (backward or inputs.key_scale is not None):
         dtype = jnp.dtype(jnp.float32)
     return Numbers(dtype, precision)
 
 
 def cut_of(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> GpuCut:
     """The sizes for a call."""
-    batch, queries, heads, width = operands.query.shape
-    keys, kv_heads, value_width = operands.value.shape[-3:]
+    batch, queries, heads, width = inputs.query.shape
+    keys, kv_heads, value_width = inputs.value.shape[-3:]
     groups = heads // kv_heads
     device_kind = device_kind_of()
     target = target_of(device_kind)
     kind = kind_of(queries * groups, backward=backward)
-    measured = tuned(chip_name(device_kind), kind, width, operands.key.dtype)
-    numbers = numbers_of(operands, scoring, backward=backward)
+    measured = tuned(chip_name(device_kind), kind, width, inputs.key.dtype)
+    numbers = numbers_of(inputs, logit_config, backward=backward)
     shape = Shape(
         queries * groups,
         groups,
@@ -268,13 +270,13 @@ def cut_of(
         target=target,
         shared_bytes=shared_bytes(shape, size),
     )
-    table_rows = max([1, *(x.shape[0] for x in jax.tree.leaves(operands.mask))])
+    table_rows = max([1, *(x.shape[0] for x in jax.tree.leaves(inputs.mask))])
     row_span, key_span = _spans(cut, TABLE_ENTRIES // table_rows)
     return dataclasses.replace(
         cut,
         row_span=row_span,
         key_span=key_span,
-        splits=_splits(cut, operands.key.dtype.itemsize),
+        splits=_splits(cut, inputs.key.dtype.itemsize),
     )
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from distattn.local.block import Cotangents, Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import Cotangents, LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import (
     Index,
     by_key_heads,
@@ -33,35 +33,35 @@ from distattn.local.tiling import Machine
 
 
 def fold_gradients(
-    operands: Operands,
-    scoring: Scoring,
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
     machine: Machine,
     cotangents: Cotangents,
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`; of operands that the kernels take, which have no bias."""
-    cut = cut_of(operands, machine, backward=True)
-    index = index_of(operands.mask, cut)
-    by_rows, by_keys = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, index)
+    """As `distattn.local.fold_gradients`; of inputs that the kernels take, which have no bias."""
+    cut = cut_of(inputs, machine, backward=True)
+    index = index_of(inputs.mask, cut)
+    by_rows, by_keys = tables(inputs.mask, cut)
+    plan = plan_of(inputs, logit_config, cut, index)
     dtype = plan.numbers.dtype
     given = _Operands(
         index,
-        by_key_heads(operands.query.astype(dtype), cut),
+        by_key_heads(inputs.query.astype(dtype), cut),
         by_key_heads(cotangents.d_weighted_sum.astype(dtype), cut),
         numbers_of_rows(cotangents, cut),
-        as_stored(operands.key),
-        as_stored(operands.value),
+        as_stored(inputs.key),
+        as_stored(inputs.value),
     )
-    d_query = _of_queries(plan, Call(cut, by_rows, operands.layer, "keys"), given)
-    wanted = [key_dtype or x.dtype for x in (operands.key, operands.value)]
+    d_query = _of_queries(plan, Call(cut, by_rows, inputs.layer, "keys"), given)
+    wanted = [key_dtype or x.dtype for x in (inputs.key, inputs.value)]
     results = [
         # Mosaic has no float16.
         jax.ShapeDtypeStruct((1, *x.shape[1:]), jnp.float32 if dtype == jnp.float16 else dtype)
         for x, dtype in zip((given.key, given.value), wanted, strict=True)
     ]
-    d_keys = _of_keys(plan, Call(cut, by_keys, operands.layer, "rows"), given, results)
+    d_keys = _of_keys(plan, Call(cut, by_keys, inputs.layer, "rows"), given, results)
     d_key, d_value = (
         as_given(x, side.order).astype(dtype)
         for x, side, dtype in zip(d_keys, (plan.key, plan.value), wanted, strict=True)
@@ -144,7 +144,7 @@ def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *
                 product(query[0, head], own, (1, 1 - plan.key.axis)),
                 product(d_out[0, head], loaded(values[head]), (1, 1 - plan.value.axis)),
                 allowed,
-                plan.scoring,
+                plan.logit_config,
                 reference=of_row[head, :, :1],
                 d_sum=of_row[head, :, 1:2],
             )
@@ -156,7 +156,7 @@ def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *
 
     @pl.when(step.is_last)
     def _() -> None:
-        d_query[...] *= plan.scoring.scale
+        d_query[...] *= plan.logit_config.scale
 
 
 def _of_keys(
@@ -213,7 +213,7 @@ def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *re
                 product(loaded(keys[head]), own, (1 - plan.key.axis, 1)),
                 product(loaded(values[head]), out, (1 - plan.value.axis, 1)),
                 allowed,
-                plan.scoring,
+                plan.logit_config,
                 reference=numbers[0, head, :1, :],
                 d_sum=numbers[0, head, 1:2, :],
             )
@@ -227,6 +227,8 @@ def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *re
 
     @pl.when(step.is_last)
     def _() -> None:
-        both = zip((plan.key, plan.value), results, totals, (plan.scoring.scale, 1.0), strict=True)
+        both = zip(
+            (plan.key, plan.value), results, totals, (plan.logit_config.scale, 1.0), strict=True
+        )
         for side, result, total, scale in both:
             side.write(result, (total[...] * scale).astype(result.dtype))

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import EXACT, Comparison, Index, Numbers
 from distattn.local.kernels.tpu.tiling import QUANTISED, Order, TpuCut, order_of
 
@@ -22,9 +22,9 @@ from distattn.local.kernels.tpu.tiling import QUANTISED, Order, TpuCut, order_of
 NARROW = (jnp.bfloat16, *QUANTISED)
 
 
-def _numbers_of(scoring: Scoring, *arrays: jax.Array) -> Numbers:
+def _numbers_of(logit_config: LogitConfig, *arrays: jax.Array) -> Numbers:
     """bfloat16 where it holds all numbers, and no other precision is asked for; else float32."""
-    exact = scoring.precision in EXACT
+    exact = logit_config.precision in EXACT
     narrow = not exact and all(x.dtype in NARROW for x in arrays)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
@@ -69,14 +69,14 @@ class Side:
         block[0, 0] = jnp.swapaxes(x, 0, 1) if self.order == "SKH" else x
 
 
-def sides_of(operands: Operands) -> tuple[Side, Side]:
+def sides_of(inputs: AttentionInputs) -> tuple[Side, Side]:
     """Keys and values."""
 
     def side(x: jax.Array) -> Side:
         order = order_of(x.shape, x.dtype)
         return Side(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
 
-    return side(operands.key), side(operands.value)
+    return side(inputs.key), side(inputs.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Plan:
     """What a kernel computes with, apart from arrays."""
 
     cut: TpuCut
-    scoring: Scoring
+    logit_config: LogitConfig
     numbers: Numbers
     key: Side
     value: Side
@@ -110,12 +110,14 @@ class Plan:
         )
 
 
-def plan_of(operands: Operands, scoring: Scoring, cut: TpuCut, index: Index | None) -> Plan:
+def plan_of(
+    inputs: AttentionInputs, logit_config: LogitConfig, cut: TpuCut, index: Index | None
+) -> Plan:
     """The plan of a call."""
-    numbers = _numbers_of(scoring, operands.query, operands.key, operands.value)
-    compared = Comparison.of(operands.mask, index)
-    quantised = operands.key_scale is not None
-    return Plan(cut, scoring, numbers, *sides_of(operands), compared, quantised)
+    numbers = _numbers_of(logit_config, inputs.query, inputs.key, inputs.value)
+    compared = Comparison.of(inputs.mask, index)
+    quantised = inputs.key_scale is not None
+    return Plan(cut, logit_config, numbers, *sides_of(inputs), compared, quantised)
 
 
 def loaded(x: jax.Array) -> jax.Array:

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.algebra.softmax_state import SoftmaxState, merge, softmax_weights
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import by_key_heads, by_queries, index_of, logits_of, tables
 from distattn.local.kernels.tpu.block_ops import Plan, each, guarded, loaded, plan_of
 from distattn.local.kernels.tpu.launch import Call, Part, Step, launch
@@ -28,15 +28,15 @@ from distattn.local.kernels.tpu.tiling import LANES, TpuCut, as_stored, cut_of, 
 from distattn.local.tiling import Machine
 
 
-def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`; of operands that the kernel takes, see `distattn.local.dispatch`."""
-    cut = cut_of(operands, machine)
-    plan, call, inputs, scratch = prepared(operands, scoring, cut)
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
+    """As `distattn.local.fold`; of inputs that the kernel takes, see `distattn.local.dispatch`."""
+    cut = cut_of(inputs, machine)
+    plan, call, arrays, scratch = prepared(inputs, logit_config, cut)
     rows = (cut.parts * cut.batch, cut.kv_heads)
     weighted_sum, numbers = launch(
         functools.partial(_kernel, plan, call),
         call,
-        inputs,
+        arrays,
         [
             call.by_rows(_float32(*rows, cut.all_rows, cut.value_width)),
             call.of_rows(_float32(*rows, 2, cut.all_rows)),
@@ -61,24 +61,24 @@ def fold(operands: Operands, scoring: Scoring, machine: Machine) -> SoftmaxState
 
 
 def prepared(
-    operands: Operands, scoring: Scoring, cut: TpuCut
+    inputs: AttentionInputs, logit_config: LogitConfig, cut: TpuCut
 ) -> tuple[Plan, Call, list[Part], list[Any]]:
     """Of a kernel that folds: plan and call, its inputs, and the scratch of its keys and values."""
-    index = index_of(operands.mask, cut)
-    table, _ = tables(operands.mask, cut)
-    plan = plan_of(operands, scoring, cut, index)
-    call = Call(cut, table, operands.layer, "keys")
-    key, value = as_stored(operands.key), as_stored(operands.value)
-    query = by_key_heads(operands.query.astype(plan.numbers.dtype), cut)
-    inputs = [
+    index = index_of(inputs.mask, cut)
+    table, _ = tables(inputs.mask, cut)
+    plan = plan_of(inputs, logit_config, cut, index)
+    call = Call(cut, table, inputs.layer, "keys")
+    key, value = as_stored(inputs.key), as_stored(inputs.value)
+    query = by_key_heads(inputs.query.astype(plan.numbers.dtype), cut)
+    arrays = [
         *call.index(index),
         call.by_rows(query),
         call.by_keys(key, plan.key.order),
         call.by_keys(value, plan.value.order),
-        *(call.by_scales(x) for x in scales_of(operands, cut)),
+        *(call.by_scales(x) for x in scales_of(inputs, cut)),
     ]
     scratch = [*plan.key.scratch(cut, key.dtype), *plan.value.scratch(cut, value.dtype)]
-    return plan, call, inputs, scratch
+    return plan, call, arrays, scratch
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -105,7 +105,7 @@ def fold_step(
     plan: Plan,
     step: Step,
     index: list[Any],
-    operands: Any,
+    inputs: Any,
     scales: Any,
     state: Any,
     row_index: Any,
@@ -117,14 +117,14 @@ def fold_step(
       plan: of the call.
       step: where in the grid this is; the first one of a block of rows empties the state.
       index: of the mask, or [].
-      operands: blocks of query, key and value.
+      inputs: blocks of query, key and value.
       scales: of keys and values, as `Plan.scales` gives them.
       state: f32[1, heads, rows, V], and maximum and sum f32[heads, rows, 128], the same in all lanes.
       row_index: int32[rows, 128], scratch.
       scratch: the rest of it, of keys and values.
     """
     cut, product = plan.cut, plan.numbers.product
-    query, key, value = operands
+    query, key, value = inputs
     weighted_sum, highest, sums = state
     keys, values = plan.key.by_heads(key, scratch), plan.value.by_heads(value, scratch)
 
@@ -145,7 +145,7 @@ def fold_step(
         def _(head: jax.Array) -> None:
             products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
             products = products if scales is None else products * scales(0, head)
-            logits, _ = logits_of(products, allowed, plan.scoring)
+            logits, _ = logits_of(products, allowed, plan.logit_config)
             before = highest[head, :, :1]
             high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
             weights, shrink = softmax_weights(logits, high), softmax_weights(before, high)

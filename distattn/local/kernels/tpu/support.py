@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distattn.local.block import Scoring
-from distattn.local.inputs import Operands
+from distattn.local.block import LogitConfig
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
 from distattn.local.kernels.shared import EXACT, PLAIN, late
 from distattn.local.kernels.tpu.tiling import QUANTISED, TABLE_ENTRIES, cut_of
@@ -29,43 +29,43 @@ fold_gradients: Callable[..., Any] = late("tpu.backward", "fold_gradients")
 
 
 def refusal(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
     """Which argument the kernels do not do, and why; None: they do the call."""
     return (
         shared.of_platform(machine, "tpu")
         or shared.of_sharding(machine)
-        or shared.of_dense_arguments(operands)
-        or shared.of_dtypes(operands, _DTYPES, quantised=QUANTISED)
-        or _of_precision(scoring)
+        or shared.of_dense_arguments(inputs)
+        or shared.of_dtypes(inputs, _DTYPES, quantised=QUANTISED)
+        or _of_precision(logit_config)
         or shared.of_package("jax.experimental.pallas.tpu")
-        or _of_sizes(operands, machine, backward=backward)
+        or _of_sizes(inputs, machine, backward=backward)
     )
 
 
 def sizes_of(
-    operands: Operands, scoring: Scoring, machine: Machine, *, backward: bool = False
+    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> tuple[int, int]:
     """Rows and keys of a block, as a call has them that is not refused."""
-    del scoring
-    cut = cut_of(operands, machine, backward=backward)
+    del logit_config
+    cut = cut_of(inputs, machine, backward=backward)
     return cut.rows, cut.key_block
 
 
-def _of_precision(scoring: Scoring) -> str | None:
-    if scoring.precision not in (*EXACT, *PLAIN):
-        return f"precision is {scoring.precision!r}; None, 'default' and 'highest' are done"
+def _of_precision(logit_config: LogitConfig) -> str | None:
+    if logit_config.precision not in (*EXACT, *PLAIN):
+        return f"precision is {logit_config.precision!r}; None, 'default' and 'highest' are done"
     return None
 
 
-def _of_sizes(operands: Operands, machine: Machine, *, backward: bool) -> str | None:
-    cut = cut_of(operands, machine, backward=backward)
+def _of_sizes(inputs: AttentionInputs, machine: Machine, *, backward: bool) -> str | None:
+    cut = cut_of(inputs, machine, backward=backward)
     if cut.vmem_bytes > cut.target.budget_bytes:
         return (
             f"key has {cut.kv_heads} heads of {cut.width}: a block of them takes {cut.vmem_bytes} bytes, "
             f"and a kernel may take {cut.target.budget_bytes} on {cut.target.name}"
         )
-    rows_share_it = all(x.shape[0] == 1 for x in jax.tree.leaves(operands.mask))
+    rows_share_it = all(x.shape[0] == 1 for x in jax.tree.leaves(inputs.mask))
     entries = cut.row_blocks * cut.key_blocks * (1 if rows_share_it else cut.batch)
     if entries > TABLE_ENTRIES:
         return (

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of
-from distattn.local.inputs import Operands
+from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import Cut
 from distattn.local.kernels.tuned import chip_name, kind_of, tuned
 from distattn.local.tiling import Machine
@@ -219,16 +219,16 @@ class TpuCut(Cut):
         return self.kv_heads // self.heads
 
 
-def cut_of(operands: Operands, machine: Machine, *, backward: bool = False) -> TpuCut:
+def cut_of(inputs: AttentionInputs, machine: Machine, *, backward: bool = False) -> TpuCut:
     """The sizes for a call: as many heads in a block as there may be, fewer where memory is short."""
-    batch, queries, heads, width = operands.query.shape
-    keys, kv_heads, value_width = operands.value.shape[-3:]
+    batch, queries, heads, width = inputs.query.shape
+    keys, kv_heads, value_width = inputs.value.shape[-3:]
     device_kind = device_kind_of()
     target = target_of(device_kind)
     kind = kind_of(queries * heads // kv_heads, backward=backward)
-    measured = tuned(chip_name(device_kind), kind, width, operands.key.dtype)
+    measured = tuned(chip_name(device_kind), kind, width, inputs.key.dtype)
     counts = [n for n in range(min(HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
-    arrays = operands.query, operands.key, operands.value
+    arrays = inputs.query, inputs.key, inputs.value
     if "SKH" in (order_of(x.shape, x.dtype) for x in arrays[1:]):
         counts = counts[:1]
     shapes = [
@@ -315,19 +315,19 @@ def as_given(x: jax.Array, order: Order) -> jax.Array:
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
-def scales_of(operands: Operands, cut: TpuCut) -> list[jax.Array]:
+def scales_of(inputs: AttentionInputs, cut: TpuCut) -> list[jax.Array]:
     """Of keys and of values, f32[L, B, K / heads, heads, S]; none where they are no bytes.
 
     So they lie in HBM where K is 1, 2, 4 or a multiple of 8, and nothing is copied. Elsewhere the scales
     of one layer are, 4 bytes for each H.
     """
-    if operands.key_scale is None:
+    if inputs.key_scale is None:
         return []
-    scales = [operands.key_scale, operands.value_scale]
-    if operands.layer is None:
+    scales = [inputs.key_scale, inputs.value_scale]
+    if inputs.layer is None:
         scales = [x[None] for x in scales]
     elif not _scales_lie_by_heads(cut):
-        scales = [lax.dynamic_slice_in_dim(x, operands.layer, 1) for x in scales]
+        scales = [lax.dynamic_slice_in_dim(x, inputs.layer, 1) for x in scales]
     return [
         x.swapaxes(2, 3).reshape(*x.shape[:2], cut.head_blocks, cut.heads, cut.keys) for x in scales
     ]

@@ -1,4 +1,4 @@
-"""What each combine takes for a little and for much, and what 'auto' would have taken."""
+"""What each strategy takes for a little and for much, and what 'auto' would have taken."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Link, Shape,
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A shape of which each combine is timed, forward."""
+    """A shape of which each strategy is timed, forward."""
 
     name: str
     shape: Shape
@@ -30,13 +30,13 @@ class Timing:
     """A workload, and what was measured and predicted."""
 
     workload: Workload
-    seconds: dict[str, float]  # by combine
+    seconds: dict[str, float]  # by strategy
     by_table: str  # what `auto` takes
     by_links: str  # and what it would, with the links that were measured
 
     @property
     def fastest(self) -> str:
-        """The combine that took least."""
+        """The strategy that took least."""
         return min(self.seconds, key=lambda name: self.seconds[name])
 
 
@@ -55,26 +55,26 @@ def workloads(devices: int, *, quick: bool) -> tuple[Workload, ...]:
     )
 
 
-def measure_combines(
+def measure_strategies(
     mesh: Mesh,
     chosen: Sequence[Workload],
-    combines: Sequence[str],
+    strategies: Sequence[str],
     links: Mapping[str, Link],
     repeats: int,
     say: Callable[[str], None],
 ) -> list[Timing]:
-    """Times every combine that fits, over all axes in the order of the mesh, in turn.
+    """Times every strategy that fits, over all axes in the order of the mesh, in turn.
 
     Args:
       mesh: of devices of all processes.
       chosen: workloads.
-      combines: names; those that do not fit a workload are not timed there.
+      strategies: names; those that do not fit a workload are not timed there.
       links: as measured, by axis: of `cost.links_from`.
       repeats: how often each is timed.
       say: is told what comes next.
 
     Returns:
-      Timing for each workload with a combine that fits, the same in every process.
+      Timing for each workload with a strategy that fits, the same in every process.
     """
     axes = wide_axes(mesh)
     sizes = tuple(mesh.shape[axis] for axis in axes)
@@ -83,7 +83,7 @@ def measure_combines(
     timings = []
     for workload in chosen:
         known = QUERY_SHARDED if workload.query_sharded else QUERY_REPLICATED
-        names = [x for x in known if x in combines and fits(x, workload.shape, table)]
+        names = [x for x in known if x in strategies and fits(x, workload.shape, table)]
         if not names:
             continue
         say(f"{workload.name}: timing {', '.join(names)}")
@@ -99,7 +99,7 @@ def measure_combines(
             )
             for where in (table, measured)
         )
-        timings.append(Timing(workload, seconds, *(pick.combine for pick in picks)))
+        timings.append(Timing(workload, seconds, *(pick.strategy for pick in picks)))
     return timings
 
 
@@ -116,14 +116,14 @@ def _arrays(mesh: Mesh, workload: Workload) -> tuple[jax.Array, ...]:
     )
 
 
-def _run(mesh: Mesh, workload: Workload, combine: str) -> Callable[..., Any]:
+def _run(mesh: Mesh, workload: Workload, strategy: str) -> Callable[..., Any]:
     axes = wide_axes(mesh)
     rows = axes if workload.query_sharded else None
-    options = {"mesh": mesh, "axis_name": axes, "query_axis_name": rows, "combine": combine}
+    options = {"mesh": mesh, "axis_name": axes, "query_axis_name": rows, "strategy": strategy}
     return lambda *arrays: dot_product_attention(*arrays, **options)
 
 
-def slower(timing: Timing, combine: str) -> float:
-    """How many times the time of the fastest a combine took."""
+def slower(timing: Timing, strategy: str) -> float:
+    """How many times the time of the fastest a strategy took."""
     least = timing.seconds[timing.fastest]
-    return timing.seconds[combine] / least if least else math.inf
+    return timing.seconds[strategy] / least if least else math.inf

@@ -1,4 +1,4 @@
-"""Every combine on every number of devices, against the oracle; and replicas equal bit for bit."""
+"""Every strategy on every number of devices, against the oracle; and replicas equal bit for bit."""
 
 import dataclasses
 import functools
@@ -25,43 +25,43 @@ from tests.cases import (
 )
 from tests.tolerance import assert_close
 
-COMBINES = (*ALL_REDUCES, *QUERY_SHARDED)
+STRATEGIES = (*ALL_REDUCES, *QUERY_SHARDED)
 
 
-def with_heads_for(case, combine, devices):
-    """The case with as many heads as the combine has devices to give them to."""
-    heads = math.lcm(case.heads, devices) if combine == "ulysses" else case.heads
+def with_heads_for(case, strategy, devices):
+    """The case with as many heads as the strategy has devices to give them to."""
+    heads = math.lcm(case.heads, devices) if strategy == "ulysses" else case.heads
     return dataclasses.replace(case, heads=heads)
 
 
-def on(mesh, combine):
+def on(mesh, strategy):
     return functools.partial(
         distattn.dot_product_attention,
         mesh=mesh,
         axis_name="kv",
-        combine=combine,
+        strategy=strategy,
         return_residual=True,
     )
 
 
 # 24 keys on 5 and 7 devices, 6 rows on 4, 5, 7 and 8: padded inside. What is made of XLA's own collectives,
 # or goes round, does not care for powers of two, and is spared some of the numbers in between. Each number
-# has one kind of axes, each combine both.
+# has one kind of axes, each strategy both.
 @pytest.mark.parametrize(
-    ("devices", "combine"),
+    ("devices", "strategy"),
     [
-        (devices, combine)
+        (devices, strategy)
         for devices in range(1, 9)
-        for combine in COMBINES
-        if combine in ("butterfly", "reduce_scatter") or devices not in (4, 6, 7)
+        for strategy in STRATEGIES
+        if strategy in ("butterfly", "reduce_scatter") or devices not in (4, 6, 7)
     ],
 )
-def test_devices(devices, combine):
+def test_devices(devices, strategy):
     kind = "explicit" if devices in (3, 8) else "auto"
     mesh = mesh_of(devices, kind)
-    case = with_heads_for(CASES["everything"], combine, devices)
+    case = with_heads_for(CASES["everything"], strategy, devices)
     with jax.set_mesh(mesh):
-        check(case, on(mesh, combine), what=f"{combine} on {devices} {kind}")
+        check(case, on(mesh, strategy), what=f"{strategy} on {devices} {kind}")
 
 
 # What differs in the options alone is the same to the devices: tests/attention/test_attention.py has all of it.
@@ -70,12 +70,12 @@ OPTIONS_ALONE = ("causal_top_left", "window_left", "window_right", "bias_scalar_
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in (*OPTIONS_ALONE, "everything")])
 def test_cases(name):
-    combine = COMBINES[list(CASES).index(name) % len(COMBINES)]
+    strategy = STRATEGIES[list(CASES).index(name) % len(STRATEGIES)]
     kind = list(KINDS)[list(CASES).index(name) % 2]
     mesh = mesh_of(4, kind)
-    case = with_heads_for(CASES[name], combine, 4)
+    case = with_heads_for(CASES[name], strategy, 4)
     with jax.set_mesh(mesh):
-        check(case, on(mesh, combine), what=f"{name} {combine} {kind}")
+        check(case, on(mesh, strategy), what=f"{name} {strategy} {kind}")
 
 
 def drawn(seed):
@@ -118,21 +118,21 @@ def drawn(seed):
         options=tuple(options.items()),
         seed=seed,
     )
-    devices, combine = int(rng.choice([2, 3, 4])), COMBINES[rng.integers(len(COMBINES))]
-    return with_heads_for(case, combine, devices), devices, combine
+    devices, strategy = int(rng.choice([2, 3, 4])), STRATEGIES[rng.integers(len(STRATEGIES))]
+    return with_heads_for(case, strategy, devices), devices, strategy
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_arguments_in_any_combination(seed):
-    case, devices, combine = drawn(seed)
-    check(case, on(mesh_of(devices, "auto"), combine), what=f"{case} {devices} {combine}")
+    case, devices, strategy = drawn(seed)
+    check(case, on(mesh_of(devices, "auto"), strategy), what=f"{case} {devices} {strategy}")
 
 
-@pytest.mark.parametrize("combine", ["butterfly", "gather_kv", "ring", "ulysses"])
-def test_half_precision(combine):
+@pytest.mark.parametrize("strategy", ["butterfly", "gather_kv", "ring", "ulysses"])
+def test_half_precision(strategy):
     # As in test_attention: what enters the gradient is an output that was rounded once.
     mesh = mesh_of(4, "auto")
-    check(CASES["everything"], on(mesh, combine), dtype=jnp.bfloat16, what=combine, factor=2.0)
+    check(CASES["everything"], on(mesh, strategy), dtype=jnp.bfloat16, what=strategy, factor=2.0)
 
 
 def test_outside_jit():
@@ -155,7 +155,7 @@ def test_replicas_are_equal_bit_for_bit(devices):
     query = jnp.asarray(rng.normal(size=(1, 4, 8, 16)), jnp.float32)
     key = jnp.asarray(rng.normal(size=(1, 32 * devices, 2, 16)), jnp.float32)
 
-    # With everything the compiler does to a sum: fused multiply-adds are what tells operands apart.
+    # With everything the compiler does to a sum: fused multiply-adds are what tells inputs apart.
     @functools.partial(jax.jit, compiler_options=FULLY_OPTIMIZED)
     def replicas(query, key):
         def body(query, key):
