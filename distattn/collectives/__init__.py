@@ -1,1 +1,1 @@
-"""What one device exchanges with the others inside `shard_map`."""
+"""Communication of one device with the others inside `shard_map`."""

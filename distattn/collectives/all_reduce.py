@@ -1,7 +1,7 @@
-"""Run a schedule inside `shard_map`: states merged over the devices of an axis.
+"""All-reduce of states inside `shard_map`, by a schedule of messages or by XLA's collectives.
 
-Everything here is what one device does. A state travels packed, in one message a round; the operand
-of the lower rank comes first in each merge, so that all replicas are equal bit for bit.
+Each round sends one message, the packed state. In each merge the state of the lower rank comes
+first, so the replicas are bitwise equal.
 """
 
 import functools
@@ -30,40 +30,38 @@ from distattn.planning.cost import Shape
 from distattn.planning.schedule import Pairs, Schedule, hierarchical
 
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
-BY_NAME = (*ALL_REDUCES, "fused")  # the last one is never chosen: it has not been timed
+BY_NAME = (*ALL_REDUCES, "fused")  # 'auto' never chooses 'fused', which has not been timed
 
 
 def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = "auto") -> State:
-    """The merge of all devices' states, on every device; to be called inside `shard_map`.
+    """Merge the states of all devices, and return the result on each; call it inside `shard_map`.
 
     Args:
-      state: this device's state, f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; or a `FixedPointState`, or
-        another pytree of `FixedPoint` with the same rows, of which every schedule gives the same bits.
+      state: this device's state, f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; or a `FixedPointState`,
+        or another pytree of `FixedPoint` of equal rows, which every schedule merges to equal bits.
       axis_name: the axis, or a tuple of axes, to merge over.
-      schedule: 'butterfly' (recursive doubling, ceil(log2 D) messages; level by level over a tuple of
-        axes), 'psum' (a pmax and one packed psum), 'all_gather' (one all-gather, merged locally), 'fused'
-        (the messages of 'butterfly' inside one TPU kernel, see below), a `Schedule` of one's own, or
-        'auto' (the cheapest by `planner`).
+      schedule: 'butterfly' (recursive doubling, ceil(log2 D) messages, axis by axis), 'psum' (a pmax
+        and one packed psum), 'all_gather' (one all-gather, merged locally), 'fused' (the messages of
+        'butterfly' inside one TPU kernel), a `Schedule`, or 'auto' (the cheapest, without 'fused').
 
     Returns:
-      The state over all devices, equal bit for bit on all. Under `check_vma=True` that of 'psum' and
-      'all_gather' is typed as replicated, that of a schedule of messages as varying; 'auto' takes one
-      of the former there.
+      The merged state, bitwise equal on all devices. Under `check_vma=True` the result of 'psum' and
+      'all_gather' is typed as replicated, and 'auto' chooses between these two. The result of
+      messages is typed as varying.
 
-    'fused' is for TPUs, and 'auto' never takes it: it is compiled for v5e to tpu7x, and was not timed. All
-    axes of the mesh must be axes of the shard_map. Axes that cross slices of a TPU are merged over last,
-    as by 'butterfly'. The gradient is that of 'butterfly'. Under check_vma=True, on a mesh of several
-    axes, the result is typed as varying over all of them.
+    'fused' is compiled for v5e to tpu7x and has not been timed. All axes of the mesh must be axes of
+    the shard_map. Axes that cross TPU slices are merged last, by 'butterfly', whose gradient it has.
+    Under check_vma=True the result is typed as varying over all axes of the mesh.
 
     Raises:
       ValueError: an unknown name, an unbound axis, or a Schedule for another number of devices.
-      NotImplementedError: 'fused' on another platform, with axes left to the compiler, for a state that is
-        float64 or does not fit the memory of a kernel, or where slices are not known.
+      NotImplementedError: 'fused' on another platform, with axes left to the compiler, with a float64
+        state or one too large for a kernel's memory, or if the TPU slices are unknown.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, distattn
       >>> from jax.sharding import PartitionSpec as P
-      >>> def mean(key, value):  # keys of equal weight; this device has a part of them
+      >>> def mean(key, value):  # keys of equal weight, one on each device
       ...     state = distattn.partial_attention(jnp.ones((1, 1, 1, 4)), key, value)
       ...     return distattn.finalize(distattn.all_reduce(state, "x"))[0]
       >>> mesh, shards = jax.sharding.Mesh(jax.devices(), ("x",)), P(None, "x")
@@ -76,14 +74,9 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
     axes = mesh_order(axis_name)
     size = axes_size(axes)
     schedule = chosen_schedule(schedule, state, axes)
-    if isinstance(schedule, str):
-        alone = schedule == "fused" and size == 1  # no message: nothing that any platform lacks
-        schedule = _butterfly(axes) if schedule == "butterfly" or alone else schedule
-    elif not isinstance(schedule, Schedule):
-        raise ValueError(
-            f"schedule is {schedule!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"
-        )
-    elif schedule.size != size:
+    if schedule == "butterfly" or (schedule == "fused" and size == 1):
+        schedule = hierarchical(sizes_of(axes))
+    if isinstance(schedule, Schedule) and schedule.size != size:
         raise ValueError(
             f"schedule is for {schedule.size} devices, but axis {axis_name!r} has {size}; "
             f"build it for {size}"
@@ -108,48 +101,45 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
 
 
 def all_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over the axes, equal bit for bit on all devices: XLA's own, or by messages, by the planner.
+    """Sum x over the axes, bitwise equal on all devices: by psum or by messages, as is cheaper.
 
-    Where messages are slow a butterfly waits for log2 D of them, and a ring, such as Gloo's, for 2 (D-1).
-    For the body of a `shard_map` that does not track types.
+    If messages are slow, a butterfly waits for log2 D of them, and a ring, as Gloo's, for 2 (D-1).
+    For the body of a `shard_map` with check_vma=False.
     """
     axes = mesh_order(axes)
     if sum_schedule(x, axes) == "psum":
         return lax.psum(x, axes)
-    return _run(
-        _butterfly(axes),
-        x,
-        axes,
-        send=lambda x, pairs: lax.ppermute(x, axes, pairs),
-        merge=jnp.add,
-    )
+
+    def send(x: jax.Array, pairs: Pairs) -> jax.Array:
+        return lax.ppermute(x, axes, pairs)
+
+    return _run(hierarchical(sizes_of(axes)), x, axes, send=send, merge=jnp.add)
 
 
 def chosen_schedule(
     schedule: str | Schedule, state: State, axes: tuple[str, ...]
 ) -> str | Schedule:
-    """What `all_reduce` does with a schedule, 'auto' being made one of the others; or a ValueError."""
-    if not isinstance(schedule, str):
-        return schedule
-    name = choose_all_reduce(state, mesh_order(axes)) if schedule == "auto" else schedule
-    if name not in BY_NAME:
+    """Return the schedule, with 'auto' replaced by the cheapest; raise ValueError if it is unknown."""
+    if isinstance(schedule, str) and schedule == "auto":
+        return choose_all_reduce(state, mesh_order(axes))
+    if not isinstance(schedule, Schedule) and schedule not in BY_NAME:
         raise ValueError(
-            f"schedule is {name!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"
+            f"schedule is {schedule!r}; it must be 'auto', one of {BY_NAME}, or a distattn.Schedule"
         )
-    return name
+    return schedule
 
 
 def sum_schedule(x: Any, axes: tuple[str, ...]) -> str:
-    """How an array, or the arrays of a pytree, are summed in the least time: 'psum' or 'butterfly'."""
+    """Choose 'psum' or 'butterfly', whichever sums the arrays of a pytree in less time."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
     return cost.choose_sum(size, topology_of(mesh_order(axes)))
 
 
 def choose_all_reduce(state: State, axes: tuple[str, ...]) -> str:
-    """The cheapest of the all-reduces for this payload on these axes, by the planner."""
+    """Choose the cheapest of ALL_REDUCES for this state on these axes."""
     rows = math.prod(rows_of(state))
     packed = jax.eval_shape(monoid_of(state).pack, state)
-    width = packed.size // max(rows, 1) - 2  # a state of so wide values has as many numbers
+    width = packed.size // max(rows, 1) - 2  # V of a SoftmaxState of equal size
     shape = Shape(1, rows, 0, 1, 1, width, width, packed.dtype.itemsize)
     # A schedule's result cannot be typed as replicated without one more collective.
     candidates = ("psum", "all_gather") if typed_as_varying(axes) else ALL_REDUCES
@@ -158,47 +148,40 @@ def choose_all_reduce(state: State, axes: tuple[str, ...]) -> str:
 
 
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """[D, ...]: x of every device, typed as replicated where types are tracked."""
+    """Stack x of all devices to [D, ...], typed as replicated if `shard_map` tracks types."""
     if typed_as_varying(axes):
         return all_gather_as_replicated(x, axes, axes_size(axes))
     return lax.all_gather(x, axes)
 
 
 def typed_as_replicated(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """x, which is equal on all devices already, typed so: one all-gather of a D-th of x from each."""
-    size = axes_size(axes)
-    flat = x.reshape(-1)
-    flat = jnp.pad(flat, (0, -flat.size % size))
-    part = own_part(flat, axes, 0)
-    return gather(part, axes).reshape(-1)[: x.size].reshape(x.shape)
-
-
-def _butterfly(axes: tuple[str, ...]) -> Schedule:
-    return hierarchical(sizes_of(axes))
+    """Return x, which is equal on all devices, typed as such: by one all-gather of x / D from each."""
+    flat = jnp.pad(x.reshape(-1), (0, -x.size % axes_size(axes)))
+    return gather(own_part(flat, axes, 0), axes).reshape(-1)[: x.size].reshape(x.shape)
 
 
 def _run(
     schedule: Schedule,
-    own: Any,
+    x: Any,
     axes: tuple[str, ...],
     *,
     send: Callable[[Any, Pairs], Any],
     merge: Callable[[Any, Any], Any],
 ) -> Any:
-    """What all devices have, merged: a state, or an array."""
+    """Merge a state or an array over all devices, by messages."""
     rank = lax.axis_index(axes)
     for step in schedule.steps:
-        message = send(own, step.pairs)
-        first = _where(step.source_first, rank, message, own)
-        second = _where(step.source_first, rank, own, message)
-        taken = _where(step.replaces, rank, message, merge(first, second))
-        # A device to which nothing is sent receives zeros, and zero is not the identity.
-        own = _where(step.receives, rank, taken, own)
-    return own
+        message = send(x, step.pairs)
+        first = _where(step.source_first, rank, message, x)
+        second = _where(step.source_first, rank, x, message)
+        received = _where(step.replaces, rank, message, merge(first, second))
+        # A device to which no other sends receives zeros, and zero is not the identity.
+        x = _where(step.receives, rank, received, x)
+    return x
 
 
 def _where(table: tuple[bool, ...], rank: jax.Array, x: Any, y: Any) -> Any:
-    """x on the devices for which the table holds, else y."""
+    """Return x on the devices whose entry of the table is True, else y."""
     if len(set(table)) == 1:
         return x if table[0] else y
     here = jnp.array(table)[rank]

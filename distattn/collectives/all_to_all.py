@@ -1,7 +1,7 @@
-"""Heads in place of rows: one all-to-all, and each device has all rows of its part of the heads.
+"""All-to-all inside `shard_map` that exchanges a sharding of rows for a sharding of heads.
 
-Everything here is what one device does, inside `shard_map` (Jacobs et al., "DeepSpeed Ulysses", arXiv
-2309.14509; under a ring or a gather over other axes, Fang & Zhao, "USP", arXiv 2405.07719).
+Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509. Under a ring or a gather over other axes:
+Fang & Zhao, "USP", arXiv 2405.07719.
 """
 
 import functools
@@ -14,15 +14,15 @@ from jax import lax
 
 
 def rows_to_heads(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
-    """[B, T / D, N, ...] of each array to [B, T, N / D, ...]: rows in the order of the axes, as heads are.
+    """Bring each array from [B, T / D, N, ...] to [B, T, N / D, ...].
 
-    Arrays of one dtype and as many rows and heads go together, in one message to each other device.
+    Rows and heads are in the order of the axes. Arrays of equal dtype, rows and heads share a message.
     """
     return together(_all_to_all(axes, split=2, concat=1), arrays)
 
 
 def heads_to_rows(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
-    """The inverse of `rows_to_heads`."""
+    """Bring each array from [B, T, N / D, ...] to [B, T / D, N, ...]: undo `rows_to_heads`."""
     return together(_all_to_all(axes, split=1, concat=2), arrays)
 
 
@@ -37,16 +37,16 @@ def _all_to_all(
 def together(
     move: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """move(x) of each [B, T, N, .] or [B, T, N], all of one dtype and as many rows and heads at once."""
+    """Call `move` on [B, T, N, .] or [B, T, N], once for all of equal dtype, rows and heads."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, x in enumerate(arrays):
         groups.setdefault((x.dtype, x.shape[:3]), []).append(index)
     result: list[jax.Array] = list(arrays)
     for members in groups.values():
-        parts = [x if x.ndim == 4 else x[..., None] for x in (arrays[i] for i in members)]
-        widths = [x.shape[-1] for x in parts]
-        moved = move(jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
+        columns = [x if x.ndim == 4 else x[..., None] for x in (arrays[i] for i in members)]
+        widths = [x.shape[-1] for x in columns]
+        moved = move(jnp.concatenate(columns, axis=-1))
         starts = [sum(widths[:i]) for i in range(1, len(widths))]
-        for index, part in zip(members, jnp.split(moved, starts, axis=-1), strict=True):
-            result[index] = part if arrays[index].ndim == 4 else part[..., 0]
+        for index, x in zip(members, jnp.split(moved, starts, axis=-1), strict=True):
+            result[index] = x if arrays[index].ndim == 4 else x[..., 0]
     return result

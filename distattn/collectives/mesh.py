@@ -1,12 +1,12 @@
-"""The axes of the `shard_map` around: their order, sizes and types; everything here is for its body.
+"""Axes of a mesh: their order and sizes, PartitionSpecs over them, and a body run on shards.
 
-The one place where a computation is split into what each device does.
-
-Which axes of a mesh shard which dimension of a call's arrays.
+`manual` is the only place that splits a computation into the work of each device. The functions
+that take `axes` alone are for its body.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,16 +21,16 @@ from distattn.planning.cost import Topology
 from distattn.planning.plan import Axes
 
 AxisName = str | tuple[str, ...]
-# Of the mesh that is traced for, the axes along which devices lie in different slices of a TPU; None: not
-# known. Part of the key under which JAX caches what it has traced.
+# Axes of the traced mesh whose devices are in different TPU slices; None if unknown. Part of the
+# key of JAX's tracing cache.
 _slice_axes = jax.make_user_context(None)
 
 
 def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
-    """The axes in the order of the mesh.
+    """Return the axes in the order of the mesh.
 
-    `ppermute` over a tuple in another order permutes wrongly (JAX up to 0.10.2), and a merge does not
-    care in which order devices are counted.
+    `ppermute` over a tuple in another order permutes wrongly (JAX up to 0.10.2). A merge does not
+    depend on the order of devices.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     mesh = jax.sharding.get_abstract_mesh()
@@ -47,61 +47,60 @@ def mesh_order(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def axes_size(axes: tuple[str, ...]) -> int:
-    """The number of devices along the axes."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
-
-
-def typed_as_varying(axes: tuple[str, ...]) -> bool:
-    """Whether `shard_map` tracks which values vary over the axes (check_vma=True)."""
-    return bool(axes) and bool(varying_axes(lax.axis_index(axes)))
+    """Return the number of devices along the axes."""
+    return math.prod(sizes_of(axes))
 
 
 def sizes_of(axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The number of devices along each axis."""
-    return tuple(axes_size((axis,)) for axis in axes)
+    """Return the number of devices along each axis."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(shape[axis] for axis in axes)
+
+
+def typed_as_varying(axes: tuple[str, ...]) -> bool:
+    """Return True if `shard_map` tracks which values vary over the axes (check_vma=True)."""
+    return bool(axes) and bool(varying_axes(lax.axis_index(axes)))
 
 
 def topology_of(axes: tuple[str, ...]) -> Topology:
-    """The axes of the `shard_map` around, on the devices that it is traced for."""
+    """Return the topology of the axes on the devices that are traced for."""
     return topology_on(None, sizes_of(axes))
 
 
 def topology_on(mesh: Any, sizes: tuple[int, ...]) -> Topology:
-    """Axes of so many devices of a mesh; None: of what is traced for."""
+    """Return the topology of axes of these sizes; without a mesh, on the devices traced for."""
     chip = chip_of(device_kind_of(mesh))
     return Topology(platform_of(mesh), sizes, processes_of(mesh), chip=chip)
 
 
 def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """This device's part of x, which all devices have, along the dimension."""
-    part = x.shape[dimension] // axes_size(axes)
-    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dimension)
+    """Return this device's shard of a replicated array along the dimension."""
+    size = x.shape[dimension] // axes_size(axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dimension)
 
 
 def gathered(x: jax.Array, axes: tuple[str, ...], dimension: int = 1) -> jax.Array:
-    """The inverse of `own_part`: the parts of all devices, in the order of the axes."""
+    """Concatenate the shards of all devices in the order of the axes: undo `own_part`."""
     return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes_size(axes) > 1 else x
 
 
 def on_devices_of(mesh: Mesh) -> AbstractContextManager[None]:
-    """While it is entered, what is traced is for the devices of this mesh, of which `slice_axes` asks."""
+    """Tell `slice_axes` that the programs traced meanwhile are for the devices of this mesh."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])
     index = slices(mesh.devices)
-    varies = [(index != index.take([0], axis)).any() for axis in range(index.ndim)]
-    return _slice_axes(tuple(x for x, y in zip(mesh.axis_names, varies, strict=True) if y))
+    crosses = [(index != index.take([0], axis)).any() for axis in range(index.ndim)]
+    return _slice_axes(tuple(itertools.compress(mesh.axis_names, crosses)))
 
 
 def slice_axes(axes: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Those of the axes along which devices lie in different slices of a TPU; None: it cannot be known.
+    """Return the axes whose devices are in different TPU slices; None if unknown.
 
-    A `shard_map` knows its axes and not its devices. Where all that the process knows lie in one slice, no
-    axis leaves it; else somebody must have said for which mesh this is traced.
+    No axis crosses slices if all devices known to the process are in one slice.
     """
     known = _slice_axes.value
     if known is None and platform_of() == "tpu":
-        own = jax.devices() if jax.default_backend() == "tpu" else []
-        if len({getattr(device, "slice_index", None) for device in own}) != 1:
+        local = jax.devices() if jax.default_backend() == "tpu" else []
+        if len({getattr(device, "slice_index", None) for device in local}) != 1:
             return None
     return tuple(axis for axis in axes if axis in (known or ()))
 
@@ -109,60 +108,58 @@ def slice_axes(axes: tuple[str, ...]) -> tuple[str, ...] | None:
 def manual(
     f: Callable[..., Any],
     *,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | None,
     in_specs: tuple[Any, ...],
     out_specs: Any,
     axis_names: Iterable[str],
 ) -> Callable[..., Any]:
-    """`f`, run by every device on its own shards, as a function of global arrays.
+    """Map `f`, which every device runs on its shards, to a function of global arrays.
 
-    Under Explicit axes the arguments are first brought to `in_specs` (see `place`); under Auto axes
-    the compiler does that. Inside somebody's `shard_map` over other axes, their mesh is taken.
+    Arguments are first brought to `in_specs`: by `place` over Explicit axes, by the compiler over
+    Auto axes. Inside a `shard_map` over other axes, its mesh is used.
 
     Args:
-      f: function of local shards, with as many arguments as `in_specs` has entries.
-      mesh: the mesh.
-      in_specs: for each argument a PartitionSpec, a pytree of them, or None where the argument is
-        None.
+      f: function of local shards, with one argument per entry of `in_specs`.
+      mesh: the mesh; None: `f` itself is returned.
+      in_specs: for each argument a PartitionSpec, a pytree of them, or None for None.
       out_specs: pytree of PartitionSpec.
-      axis_names: the axes of the mesh that `f` sees as manual, at least those of the specs.
+      axis_names: the axes that `f` sees as manual, at least those of the specs.
 
     Returns:
       A function of global arrays or tracers, usable under jit and outside.
     """
+    if mesh is None:
+        return f
     context = jax.sharding.get_abstract_mesh()
-    if context.manual_axes:
-        mesh = context
+    around = context if context.manual_axes else mesh
     names = frozenset(axis_names)
-    # check_vma=False: what a permute brings can be equal on all devices by construction (a state
-    # merged up a tree), but JAX can only type it as varying and would refuse an out_spec without
-    # the axis. The price: `f` must not hold a custom_vjp with collectives, whose gradients would
-    # come out divided by the number of devices. A custom_vjp goes outside, and calls `manual` in
-    # both directions.
+    # check_vma=False: a state merged by messages is equal on all devices, but JAX can only type it
+    # as varying, and would refuse an out_spec without the axis. The price: gradients of a
+    # custom_vjp with collectives inside `f` would be divided by the number of devices. So put the
+    # custom_vjp outside, and call `manual` in both of its directions.
     mapped = jax.shard_map(
-        f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+        f, mesh=around, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
     )
-    return lambda *arguments: mapped(*place(arguments, in_specs, mesh=mesh, axis_names=names))
+    return lambda *arguments: mapped(*place(arguments, in_specs, mesh=around, axis_names=names))
 
 
 def place(
-    arguments: Any, specs: Any, *, mesh: Mesh | AbstractMesh, axis_names: Iterable[str]
+    arguments: Any, specs: Any, *, mesh: Mesh | AbstractMesh | None, axis_names: Iterable[str]
 ) -> Any:
-    """The arguments laid out by `specs` over the Explicit axes of the mesh.
+    """Reshard the arguments to `specs` over the Explicit axes of the mesh.
 
-    Auto axes are left alone. Explicit axes outside `axis_names` go on sharding what they shard.
+    Auto axes are left alone. Explicit axes outside `axis_names` keep sharding what they shard.
 
     Args:
       arguments: pytree of arrays.
       specs: pytree of PartitionSpec, a prefix of `arguments`.
-      mesh: the mesh.
-      axis_names: the axes that the specs speak of.
+      mesh: the mesh; None: the arguments are returned.
+      axis_names: the axes that the specs may name.
 
     Returns:
       pytree of arrays, as `arguments`.
     """
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    explicit = () if mesh is None else explicit_axes(mesh)
     if not explicit:
         return arguments
 
@@ -184,14 +181,39 @@ def place(
     )
 
 
+def partition_spec(
+    letters: str, axes: Mapping[str, Axes], shape: tuple[int, ...] | None = None
+) -> PartitionSpec:
+    """Return the PartitionSpec of an array from the letters of its dimensions.
+
+    Args:
+      letters: one per dimension, as 'BTNH'.
+      axes: axes that shard a dimension, by its letter; other dimensions are not sharded.
+      shape: shape of the array; a dimension of size 1 is not sharded.
+    """
+    sizes = shape or (None,) * len(letters)
+    return PartitionSpec(
+        *(
+            axes.get(letter) or None if size != 1 else None
+            for letter, size in zip(letters, sizes, strict=True)
+        )
+    )
+
+
 def axes_of(spec: PartitionSpec | tuple[Any, ...], dimension: int) -> tuple[str, ...]:
-    """The axes of the mesh that shard a dimension; a spec may be shorter than the array."""
+    """Return the axes that shard a dimension; a spec may be shorter than the array."""
     entry = spec[dimension] if dimension < len(spec) else None
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
+def explicit_axes(mesh: Mesh | AbstractMesh) -> Axes:
+    """Return the axes of the mesh whose type is Explicit."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
 def check_mesh(mesh: Any, *, devices: bool = False) -> None:
-    """That it is a mesh; with `devices` one of real devices, and not an AbstractMesh."""
+    """Raise ValueError if it is not a mesh, or, with `devices`, not a mesh of real devices."""
     if not isinstance(mesh, Mesh if devices else Mesh | AbstractMesh):
         wanted = "Mesh" if devices else "Mesh or AbstractMesh"
         raise ValueError(
@@ -201,23 +223,23 @@ def check_mesh(mesh: Any, *, devices: bool = False) -> None:
 
 
 def free_axes(mesh: Mesh | AbstractMesh) -> Axes:
-    """The axes that no shard_map around has taken."""
+    """Return the axes that are not manual in a `shard_map` around."""
     taken = set(jax.sharding.get_abstract_mesh().manual_axes)
     return tuple(name for name in mesh.axis_names if name not in taken)
 
 
 def sized(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
-    """The axes of more than one device."""
+    """Return the axes of more than one device."""
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def identity_of(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
-    """What two meshes must have in common to be one."""
+    """Return names, sizes and types of the axes, which are equal for interchangeable meshes."""
     return mesh.axis_names, mesh.axis_sizes, mesh.axis_types
 
 
 def described(mesh: Mesh | AbstractMesh) -> str:
-    """A mesh in an error: its axes with their sizes and kinds."""
+    """Format a mesh for an error: its axes with their sizes and types."""
     kinds = [str(kind).rpartition(".")[2] for kind in mesh.axis_types]
     return ", ".join(
         f"{name}={size} ({kind})"

@@ -1,11 +1,11 @@
-"""The reduce-scatter of states: each device of an axis gets its part of the merge of all."""
+"""Reduce-scatter of states inside `shard_map`: each device gets its shard of the merged state."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from distattn.algebra.mergeable import State, monoid_of, rows_of
-from distattn.collectives.mesh import AxisName, axes_size, mesh_order, own_part
+from distattn.collectives.mesh import AxisName, axes_size, mesh_order, own_part, sizes_of
 from distattn.planning.schedule import ScatterSchedule, halving
 
 
@@ -16,18 +16,18 @@ def reduce_scatter(
     scatter_dimension: int = 1,
     schedule: str | ScatterSchedule = "halving",
 ) -> State:
-    """The merge of all devices' states, of which each device gets its part; inside `shard_map`.
+    """Merge the states of all devices, and return this device's shard; call it inside `shard_map`.
 
-    Device r gets the r-th of D equal parts along `scatter_dimension`, D the size of the axis; over a
-    tuple of axes devices count in the order of the tuple.
+    Device r gets the r-th of D equal shards along `scatter_dimension`, D the size of the axis. Over
+    a tuple of axes, devices count in the order of the tuple.
 
     Args:
       state: this device's state, as for `all_reduce`.
       axis_name: the axis, or a tuple of axes.
-      scatter_dimension: of the rows, 0, 1 or 2: T is 1 in a SoftmaxState, and 2 in fixed point; its size
-        must be a multiple of D.
+      scatter_dimension: dimension of the rows, 0, 1 or 2: T is 1 in a SoftmaxState, and 2 in fixed
+        point. Its size must be a multiple of D.
       schedule: 'halving' (ceil(log2 D) messages, each about half of the one before), 'psum' (a pmax
-        and one packed psum_scatter), or a `ScatterSchedule` of one's own.
+        and one packed psum_scatter), or a `ScatterSchedule`.
 
     Returns:
       The state with 1/D of the rows.
@@ -35,10 +35,10 @@ def reduce_scatter(
     Raises:
       ValueError: an unknown name, a dimension that D does not divide, a schedule of another size.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, distattn
       >>> from jax.sharding import PartitionSpec as P
-      >>> def means(key, value):  # for 8 rows; this device gets its part of them
+      >>> def means(key, value):  # for 8 rows; each device gets one
       ...     state = distattn.partial_attention(jnp.ones((1, 8, 1, 4)), key, value)
       ...     return distattn.finalize(distattn.reduce_scatter(state, "x"))[0]
       >>> mesh, shards = jax.sharding.Mesh(jax.devices(), ("x",)), P(None, "x")
@@ -62,13 +62,12 @@ def reduce_scatter(
             f"scatter_dimension {scatter_dimension} of the state has size {rows[scatter_dimension]}, "
             f"which the {size} devices of {axis_name!r} do not divide; pad it to a multiple"
         )
-    if schedule not in ("halving", "psum") and not isinstance(schedule, ScatterSchedule):
+    schedule = halving(size) if schedule == "halving" else schedule
+    if schedule != "psum" and not isinstance(schedule, ScatterSchedule):
         raise ValueError(
             f"schedule is {schedule!r}; it must be 'halving', 'psum' or a ScatterSchedule"
         )
-    if schedule == "halving":
-        schedule = halving(size)
-    if isinstance(schedule, ScatterSchedule) and schedule.size != size:
+    if schedule != "psum" and schedule.size != size:
         raise ValueError(
             f"schedule is for {schedule.size} devices, but axis {axis_name!r} has {size}; "
             f"build it for {size}"
@@ -91,25 +90,22 @@ def _run_scatter(
     names: tuple[str, ...],
     dimension: int,
 ) -> State:
-    """`reduce_scatter` along a dimension of the packed state."""
+    """Run a schedule along a dimension of the packed state."""
     size, monoid = schedule.size, monoid_of(state)
     packed = monoid.pack(state)
-    parts = jnp.stack(jnp.split(packed, size, axis=dimension))
-    # [D, ...]: by the owner, counted in the order of names
+    shards = jnp.stack(jnp.split(packed, size, axis=dimension))  # by owner, in the order of names
     if names != axes:
-        sizes = [axes_size((name,)) for name in names]
-        parts = parts.reshape(*sizes, *parts.shape[1:])
-        parts = parts.transpose(
-            *(names.index(axis) for axis in axes), *range(len(sizes), parts.ndim)
-        ).reshape(size, *parts.shape[len(sizes) :])
-    parts = jnp.roll(parts, -lax.axis_index(axes), axis=0)  # by the distance to the owner
+        by_axis = shards.reshape(*sizes_of(names), *shards.shape[1:])
+        order = [names.index(axis) for axis in axes]
+        shards = jnp.moveaxis(by_axis, order, range(len(names))).reshape(shards.shape)
+    shards = jnp.roll(shards, -lax.axis_index(axes), axis=0)  # by the distance to the owner
 
     def merge(a: jax.Array, b: jax.Array) -> jax.Array:
         return monoid.pack(monoid.merge(monoid.unpack(a, state), monoid.unpack(b, state)))
 
     for shift, count in schedule.rounds:
         pairs = [(rank, (rank + shift) % size) for rank in range(size)]
-        message = lax.ppermute(parts[shift : shift + count], axes, pairs)
-        near = jax.vmap(merge)(parts[:count], message)
-        parts = jnp.concatenate([near, parts[count:shift]])
-    return monoid.unpack(parts[0], state)
+        message = lax.ppermute(shards[shift : shift + count], axes, pairs)
+        near = jax.vmap(merge)(shards[:count], message)
+        shards = jnp.concatenate([near, shards[count:shift]])
+    return monoid.unpack(shards[0], state)

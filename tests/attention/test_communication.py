@@ -84,7 +84,7 @@ def test_backward_is_one_all_reduce_of_the_query_gradient(kind):
 def test_where_messages_are_slow_the_query_gradient_is_summed_by_messages(
     monkeypatch, devices, rounds
 ):
-    monkeypatch.setattr(collectives_of_states.planner, "choose_sum", lambda *_: "butterfly")
+    monkeypatch.setattr(collectives_of_states.cost, "choose_sum", lambda *_: "butterfly")
     mesh = mesh_of(devices, "auto")
     sharded = shapes(mesh, 4, 40 * devices)
     run = jax.jit(
