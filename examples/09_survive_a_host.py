@@ -25,7 +25,7 @@ import numpy as np
 
 from distattn import KVCache, distributed
 from processes import launch, say
-from small_llama import CONFIG, decode, encode, make_weights, place, step
+from small_llama import CONFIG, decode, encode, make_weights, replicate, step
 
 PROCESSES, DEVICES = 4, 2
 PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. what does it dream of?"
@@ -40,7 +40,7 @@ def answer(replicas: int, killed: dict[int, int]) -> list[int]:
     """The tokens of the answer, as all processes that are left know them."""
     mesh, prompt = distributed.make_mesh(), encode(PROMPT)
     host_weights = make_weights()
-    weights = place(host_weights, mesh)
+    weights = replicate(host_weights, mesh)
     cache = KVCache.create(
         1,
         len(prompt) + ANSWER,
@@ -60,7 +60,7 @@ def answer(replicas: int, killed: dict[int, int]) -> list[int]:
                 if killed.get(jax.process_index()) == len(tokens):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if cache.layout.mesh != mesh:  # hosts were lost
-                    weights = place(host_weights, mesh)
+                    weights = replicate(host_weights, mesh)
                     whole = made_whole(weights, cache, mesh, prompt + tokens)
                 else:
                     whole = cache

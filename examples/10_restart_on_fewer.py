@@ -29,7 +29,7 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from distattn import KVCache, distributed
 from processes import launch, say
-from small_llama import CONFIG, decode, encode, make_weights, place, step
+from small_llama import CONFIG, decode, encode, make_weights, replicate, step
 
 PROMPT = "it was a dark and stormy night, and the rain fell in torrents, except at intervals."
 ANSWER, SAVED_EVERY = 24, 5  # tokens
@@ -62,7 +62,7 @@ def save(directory: Path, cache: KVCache, tokens: list[int]) -> None:
 def answer(directory: Path, victim: int, at: int | None, by: signal.Signals) -> list[int] | None:
     """The tokens of the answer; None if the job is to end before."""
     mesh = distributed.make_mesh()
-    weights = place(make_weights(), mesh)
+    weights = replicate(make_weights(), mesh)
     cache, tokens = begin(directory, mesh)
     saved = len(tokens)
     while len(tokens) < ANSWER:

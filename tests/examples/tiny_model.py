@@ -1,19 +1,19 @@
-"""A language model for tests: random, of two layers, a letter a token."""
+"""A small random language model for tests: two layers, one token for each letter."""
 
 import string
 import types
 
 import numpy as np
 
-from distattn.integrations.smollm2 import Config
+from language_model.llama import Config
 
 ALPHABET = string.printable[:96]
 
 
 def tiny_model():
-    """Numbers, weights and tokenizer, as `smollm2.load` returns them.
+    """Return config, weights and tokenizer, as `smollm2.load` does.
 
-    Three heads, which do not divide by 8 devices; dimensions that do.
+    8 devices do not divide its three heads, but its other dimensions.
     """
     config = Config(
         layers=2,
@@ -33,7 +33,7 @@ def tiny_model():
 
     layers = {
         "attention_norm": 1 + normal(2, 24),
-        "qkv": 3 * normal(2, 40, 24),  # large: a sharp softmax, that is sensitive to what it sees
+        "qkv": 3 * normal(2, 40, 24),  # large, so that the softmax is sharp
         "attention_out": normal(2, 24, 24),
         "mlp_norm": 1 + normal(2, 24),
         "gate": normal(2, 32, 24),

@@ -1,10 +1,8 @@
-"""Which token comes next: the likeliest, or one drawn at random.
+"""The choice of the next token: the most likely one, or one drawn at random.
 
-The n-th token of a request is drawn with a key made of the request's seed and n alone. So a request gets
-the same tokens whichever row it runs in, whatever its neighbours are, and with drafts or without.
+The n-th token of a request is drawn with a key made of the request's seed and n alone. A request therefore
+gets the same tokens in any row, beside any other requests, and with or without drafts.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -22,16 +20,16 @@ def choose(
     seed: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
-    """A token for each row and place.
+    """Choose a token for each row and each of its W places.
 
-        p = softmax(logits / temperature), of which the nucleus is kept; temperature 0 takes the likeliest
+    Draw from softmax(logits / temperature), restricted to its nucleus; temperature 0 takes the most likely.
 
     Args:
-      logits: f32[B, W, A], of W tokens in a row.
+      logits: f32[B, W, A].
       temperature: f32[B], at least 0.
       top_p: f32[B], in (0, 1].
-      seed: uint32[B], of the request in the row.
-      count: int32[B], how many tokens of the request come before the first of the W.
+      seed: uint32[B], the seed of the row's request.
+      count: int32[B], number of tokens that the request got before the first of the W.
 
     Returns:
       int32[B, W].
@@ -40,33 +38,33 @@ def choose(
       Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
     """
 
-    def likeliest() -> jax.Array:
+    def most_likely() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        warm = jnp.where(temperature > 0, temperature, 1)[:, None, None]
-        # The largest at 0, so that a small temperature makes -inf of the others, and no nan.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / warm
+        positive = jnp.where(temperature > 0, temperature, 1)[:, None, None]
+        # The largest is 0, so a small temperature makes the others -inf and never NaN.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / positive
         kept = nucleus(jax.nn.softmax(scaled), top_p[:, None])
         number = count[:, None] + np.arange(logits.shape[1], dtype=np.int32)[None]
         keys = jax.vmap(jax.vmap(_key, (None, 0)))(seed, number)
         draw = jax.vmap(jax.vmap(jax.random.categorical))
         tokens = draw(keys, jnp.where(kept, scaled, -jnp.inf)).astype(jnp.int32)
-        return jnp.where(temperature[:, None] > 0, tokens, likeliest())
+        return jnp.where(temperature[:, None] > 0, tokens, most_likely())
 
-    return lax.cond((temperature > 0).any(), drawn, likeliest)
+    return lax.cond((temperature > 0).any(), drawn, most_likely)
 
 
 def nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The fewest likeliest tokens whose probabilities reach top_p, and any that tie with the last of them.
+    """Return a mask of the fewest most likely tokens whose probabilities reach top_p, ties included.
 
-    All p >= t, for the largest t at which they sum to top_p. That t is found by bisection over the bits of
-    float32, which for positive numbers are in the order of the numbers: no token is sorted, and where the
-    vocabulary is split over devices only sums are exchanged.
+    The mask is p >= t for the largest t at which the kept probabilities sum to top_p. A bisection over the
+    bits of float32 finds t, because positive floats and their bits have one order. It sorts nothing, and if
+    the vocabulary is sharded, devices exchange only sums.
 
     Args:
       probabilities: f32[..., A].
-      top_p: f32[...], or broadcasts to it.
+      top_p: f32[...], or an array that broadcasts to it.
 
     Returns:
       bool[..., A].
@@ -74,10 +72,10 @@ def nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(probabilities, jnp.int32)
 
     def halve(_: int, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
-        low, high = bounds  # at low the mass suffices, at high it does not
+        low, high = bounds  # the probabilities suffice at low, and do not at high
         middle = low + (high - low) // 2
-        mass = jnp.where(bits >= middle[..., None], probabilities, 0).sum(axis=-1)
-        enough = mass >= top_p
+        total = jnp.where(bits >= middle[..., None], probabilities, 0).sum(axis=-1)
+        enough = total >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low = jnp.zeros(probabilities.shape[:-1], jnp.int32)

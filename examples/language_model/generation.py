@@ -1,12 +1,10 @@
-"""Continuous batching: many requests on the rows of one cache, each row with a request of its own.
+"""Continuous batching: many requests share the rows of one cache, one request a row at a time.
 
-A step feeds every row its next tokens: a piece of a prompt that is still being read, or the token chosen
-last and the drafts behind it. It has one of two lengths, `chunk` while a row has much to read and else
-1 + `drafts`, so two programs are compiled however requests come and go. A row whose request is done is
-reset in the step that begins the next one, while the others go on; tags are all that is edited.
+A step feeds each row its next tokens: a chunk of its prompt, or the last chosen token and drafts after it.
+Steps have two lengths: `chunk` while a row has more of its prompt to read, else 1 + `drafts`. Therefore two
+programs are compiled, whatever requests come and go. When a request is complete, its row is reset in the
+next step and takes another request, while the other rows go on.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -18,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distattn.cache import KVCache
-from distattn.integrations.drafts import Lookup
-from distattn.integrations.sampling import choose
+from distattn import KVCache
+from language_model.sampling import choose
 
 # forward(weights, cache, int32[B, T] tokens, lengths=int32[B], read=int32[B, W]) -> f32[B, W, A], cache
 Forward = Callable[..., tuple[jax.Array, KVCache]]
@@ -28,23 +25,23 @@ Forward = Callable[..., tuple[jax.Array, KVCache]]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one row is asked for."""
+    """A prompt, and how to answer it."""
 
     prompt: Sequence[int]  # at least one token
-    max_tokens: int  # of the answer
-    temperature: float = 0.0  # 0: the likeliest token, always
-    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
-    seed: int = 0  # in 0 .. 2^32 - 1; same seed, same tokens
+    max_tokens: int  # most tokens of the answer
+    temperature: float = 0.0  # 0: always the most likely token
+    top_p: float = 1.0  # total probability of the most likely tokens to draw from
+    seed: int = 0  # in 0 .. 2^32 - 1; a seed always gives the same tokens
 
     def __post_init__(self) -> None:
-        """Checks the numbers, each alone."""
+        """Raise ValueError if a field is out of its range."""
         if not len(self.prompt):
-            raise ValueError("prompt has no tokens; a request needs at least one")
+            raise ValueError("prompt has no tokens; pass at least one")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; ask for at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature is {self.temperature}; it must be 0, for the likeliest token, or positive"
+                f"temperature is {self.temperature}; pass 0, for the most likely token, or a positive number"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1], and 1 keeps all tokens")
@@ -54,49 +51,85 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came of a request."""
+    """The answer to a request."""
 
     tokens: tuple[int, ...]  # without the end token
     ended: bool  # by an end token, not by max_tokens
-    drafted: int  # tokens that were guessed and verified
-    accepted: int  # of these
-    steps: int  # in which tokens of it were chosen
+    drafted: int  # drafts that were verified
+    accepted: int  # drafts that were right
+    steps: int  # steps that chose tokens of this answer
+
+
+class PromptLookup:
+    """Drafts from the text so far, without a second model.
+
+    A draft is what followed the last tokens at their previous occurrence, for the longest n-gram of at most
+    `LONGEST` tokens that occurred before.
+
+    Reference:
+      Saxena, "Prompt Lookup Decoding", 2023; Leviathan et al., "Fast Inference from Transformers via
+      Speculative Decoding", arXiv 2211.17192, for why verified drafts change no token.
+    """
+
+    LONGEST = 3
+
+    def __init__(self, tokens: Sequence[int]):
+        self._tokens: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # index of the token after an n-gram
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """Add a token. The n-grams that end before it are now known to be followed by it."""
+        end = len(self._tokens)
+        for n in range(1, min(self.LONGEST, end) + 1):
+            self._next[tuple(self._tokens[end - n :])] = end
+        self._tokens.append(token)
+
+    def propose(self, count: int) -> list[int]:
+        """Return at most `count` drafts of the next tokens; [] if the last token is new."""
+        if count < 1:
+            return []
+        for n in range(min(self.LONGEST, len(self._tokens)), 0, -1):
+            start = self._next.get(tuple(self._tokens[-n:]))
+            if start is not None:
+                return self._tokens[start : start + count]
+        return []
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "window"), donate_argnames=("cache",))
 def step(
     weights: Any, cache: KVCache, feed: dict[str, jax.Array], *, forward: Forward, window: int
 ) -> tuple[dict[str, jax.Array], KVCache]:
-    """One pass over the next tokens of every row, and the tokens that come after them.
+    """Run the next tokens of every row through the model, and choose the tokens after them.
 
-    The last `drafted` of a row's tokens are guesses. The token after each is chosen as if they were right,
-    with the randomness of its own number; those up to the first wrong guess are what would have been chosen
-    one by one. What follows a wrong guess is taken out of the cache again.
+    The last `drafted` tokens of a row are drafts. The token after each draft is chosen as if the draft were
+    right. Tokens up to the first wrong draft are exactly those that would be chosen one by one. Later tokens
+    are taken out of the cache again.
 
     Args:
       weights: for `forward`.
       cache: donated.
-      feed: tokens int32[B, T]; lengths, drafted int32[B]; begins bool[B], rows that are emptied first;
+      feed: tokens int32[B, T]; lengths, drafted int32[B]; begins bool[B], rows to empty first;
         temperature, top_p f32[B], seed uint32[B], count int32[B] as in `choose`.
       forward: the model.
-      window: W, one more than the most guesses of a row.
+      window: W, the most drafts of a row plus one.
 
     Returns:
-      chosen int32[B, W], of which a row's first accepted + 1 count; accepted int32[B]; overflow bool[B].
-      And the cache.
+      chosen int32[B, W], valid up to accepted + 1; accepted int32[B]; overflow bool[B]. And the cache.
     """
     tokens, lengths, drafted = feed["tokens"], feed["lengths"], feed["drafted"]
     cache = cache.reset(feed["begins"])
     start = cache.next_position
-    place = np.arange(window, dtype=np.int32)[None]
-    read = jnp.clip((lengths - 1 - drafted)[:, None] + place, 0, tokens.shape[1] - 1)
+    offset = np.arange(window, dtype=np.int32)[None]
+    read = jnp.clip((lengths - 1 - drafted)[:, None] + offset, 0, tokens.shape[1] - 1)
     logits, cache = forward(weights, cache, tokens, lengths=lengths, read=read)
     overflow = cache.overflow
     chosen = choose(
         logits, **{name: feed[name] for name in ("temperature", "top_p", "seed", "count")}
     )
-    guesses = jnp.take_along_axis(tokens, read[:, 1:], axis=1)
-    right = (guesses == chosen[:, :-1]) & (place[:, 1:] <= drafted[:, None])
+    drafts = jnp.take_along_axis(tokens, read[:, 1:], axis=1)
+    right = (drafts == chosen[:, :-1]) & (offset[:, 1:] <= drafted[:, None])
     accepted = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
     if window > 1:
         cache = cache.rewind(start + lengths - drafted + accepted)
@@ -110,7 +143,7 @@ class _Run:
     index: int
     request: Request
     unread: list[int]  # tokens that the cache does not have yet
-    lookup: Lookup | None
+    lookup: PromptLookup | None
     begins: bool = True
     tokens: list[int] = dataclasses.field(default_factory=list)
     ended: bool = False
@@ -119,16 +152,16 @@ class _Run:
     steps: int = 0
 
     def next_tokens(self, length: int, drafts: int) -> tuple[list[int], int]:
-        """At most `length` tokens to be fed, and how many of these, the last ones, are guesses."""
+        """Return at most `length` tokens to feed, and how many of the last ones are drafts."""
         fed, self.unread = self.unread[:length], self.unread[length:]
         if self.unread or self.lookup is None:
             return fed, 0
         left = self.request.max_tokens - len(self.tokens)
-        guesses = self.lookup.propose(min(drafts, length - len(fed), left - 1))
-        return fed + guesses, len(guesses)
+        proposed = self.lookup.propose(min(drafts, length - len(fed), left - 1))
+        return fed + proposed, len(proposed)
 
     def take(self, chosen: list[int], drafted: int, end_tokens: Sequence[int]) -> Iterator[int]:
-        """What was chosen, up to an end token."""
+        """Yield the chosen tokens up to an end token."""
         self.steps += 1
         self.drafted += drafted
         self.accepted += len(chosen) - 1
@@ -161,26 +194,26 @@ def generate(
     end_tokens: Sequence[int] = (),
     on_token: Callable[[int, int | None], None] | None = None,
 ) -> list[Completion]:
-    """Answers all requests, as many at a time as the cache has rows, in the order in which they come.
+    """Answer all requests in their order, as many at a time as the cache has rows.
 
     Args:
       weights: for `forward`.
-      cache: of any content; it is donated, and its rows are emptied.
-      requests: more than rows, or fewer.
-      forward: forward(weights, cache, tokens, lengths=, read=) -> (logits, cache), as `smollm2.forward`.
-        Pass the same function object each time: for each one programs are compiled.
-      chunk: how many tokens of its prompt a row reads in a step.
-      drafts: how many tokens at most are guessed and verified in a step, by looking them up in what the row
-        has already; 0: none. They change the number of steps, and no token.
-      end_tokens: with one of these an answer ends.
-      on_token: called as on_token(index of the request, token) for each token when it comes, and with None
-        when the answer is complete.
+      cache: donated; its rows are emptied first.
+      requests: any number of requests.
+      forward: forward(weights, cache, tokens, lengths=, read=) -> (logits, cache), as `llama.forward`.
+        Pass the same function object each time: programs are compiled for each object.
+      chunk: most tokens of its prompt that a row reads in a step.
+      drafts: most tokens that `PromptLookup` drafts for a step; 0: none. Drafts change the number of steps
+        and no token.
+      end_tokens: tokens that end an answer.
+      on_token: called as on_token(index of the request, token) for each token when it is chosen, and with
+        None when the answer is complete.
 
     Returns:
       The completions in the order of the requests.
 
     Raises:
-      ValueError: a request that does not fit in a row of the cache, before anything is computed.
+      ValueError: a request does not fit in a row of the cache. It is raised before anything is computed.
     """
     if drafts < 0 or chunk < 1 + drafts:
         raise ValueError(
@@ -188,7 +221,7 @@ def generate(
             "1 + drafts"
         )
     for i, request in enumerate(requests):
-        # The last token of the answer is not fed any more.
+        # The last token of the answer is not fed.
         if (needed := len(request.prompt) + request.max_tokens - 1) > cache.capacity:
             raise ValueError(
                 f"request {i} has a prompt of {len(request.prompt)} tokens and max_tokens is "
@@ -204,29 +237,26 @@ def generate(
             if run is None and waiting:
                 index, request = waiting.popleft()
                 prompt = [int(token) for token in request.prompt]
-                rows[b] = _Run(index, request, prompt, Lookup(prompt) if drafts else None)
+                rows[b] = _Run(index, request, prompt, PromptLookup(prompt) if drafts else None)
         if not any(rows):
             return [completions[i] for i in range(len(requests))]
         feed = _feed(rows, chunk, 1 + drafts)
         out, cache = step(weights, cache, feed, forward=forward, window=1 + drafts)
-        chosen, accepted, overflow = (np.asarray(out[name]) for name in _RESULTS)
-        _refuse(overflow, cache, rows)
+        out = {name: np.asarray(x) for name, x in out.items()}
+        _check_overflow(out["overflow"], cache, rows)
         for b, run in enumerate(rows):
             if run is None or run.unread:
                 continue
-            count = 1 + int(accepted[b])
-            for token in run.take(chosen[b, :count].tolist(), int(feed["drafted"][b]), end_tokens):
+            chosen = out["chosen"][b, : 1 + out["accepted"][b]].tolist()
+            for token in run.take(chosen, int(feed["drafted"][b]), end_tokens):
                 report(run.index, token)
             if run.done:
                 report(run.index, None)
                 completions[run.index], rows[b] = run.completion(), None
 
 
-_RESULTS = ("chosen", "accepted", "overflow")
-
-
 def _feed(rows: list[_Run | None], chunk: int, window: int) -> dict[str, np.ndarray]:
-    """The numbers of a step, as `step` takes them."""
+    """Return the argument `feed` of the next `step`."""
     long = any(run is not None and len(run.unread) > window for run in rows)
     batch, length = len(rows), chunk if long else window
     feed = {
@@ -252,8 +282,8 @@ def _feed(rows: list[_Run | None], chunk: int, window: int) -> dict[str, np.ndar
     return feed
 
 
-def _refuse(overflow: np.ndarray, cache: KVCache, rows: list[_Run | None]) -> None:
-    """An error where the cache had no place: a placement that is not 'least_loaded' may have none."""
+def _check_overflow(overflow: np.ndarray, cache: KVCache, rows: list[_Run | None]) -> None:
+    """Raise ValueError if a row had no free slot, which only placement='least_loaded' rules out."""
     if overflow.any():
         b = int(overflow.argmax())
         raise ValueError(
@@ -263,9 +293,9 @@ def _refuse(overflow: np.ndarray, cache: KVCache, rows: list[_Run | None]) -> No
 
 
 class TextStream:
-    """Text from the tokens of many requests as they come; to be passed as `on_token`.
+    """Text of the tokens of many requests as they come; pass it as `on_token`.
 
-    A character may be spread over several tokens: they wait until it is whole.
+    A character may have several tokens: they are held back until it is complete.
     """
 
     def __init__(
@@ -277,7 +307,7 @@ class TextStream:
         self._waiting: dict[int, list[int]] = {}
 
     def __call__(self, index: int, token: int | None) -> None:
-        """Writes write(index, text) for what is whole now, and write(index, None) at the end."""
+        """Call write(index, text) for each complete text, and write(index, None) at the end."""
         waiting = self._waiting.setdefault(index, [])
         if token is not None:
             waiting.append(token)
