@@ -375,7 +375,9 @@ def test_a_placement_without_a_place_is_an_error(model, mesh, weights, forward):
 
 def test_devices_that_do_not_divide_the_weights_are_refused(model):
     mesh = jax.make_mesh((3,), ("kv",), axis_types=(AxisType.Auto,), devices=jax.devices()[:3])
-    with pytest.raises(ValueError, match=r"3 devices, .* \[32, 40\] .* one of \[1, 2, 4, 8\] devices"):
+    with pytest.raises(
+        ValueError, match=r"3 devices, .* \[32, 40\] .* one of \[1, 2, 4, 8\] devices"
+    ):
         llama.shard_weights(model[1], mesh)
 
 
