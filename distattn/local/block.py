@@ -66,22 +66,53 @@ def block_state(block: Block, logit_config: LogitConfig) -> SoftmaxState:
 
 def block_logits(block: Block, logit_config: LogitConfig) -> tuple[jax.Array, jax.Array | None]:
     """Logits (see the layouts above), -inf where not allowed; and d(logit)/d(uncapped), None for 1."""
-    return finish_logits(_scores(block, logit_config), block, logit_config)
+    return finish_logits(_scores(block, logit_config), block.bias, block.allowed, logit_config)
 
 
 def finish_logits(
-    scores: jax.Array, block: Block, logit_config: LogitConfig, tanh: Callable[..., Any] = jnp.tanh
+    scores: jax.Array,
+    bias: jax.Array | None,
+    allowed: jax.Array | None,
+    logit_config: LogitConfig,
+    tanh: Callable[..., Any] = jnp.tanh,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Bias, soft cap and mask on scale * q.k, which lies as bias and `allowed` do."""
+    """Return cap(scores + bias), -inf where not allowed, and its slope before the mask (None for 1).
+
+    Blocks, the reproducible form and the kernels all call this, each in its own layout.
+
+    Args:
+      scores: scale * q.k.
+      bias: broadcasts against the scores; None for 0.
+      allowed: bool, broadcasts against the scores; None if every query attends to every key.
+      logit_config: the soft cap.
+      tanh: the function of the soft cap.
+    """
     logits, slope = scores, None
-    if block.bias is not None:
-        logits = logits + block.bias
+    if bias is not None:
+        logits = logits + bias
     if logit_config.soft_cap is not None:
         ratio = tanh(logits / logit_config.soft_cap)
         logits, slope = prevent_fma(logit_config.soft_cap * ratio), (1 - ratio) * (1 + ratio)
-    if block.allowed is not None:
-        logits = jnp.where(block.allowed, logits, -jnp.inf)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
     return logits, slope
+
+
+def gradient_of_logits(
+    weights: jax.Array,
+    d_weights: jax.Array,
+    slope: jax.Array | None,
+    allowed: jax.Array | None,
+) -> jax.Array:
+    """Return the gradient of logits before the soft cap: weights * d_weights * slope, 0 where not allowed.
+
+    `slope` and `allowed` are those of `finish_logits`. The weights are 0 where not allowed, but keys and
+    values of empty slots may be NaN, and 0 * NaN is NaN.
+    """
+    d_logits = weights * d_weights
+    if slope is not None:
+        d_logits = d_logits * slope
+    return d_logits if allowed is None else jnp.where(allowed, d_logits, 0.0)
 
 
 def block_gradients(
@@ -110,12 +141,7 @@ def block_gradients(
     einsum = einsum_with(logit_config)
     d_value = einsum("bkgqs,bkgqv->bskv", weights, d_weighted_sum)
     d_weights = einsum("bkgqv,bskv->bkgqs", d_weighted_sum, block.value) + d_sum[..., None]
-    d_logits = weights * d_weights
-    if slope is not None:
-        d_logits = d_logits * slope
-    # The weights are 0 there, but keys and values may be anything: 0 * nan.
-    if block.allowed is not None:
-        d_logits = jnp.where(block.allowed, d_logits, 0.0)
+    d_logits = gradient_of_logits(weights, d_weights, slope, block.allowed)
     d_query = attended_sum(
         lambda w, x: einsum("bkgqs,bskh->bkgqh", w, x), d_logits, block.key, block
     )

@@ -46,7 +46,14 @@ from distattn.algebra.fixed_point import (
     scaling,
 )
 from distattn.algebra.softmax_state import state_dtype
-from distattn.local.block import Block, Cotangents, LogitConfig, attended_sum, finish_logits
+from distattn.local.block import (
+    Block,
+    Cotangents,
+    LogitConfig,
+    attended_sum,
+    finish_logits,
+    gradient_of_logits,
+)
 from distattn.local.inputs import KERNELS, AttentionInputs
 from distattn.local.tiling import (
     Machine,
@@ -108,7 +115,9 @@ class Step:
     def scores(self) -> tuple[jax.Array, jax.Array | None]:
         """Logits [b, s, K, m] and slope, as `block_logits`."""
         scores = self.with_keys(self.query, self.key)
-        return finish_logits(scores, self.block, self.logit_config, deterministic_math.tanh)
+        return finish_logits(
+            scores, self.block.bias, self.block.allowed, self.logit_config, deterministic_math.tanh
+        )
 
     def with_keys(self, x: jax.Array, keys: jax.Array) -> jax.Array:
         """[b, s, K, m] from x [b, K, m, H] and keys [b, s, K, H]: products over H."""
@@ -503,13 +512,7 @@ def _step_gradients(
     d_weights = step.with_keys(d_weighted_sum, step.value)
 
     def chained(weights: jax.Array, d_weights: jax.Array, d_sum: jax.Array) -> jax.Array:
-        d_logits = weights * (d_weights + d_sum[:, None])
-        if slope is not None:
-            d_logits = d_logits * slope
-        if step.block.allowed is None:
-            return d_logits
-        # The weights are 0 there, but values may be anything: 0 * nan.
-        return jnp.where(step.block.allowed, d_logits, 0.0)
+        return gradient_of_logits(weights, d_weights + d_sum[:, None], slope, step.block.allowed)
 
     d_logits = deterministic_math.fusion_barrier(chained, weights, d_weights, d_sum)
 

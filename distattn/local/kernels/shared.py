@@ -33,7 +33,7 @@ from jax import lax
 
 from distattn._compat import interpreter, varying_axes
 from distattn.algebra.softmax_state import SoftmaxState, from_lse, softmax_weights
-from distattn.local.block import Cotangents, LogitConfig
+from distattn.local.block import Cotangents, LogitConfig, finish_logits, gradient_of_logits
 from distattn.local.inputs import AttentionInputs
 from distattn.local.mask import BlockSparsity, Mask, Span, saturating_add
 from distattn.local.tiling import Machine
@@ -216,14 +216,8 @@ class Numbers:
 def logits_of(
     products: jax.Array, allowed: jax.Array | None, logit_config: LogitConfig
 ) -> tuple[jax.Array, jax.Array | None]:
-    """cap(scale * products), -inf where not allowed; and its slope, None for 1."""
-    logits, slope = products * logit_config.scale, None
-    if logit_config.soft_cap is not None:
-        ratio = jnp.tanh(logits / logit_config.soft_cap)
-        logits, slope = logit_config.soft_cap * ratio, (1 - ratio) * (1 + ratio)
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    return logits, slope
+    """Return the logits of q.k and their slope, see `distattn.local.block.finish_logits`."""
+    return finish_logits(products * logit_config.scale, None, allowed, logit_config)
 
 
 def gradients_of(
@@ -235,22 +229,21 @@ def gradients_of(
     reference: jax.Array,
     d_sum: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights, and the gradient of logits before the soft cap: as in `distattn.local.block.block_gradients`.
+    """Return the weights, and the gradient of logits before the soft cap.
+
+    `distattn.local.block.block_gradients` has the formula.
 
     Args:
-      products: query . key.
+      products: q.k.
       d_products: d_weighted_sum . value.
-      allowed: who attends to whom; None: all do.
-      logit_config: how logits are made.
-      reference: the maximum or the log-sum-exp of rows, broadcasts.
-      d_sum: of rows, broadcasts.
+      allowed: bool, who attends to whom; None if every row attends to every key.
+      logit_config: the soft cap and the scale.
+      reference: the maximum or the log-sum-exp of the rows, broadcasts.
+      d_sum: the cotangent of the sum of the rows, broadcasts.
     """
     logits, slope = logits_of(products, allowed, logit_config)
     weights = softmax_weights(logits, reference)
-    d_logits = weights * (d_products + d_sum)
-    if slope is not None:
-        d_logits = d_logits * slope
-    return weights, d_logits if allowed is None else jnp.where(allowed, d_logits, 0.0)
+    return weights, gradient_of_logits(weights, d_products + d_sum, slope, allowed)
 
 
 def finished_state(out: jax.Array, lse: jax.Array, attended: jax.Array) -> SoftmaxState:
