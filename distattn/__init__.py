@@ -1,4 +1,7 @@
-"""Exact attention whose keys and values lie on many devices, in any order.
+"""Exact attention in JAX whose keys and values are sharded over devices in any order.
+
+`distattn.testing`, `distattn.integrations.flax`, `.equinox` and `.jax_nn`, `distattn.planning.plan`,
+`.cost`, `.pods` and `.chips`, and `distattn.algebra.fixed_point` are public too: import them by name.
 
 Letters of shapes, everywhere (those of `jax.nn.dot_product_attention`): B batch, T query length, S key
 length, N query heads, K key/value heads (N % K == 0), G = N // K, H head dimension of query and key, V
@@ -38,3 +41,8 @@ __all__ = [
     "reproducible_sum",
     "sharded_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    """Name what is public: other packages are attributes as soon as they are imported."""
+    return __all__

@@ -35,7 +35,7 @@ STARTS = re.compile(
 )
 BANNED = re.compile(
     r"\b(whoever|nobody|by turns|hand(?:s|ed|ing)? in|such an?|so many|one's own"
-    r"|the former|the latter|no number|is none|are none|lies?|the same bits"
+    r"|the former|the latter|no number|(?:is|are) (?-i:none)|lies?|the same bits"
     r"|(?<!dot )(?<!Dot )products|it is not(?=[.,;]))\b",
     re.IGNORECASE,
 )

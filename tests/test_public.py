@@ -45,7 +45,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(distattn.__path__, "distattn.")
 
 
 def test_public_names():
-    assert sorted(distattn.__all__) == PUBLIC
+    assert sorted(distattn.__all__) == dir(distattn) == PUBLIC
     assert all(getattr(distattn, name).__doc__ for name in PUBLIC)
 
 
@@ -65,7 +65,7 @@ print(*sorted({OPTIONAL} & sys.modules.keys()))
 
 @pytest.mark.parametrize("package", ["flax", "equinox"])
 def test_a_package_that_is_not_there_is_named_with_what_brings_it(package):
-    """As orbax is: tests/cache/test_cache_moves.py."""
+    """Orbax has its test in tests/cache/test_cache_moves.py."""
     code = f"import sys; sys.modules[{package!r}] = None; import distattn.integrations.{package}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -133,7 +133,7 @@ def test_help_tells_of_every_argument_and_of_the_result(name):
 
 # Modules that are public besides those that `distattn` itself names.
 BESIDE = (
-    *("algebra.fixed_point", "planning.cost", "local.streaming", "testing.programs"),
+    *("algebra.fixed_point", "planning.cost", "local.streaming", "testing.hlo", "testing.programs"),
     *(f"integrations.{name}" for name in ("equinox", "flax", "jax_nn")),
 )
 

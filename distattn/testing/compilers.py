@@ -1,4 +1,4 @@
-"""The real compilers of accelerators that are not here: compile-only devices of a named topology."""
+"""Compile-only devices of a named topology, from the real compilers of accelerators."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ from distattn._compat import command
 from distattn.planning.chips import CHIPS
 from distattn.planning.pods import Pod
 
-# What XLA:GPU asks of a device, as an H100 SXM with 80 GB answers (GpuTargetConfigProto of OpenXLA).
+# GpuTargetConfigProto of OpenXLA for an H100 SXM with 80 GB.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -42,7 +42,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPU_TARGETS = {"h100": _H100}
 
-# Nothing here runs on a TPU: libtpu is not to ask a cloud which one this is, nor to be alone here.
+# Nothing here runs on a TPU: keep libtpu from asking a cloud for one, and from locking it.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -52,12 +52,11 @@ _TPU_ENVIRONMENT = {
 
 @contextlib.contextmanager
 def environment() -> Generator[None, None, None]:
-    """What the compilers find in the environment while they are asked for devices, and while they compile.
+    """Set the environment variables of the compilers, and hide XLA_FLAGS meanwhile.
 
-    XLA_FLAGS are hidden: libtpu ends the process for a flag that XLA:CPU alone knows. Its own flags are in
-    LIBTPU_INIT_ARGS.
+    libtpu ends the process for a flag that only XLA:CPU knows. Its flags are in LIBTPU_INIT_ARGS.
     """
-    jax.devices()  # JAX itself reads the flags as it starts
+    jax.devices()  # JAX reads the flags when it starts
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     flags = os.environ.pop("XLA_FLAGS", None)
@@ -69,19 +68,21 @@ def environment() -> Generator[None, None, None]:
 
 
 def compiled_for() -> tuple[str, ...]:
-    """The chips that `devices_of` has a compiler for, if the extras are installed."""
+    """Return the chips for which `devices_of` has a compiler, if the extras are installed."""
     return tuple(x.name for x in CHIPS.values() if x.platform == "tpu" or x.name in GPU_TARGETS)
 
 
 def devices_of(pod: Pod) -> np.ndarray:
-    """Devices to compile for, [slices, *torus] on a TPU, [hosts, GPUs of a host] on a GPU.
-
-    Where a chip is two devices, the last dimension counts them. To be called in `environment`.
+    """Return the devices to compile for; call it in `environment`.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed; says which extra brings it.
       ValueError: a topology that the compiler does not know.
-      NotImplementedError: a chip for which nothing can be compiled here.
+      NotImplementedError: a chip without a compiler here.
+
+    Returns:
+      [slices, *torus] on a TPU, [hosts, GPUs of a host] on a GPU. If a chip is two devices, the last
+      dimension counts them.
     """
     if pod.chip.platform == "tpu":
         return _tpu_devices(pod)
@@ -89,7 +90,7 @@ def devices_of(pod: Pod) -> np.ndarray:
         return _gpu_devices(pod)
     raise NotImplementedError(
         f"topology {pod.name!r}: there is no compiler here for {pod.chip.name}; compile for a TPU or one "
-        f"of {sorted(GPU_TARGETS)}, or use distattn.testing.programs.lower, which needs none"
+        f"of {sorted(GPU_TARGETS)}, or use distattn.testing.lower, which needs none"
     )
 
 
@@ -101,12 +102,12 @@ def _tpu_devices(pod: Pod) -> np.ndarray:
         more["chip_config_name"] = "megacore"
     found = _topology(pod, platform="tpu", topology_name=f"{pod.chip.name}:{shape}", **more)
 
-    def place(device: Any) -> tuple[int, ...]:
-        # Rows of a mesh are laid along the torus, its last dimension the fastest.
+    def position(device: Any) -> tuple[int, ...]:
+        # A mesh follows the torus row by row, the last dimension the fastest.
         coordinates = device.coords[: len(pod.torus)]
         return (getattr(device, "slice_index", None) or 0, *coordinates, device.core_on_chip)
 
-    devices = _array(sorted(found, key=place))
+    devices = _array(sorted(found, key=position))
     cores = devices.size // (pod.slices * int(np.prod(pod.torus)))
     return devices.reshape(pod.slices, *pod.torus, *((cores,) if cores > 1 else ()))
 
@@ -131,20 +132,20 @@ def _topology(pod: Pod, **options: Any) -> list[Any]:
     except (RuntimeError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
         raise ValueError(
             f"topology {pod.name!r}: the {pod.chip.platform.upper()} compiler does not take it ({error}); "
-            "use one that can be had, such as v5e:4x4, v5p:4x4x4 or h100:2x8"
+            "use another, such as v5e:4x4, v5p:4x4x4 or h100:2x8"
         ) from error
 
 
 def _require(module: str, extra: str, pod: Pod) -> None:
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # a part of the path to it
+    except ModuleNotFoundError:  # a package above it
         found = None
     if found is None:
         raise ModuleNotFoundError(
-            f"topology {pod.name!r}: {module} is not installed, which brings the compiler: "
-            f"{command(extra)}, in an environment of its own since JAX then looks for such devices; or use "
-            "distattn.testing.programs.lower, which needs none",
+            f"topology {pod.name!r}: {module} is not installed, the compiler: "
+            f"{command(extra)}, in a separate environment, since JAX then looks for these devices; or use "
+            "distattn.testing.lower, which needs none",
             name=module,
         )
 

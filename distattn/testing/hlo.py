@@ -1,9 +1,10 @@
-"""What a compiled program sends between devices, read off the text of its HLO."""
+"""Collectives of a compiled program, counted in the text of its HLO."""
 
 import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _INSTRUCTION = re.compile(
 )
 # `%name (arguments) -> shape {`, and before any optimisation `name {`.
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) (?:\(.*)?\{$")
-# What an instruction calls: `body=%name`, `calls=%name`, `branch_computations={%name, %name}`.
+# Calls of an instruction: `body=%name`, `calls=%name`, `branch_computations={%name, %name}`.
 _CALLS = re.compile(
     r"\b(body|condition|calls|to_apply|called_computations|true_computation|false_computation"
     r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -35,7 +36,7 @@ _CALLS = re.compile(
 _OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 _TARGETS = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)*)\}")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _NUMBER = re.compile(r"^(-?\d+)\)")
@@ -46,20 +47,20 @@ _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<dimensions>[
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation in the text; one in two halves (start, done) is one, a send another."""
+    """Collective operation in the text; its two halves (start, done) are one, a send is another."""
 
-    kind: str  # of KINDS
-    result_bytes: int  # of what it leaves on one device; for a send, of what it sends
-    runs: int  # in one run of the program, as far as the text says how often loops run
-    partners: np.ndarray | None  # int[P, Q]: ranks of which those of a row exchange; None: not said
-    by_id: bool = False  # whether partners are ids of devices, and not ranks
+    kind: str  # one of KINDS
+    result_bytes: int  # size of its result on one device; size of the message of a send
+    runs: int  # number of runs in one run of the program, if the text says how often loops run
+    partners: np.ndarray | None  # int[P, Q], ranks; each row is a group; None if unknown
+    by_id: bool = False  # True if partners are ids of devices, not ranks
 
     def axes(self, sizes: Mapping[str, int], ids: Sequence[int] = ()) -> tuple[str, ...]:
-        """The axes of a mesh along which something is exchanged.
+        """Return the axes of a mesh along which it communicates.
 
         Args:
-          sizes: of all axes of the mesh by name; ranks count devices row by row.
-          ids: of the devices in that order, where they are known.
+          sizes: sizes of all axes of the mesh by name; ranks count devices row by row.
+          ids: ids of the devices in this order, if known.
         """
         names, shape = tuple(sizes), tuple(sizes.values())
         if self.partners is None or (self.by_id and not len(ids)):
@@ -82,17 +83,17 @@ class _Instruction:
     opcode: str
     shape: str
     rest: str  # inputs and attributes
-    root: bool
+    root: bool  # True if it is the result of its computation
 
     @functools.cached_property
     def kind(self) -> str | None:
-        """The collective that begins here."""
+        """Kind of the collective that begins here, or None."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in KINDS else None
 
     @functools.cached_property
     def calls(self) -> dict[str, list[str]]:
-        """Names of computations, by attribute."""
+        """Names of called computations, by attribute."""
         found: dict[str, list[str]] = {}
         for attribute, names in _CALLS.findall(self.rest):
             found.setdefault(attribute, []).extend(n.strip(" {%}") for n in names.split(","))
@@ -100,7 +101,7 @@ class _Instruction:
 
     @functools.cached_property
     def inputs(self) -> list[str]:
-        """Names of instructions."""
+        """Names of the instructions that are inputs."""
         depth, end = 1, len(self.rest)
         for end, character in enumerate(self.rest):  # noqa: B007
             depth += (character == "(") - (character == ")")
@@ -109,39 +110,39 @@ class _Instruction:
         return _OPERAND.findall(self.rest[:end])
 
     def attribute(self, pattern: re.Pattern[str]) -> str | None:
-        """The group of a pattern among the attributes."""
+        """Return the group of a pattern among the attributes, or None."""
         match = pattern.search(self.rest)
         return match[1] if match else None
 
     @property
-    def meeting(self) -> str | None:
-        """What a send and its receive have in common."""
-        return self.attribute(_MEETING) or self.attribute(_CHANNEL)
+    def rendezvous(self) -> str | None:
+        """Name that a send and its receive share."""
+        return self.attribute(_RENDEZVOUS) or self.attribute(_CHANNEL)
 
 
 class Program:
-    """The computations of a program, parsed once."""
+    """Computations of a program, parsed once."""
 
     def __init__(self, text: str):
-        """Of the text of HLO, optimised or not."""
+        """Parse the text of HLO, optimised or not."""
         self.computations: dict[str, list[_Instruction]] = {}
         self.entry: str = ""
-        here = self.computations.setdefault("", [])  # of a part of a text
+        instructions = self.computations.setdefault("", [])  # for a fragment of a text
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
-                here = self.computations.setdefault(start["name"], [])
+                instructions = self.computations.setdefault(start["name"], [])
                 self.entry = start["name"] if start["entry"] else self.entry
             elif match := _INSTRUCTION.match(line):
-                parts = (match[x] for x in ("name", "opcode", "shape", "rest"))
-                here.append(_Instruction(*parts, root=bool(match["root"])))
+                fields = (match[x] for x in ("name", "opcode", "shape", "rest"))
+                instructions.append(_Instruction(*fields, root=bool(match["root"])))
         self._by_name = {
-            name: {x.name: x for x in found} for name, found in self.computations.items()
+            name: {x.name: x for x in body} for name, body in self.computations.items()
         }
         self._runs = self._count_runs()
         self._depths: dict[str, int] = {}
 
     def collectives(self) -> Iterator[Collective]:
-        """Each collective operation of the text."""
+        """Yield each collective operation of the text."""
         for name, instructions in self.computations.items():
             for x in instructions:
                 if x.kind is not None:
@@ -150,10 +151,10 @@ class Program:
 
     @property
     def rounds(self) -> int:
-        """How many collectives wait for one another: the longest chain in one run of the program.
+        """Number of collectives in the longest chain that wait for one another, in one run.
 
-        A send and its receive are one: what is received waits for what the partner sent, by the same
-        program in the same place.
+        A send and its receive count once: the receive waits for the partner's send, which the same
+        program makes at the same place.
         """
         return self._depth(self.entry)
 
@@ -164,17 +165,17 @@ class Program:
             for x in self.computations.get(name, ()):
                 # Instructions come after their inputs.
                 before = max((known.get(y, 0) for y in x.inputs), default=0)
-                own = 0
+                added = 0
                 if x.kind == "send":
-                    sent[x.meeting] = before
+                    sent[x.rendezvous] = before
                 elif x.kind == "recv":
-                    before, own = max(before, sent.get(x.meeting, 0)), 1
+                    before, added = max(before, sent.get(x.rendezvous, 0)), 1
                 elif x.kind is not None:
-                    own = 1
+                    added = 1
                 for attribute, callees in x.calls.items():
                     depth = max((self._depth(y) for y in callees), default=0)
-                    own += depth * (self._trips(name, x) if attribute == "body" else 1)
-                known[x.name] = before + own
+                    added += depth * (self._trips(name, x) if attribute == "body" else 1)
+                known[x.name] = before + added
             self._depths[name] = max(known.values(), default=0)
         return self._depths[name]
 
@@ -189,16 +190,14 @@ class Program:
 
         @functools.cache
         def runs(name: str) -> int:
-            return (
-                sum(times * runs(caller) for caller, times in callers[name])
-                if name in callers
-                else 1
-            )
+            if name not in callers:
+                return 1
+            return sum(times * runs(caller) for caller, times in callers[name])
 
         return {name: runs(name) for name in callers}
 
     def _trips(self, computation: str, loop: _Instruction) -> int:
-        """How often the body of a loop runs: said by XLA, or counted up to a constant; else 1."""
+        """Return the iterations of a loop, from XLA or from its counter's constant limit; else 1."""
         if (known := loop.attribute(_TRIPS)) is not None:
             return int(known)
         condition = self._by_name.get(loop.calls.get("condition", [""])[0], {})
@@ -219,6 +218,43 @@ class Program:
                 start = around.get(start.inputs[0])
             first = None if start is None else start.attribute(_NUMBER)
         return 1 if last is None else max(int(last) - int(first or 0), 0)
+
+
+def collectives(hlo_text: str, *, executed: bool = False) -> Counter[str]:
+    """Count each kind of collective operation in a compiled program.
+
+    An operation in two halves (`all-gather-start`, `all-gather-done`) counts once, by its plain name.
+
+    Args:
+      hlo_text: optimised HLO, from `jax.jit(f).lower(...).compile().as_text()`.
+      executed: count an operation in a loop once per iteration, if XLA knows their number.
+
+    Returns:
+      Counter from the name of the operation in XLA to its number; absent if 0.
+    """
+    total: Counter[str] = Counter()
+    for x in Program(hlo_text).collectives():
+        total[x.kind] += x.runs if executed else 1
+    return total
+
+
+def collective_bytes(hlo_text: str, *, executed: bool = False) -> dict[str, int]:
+    """Sum the sizes of the results of each kind of collective operation on one device.
+
+    The traffic on the links depends on the algorithm: a ring all-gather sends (D-1)/D of its result
+    per device, a permute all of it.
+
+    Args:
+      hlo_text: as for `collectives`.
+      executed: as for `collectives`.
+
+    Returns:
+      Dict from the name of the operation in XLA to bytes per device.
+    """
+    total: Counter[str] = Counter()
+    for x in Program(hlo_text).collectives():
+        total[x.kind] += x.result_bytes * (x.runs if executed else 1)
+    return dict(total)
 
 
 def _result_bytes(x: _Instruction) -> int:
@@ -252,19 +288,19 @@ def _partners(x: _Instruction) -> np.ndarray | None:
 
 
 def _elements(shape: str) -> list[str]:
-    """The parts of a tuple shape, split at the commas that are inside no other bracket."""
-    parts, depth = [""], 0
+    """Split a tuple shape at the commas outside inner brackets."""
+    elements, depth = [""], 0
     for character in shape.strip()[1:-1]:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and depth == 0:
-            parts.append("")
+            elements.append("")
         else:
-            parts[-1] += character
-    return parts
+            elements[-1] += character
+    return elements
 
 
 def _size_bytes(shape: str) -> int:
-    """The bytes of an array shape or of all arrays in a tuple shape."""
+    """Return the bytes of an array shape, or of all arrays in a tuple shape."""
     total = 0
     for array in _ARRAY.finditer(shape):
         bits = int(array["bits"] or 8)  # pred takes a byte

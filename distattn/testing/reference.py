@@ -1,15 +1,13 @@
-"""The oracle: attention in float64 numpy, one query row at a time, over the keys it attends to.
+"""Oracle of attention in float64 numpy: one query row at a time, over the keys it attends to.
 
-No blocks, no merging, no jax, and a loop where an array would be faster: it is here to be read and
-believed. Tests, examples and scripts compare against it; the library itself does not import it.
+No blocks, no merging, and a loop where an array would be faster: it is here to be read and believed.
+Tests, examples and scripts compare against it, and the library does not import it.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads (query head n reads
 key/value head n // (N // K)), H head dimension of query and key, V head dimension of value.
 
-How close to a float64 reference is close enough: one rule by dtype, derived.
-
-An error is relative to the largest magnitude of the reference, not to each element: attention is an
-average, and where it cancels to nearly nothing no float32 sum is right to its last digits.
+`tolerance` says how close is close enough, relative to the largest magnitude of the reference, not to
+each element: attention is an average, and if it cancels to nearly 0 the last digits are rounding.
 """
 
 import math
@@ -25,7 +23,7 @@ Bools = NDArray[np.bool_]
 Window = int | tuple[int | None, int | None] | None
 
 
-# NaN and inf are data here: they reach the rows that attend to them, without a warning.
+# NaN and inf are data here: they reach the rows that attend to them without a warning.
 @np.errstate(over="ignore", invalid="ignore")
 def dot_product_attention(
     query: ArrayLike,
@@ -46,7 +44,7 @@ def dot_product_attention(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
 ) -> tuple[Floats, Floats]:
-    """Attention and its natural-log sum of exponentials, in float64.
+    """Compute attention and its natural-log sum of exponentials, in float64.
 
     Over the keys s that row t attends to, logit_s = cap(scale * query_t . key_s + bias_ts), where
     cap(x) = c * tanh(x / c); lse = log(exp(sink) + sum_s exp(logit_s)), and
@@ -80,7 +78,7 @@ def dot_product_attention(
 
     Reference: Vaswani et al., arXiv 1706.03762, section 3.2.1 (with bias, cap, masks, sinks added).
     """
-    arguments = dict(locals())  # each under its own name: none can be lost or swapped
+    arguments = dict(locals())  # by name, so that no argument is lost or swapped
     q, _, v = _batched(query, key, value)
     out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
     for row in _rows(**arguments):
@@ -111,7 +109,7 @@ def attention_gradients(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
 ) -> dict[str, Floats]:
-    """Gradients of sum(out * dout) + sum(lse * dlse), in float64, from the formulas.
+    """Compute the gradients of sum(out * dout) + sum(lse * dlse), in float64, from the formulas.
 
     In each row, with weight_s = exp(logit_s - lse) and delta = dout . out, and slope_s =
     1 - (logit_s / c)^2 under a soft cap, else 1: the gradient of scale * query . key_s + bias_s is
@@ -119,8 +117,8 @@ def attention_gradients(
     dquery = scale * sum_s dlogit_s * key_s, dkey_s = scale * dlogit_s * query,
     dvalue_s = weight_s * dout, dsink = -exp(sink - lse) * (delta - dlse).
 
-    Arguments are those of `dot_product_attention`, and dout (shape of out) and dlse (shape of lse,
-    zero by default, ignored where lse is -inf).
+    Takes the arguments of `dot_product_attention`, dout (shape of out) and dlse (shape of lse, zero
+    by default, ignored where lse is -inf).
 
     Returns:
         dquery, dkey, dvalue, dbias if there is a bias, dsinks if there are sinks: each float64, in
@@ -179,10 +177,10 @@ def attend_mask(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
 ) -> Bools:
-    """Which query attends to which key: bool[B, N|1, T, S], the AND of everything that is passed.
+    """Combine all masks to bool[B, N|1, T, S], True where a query attends to a key.
 
-    Arguments are those of `dot_product_attention`; of query and key only the shapes are read. The
-    result has B even where they have not, and N only where the mask has it.
+    Takes the masks of `dot_product_attention`, and reads only the shapes of query and key. The result
+    always has B, and has N if the mask does.
 
     Raises:
         ValueError: as `dot_product_attention`.
@@ -225,7 +223,7 @@ class _Row(NamedTuple):
     """One query row of one head, and the A keys that it attends to."""
 
     at: tuple[int, int, int]  # indices in [B, T, N]
-    head: int  # of key and value
+    head: int  # index in K
     slots: NDArray[np.intp]  # [A], indices in S
     keys: Floats  # [A, H]
     values: Floats  # [A, V]
@@ -257,7 +255,7 @@ def _rows(
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
     for b, t, n in np.ndindex(batch, queries, heads):
         head = n // (heads // key.shape[2])
-        # What is not attended to is not even read, so whatever it holds cannot leak.
+        # Masked slots are not read, so their contents cannot leak.
         slots = np.flatnonzero(allowed[b, n, t])
         keys, values = key[b, slots, head], value[b, slots, head]
         logits, slopes = scale * (keys @ query[b, t, n]) + bias[b, n, t, slots], np.ones(len(slots))
@@ -265,7 +263,7 @@ def _rows(
             capped = np.tanh(logits / logits_soft_cap)
             logits, slopes = logits_soft_cap * capped, 1 - capped**2
         sink = sinks[b, t, n]
-        top = np.maximum(sink, np.max(logits, initial=-np.inf))  # NaN if any is
+        top = np.maximum(sink, np.max(logits, initial=-np.inf))  # NaN if any logit is NaN
         if top == -np.inf:  # neither key nor sink
             weights, p_sink, lse = np.zeros(len(slots)), 0.0, -np.inf
         else:
@@ -303,14 +301,13 @@ def _row_exists(lengths: ArrayLike | None, batch: int, queries: int) -> Bools:
     return np.arange(queries) < _integers(lengths).reshape(batch, 1)
 
 
-# The oracle is float64 too, so a float64 result meets an error of its own size: the rule twice for
-# each of the two sides.
+# A float64 result and the float64 reference have errors of equal size: twice the rule for each.
 FLOAT64_ROUNDINGS = 4.0
 FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
 def tolerance(dtype: Any, keys: int) -> float:
-    """Relative to max|reference|: one rounding of the output, a float32 sum over `keys` terms."""
+    """Return one rounding of the output plus a float32 sum over `keys` terms, over max|reference|."""
     dtype = np.dtype(dtype)
     if dtype == np.float64:
         return FLOAT64_ROUNDINGS * FLOAT64_EPS * (1 + keys**0.5)
@@ -318,15 +315,15 @@ def tolerance(dtype: Any, keys: int) -> float:
 
 
 def worst(actual: Any, desired: Any, unit: float = 0.0) -> tuple[float, tuple[int, ...]]:
-    """The largest |actual - desired| / max|desired| and its place; inf if non-finites differ.
+    """Find the largest |actual - desired| / max|desired|; it is inf if non-finite values differ.
 
     Args:
-      actual: what is judged, any array.
+      actual: any array.
       desired: the reference, of the same shape.
-      unit: in place of max|desired|, where it is larger; 1 where both are 0.
+      unit: smallest divisor; max|desired| is used if it is larger, and 1 if both are 0.
 
     Returns:
-      The error and the index of it.
+      The error and its index.
 
     Raises:
       AssertionError: shapes that differ.

@@ -172,7 +172,7 @@ def _inner_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
         raise _refused(
             "no chip can write to the memory of one in another slice, and which axes of this mesh lie "
             "within a slice is not known here: call distattn.dot_product_attention with mesh=, a Mesh of "
-            "devices, or distattn.testing.programs.compile_for"
+            "devices, or distattn.testing.compile_for"
         )
     inner = tuple(axis for axis in axes if axis not in slow)
     if slow and axes_size(inner) == 1:
