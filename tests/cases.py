@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from distattn import KVCache, layouts
 from distattn.cache.replicas import replica_letters, wards_of
@@ -173,6 +174,22 @@ def as_float32(arguments: dict[str, Any]) -> dict[str, Any]:
 def mesh_of(devices: int, kind: str) -> Mesh:
     """A mesh of one axis, 'kv'."""
     return jax.make_mesh((devices,), ("kv",), (KINDS[kind],), devices=jax.devices()[:devices])
+
+
+def shardings(
+    mesh: Any,
+    keys: str | tuple[str, ...] | None = None,
+    *,
+    query: str | tuple[str, ...] | None = None,
+    batch: str | tuple[str, ...] | None = None,
+    heads: str | tuple[str, ...] | None = None,
+) -> dict[str, NamedSharding | None]:
+    """`query_sharding` and `key_value_sharding`, by the axes of S, T, B and heads; query="auto": None."""
+    rows = None if query == "auto" else NamedSharding(mesh, P(batch, query, heads))
+    return {
+        "query_sharding": rows,
+        "key_value_sharding": NamedSharding(mesh, P(batch, keys, heads)),
+    }
 
 
 def runner(attention: Callable[..., tuple[jax.Array, jax.Array]], options: dict[str, Any]) -> Any:

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
-from distattn.attention.sharding import Placement, read_placement
-from distattn.collectives.mesh import manual, mesh_order, place
+from distattn.attention.sharding import Placement, Sharding, read_placement
+from distattn.collectives.mesh import axes_of, manual, mesh_order, place
 from distattn.collectives.pair_exchange import exchange, pair
-from distattn.planning.plan import Axes, AxisNames
+from distattn.planning.plan import Axes
 
 
 def align(
@@ -31,8 +31,7 @@ def align(
     value_positions: jax.Array,
     key_positions: jax.Array,
     *,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    sharding: Sharding = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The values in the order of the keys, each on the device of its key.
 
@@ -48,9 +47,8 @@ def align(
       value: [B, S, K, V].
       value_positions: int32[S] or int32[B, S], the position of each value.
       key_positions: int32[S'] or int32[B, S'], the position of each key; S' may differ from S.
-      mesh: where the arrays lie; None: read from them. Without any mesh nothing is exchanged.
-      axis_name: the axis, or the axes, over which keys and values are sharded, () = none; None: read
-        from them. Under an Auto mesh and inside jit that cannot be read: say it.
+      sharding: `jax.NamedSharding` or `jax.P` of value as passed; None: read from value. Inside jit under
+        Auto axes it can't be read: pass it. Without a mesh nothing is exchanged.
 
     Returns:
       value_aligned [B, S', K, V], zero in slots without a unique partner; key_positions int32[S'],
@@ -74,7 +72,7 @@ def align(
     _check(value, value_positions, key_positions)
     value = jnp.asarray(value)
     rows, one_row = _rows(value_positions, key_positions)
-    run = _Run.read(value, rows, mesh, axis_name)
+    run = _Run.read(value, rows, sharding)
     there, back, kept, unmatched = _pair_under_jit(run, *run.place("BS", *rows))
     if not isinstance(unmatched, Tracer) and jnp.any(unmatched):
         raise ValueError(_explain(rows, one_row))
@@ -109,7 +107,7 @@ def align_shards(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from distattn import layouts
-      >>> from jax.sharding import PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))
       >>> def bring(value, value_positions, key_positions):
       ...     return layouts.align_shards(value, value_positions, key_positions, axis_name="x")[0]
@@ -136,14 +134,17 @@ class _Run:
     placement: Placement = Placement()
 
     @classmethod
-    def read(cls, value: jax.Array, rows: Any, mesh: Any, axis_name: AxisNames) -> _Run:
+    def read(cls, value: jax.Array, rows: Any, sharding: Sharding) -> _Run:
         """Where value lies; the positions are taken there."""
         manual_axes = jax.sharding.get_abstract_mesh().manual_axes
-        names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-        if inside := [name for name in names if name in manual_axes]:
-            raise ValueError(f"axis_name {inside[0]!r} is manual here: call align_shards inside")
+        if isinstance(sharding, PartitionSpec | NamedSharding) and (
+            inside := {*axes_of(getattr(sharding, "spec", sharding), 1)} & {*manual_axes}
+        ):
+            raise ValueError(
+                f"sharding is {sharding}, but {inside} is manual here: call align_shards inside a shard_map"
+            )
         placement = read_placement(
-            value, value, value, mesh=mesh, axis_name=axis_name, query_axis_name=None
+            value, value, value, key_value_sharding=sharding, names=("sharding", "sharding")
         )
         devices = placement.size(placement.key)
         for name, x in zip(("value_positions", "key_positions"), rows, strict=True):

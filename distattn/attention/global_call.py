@@ -37,7 +37,7 @@ from distattn.local.inputs import (
 )
 from distattn.local.reproducible import ReproducibleBlocks
 from distattn.local.tiling import Machine
-from distattn.planning.plan import Axes, AxisNames
+from distattn.planning.plan import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +161,10 @@ def choose_call(
     logit_config: LogitConfig,
     implementation: str,
     strategy: StrategyLike,
-    query_axis_name: AxisNames,
     reproducible_blocks: ReproducibleBlocks | None,
 ) -> Call:
     """The call whose devices exchange as `choose_movement` says, which raises what it raises."""
-    placement, movement = choose_movement(
-        placement, inputs, strategy, query_axis_name, reproducible_blocks
-    )
+    placement, movement = choose_movement(placement, inputs, strategy, reproducible_blocks)
     work = Work(
         logit_config,
         Machine(placement.platform, placement.compiler_sharded),

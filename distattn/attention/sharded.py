@@ -176,7 +176,9 @@ def sharded_attention(
     work = Work(logit_config, machine, implementation, movement, movement.keys_at_work(names))
     if reproducible:
         whole = _global_shapes(inputs, axes_size(axes), query_sharded)
-        work = dataclasses.replace(work, units=reproducible_blocks_of(whole, implementation))
+        work = dataclasses.replace(
+            work, reproducible_blocks=reproducible_blocks_of(whole, implementation)
+        )
         out, lse = reproducible_attention(Own(work, axes, query_sharded), inputs)
     else:
         out, lse = _attend(work, inputs)

@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from distattn._compat import concrete, platform_of, varying_axes
 from distattn.collectives.mesh import (
     axes_of,
-    check_mesh,
     described,
     free_axes,
     identity_of,
@@ -22,7 +21,10 @@ from distattn.collectives.mesh import (
     topology_on,
 )
 from distattn.planning.cost import Topology
-from distattn.planning.plan import Axes, AxisNames, as_axes
+from distattn.planning.plan import Axes
+
+# Of an array as it is passed; None: read from the array.
+Sharding = NamedSharding | PartitionSpec | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Placement:
     query: Axes = ()  # T
     key: Axes = ()  # S
     query_known: bool = True  # False: the layout of the query could not be read
+    query_given: bool = False  # by the caller
     manual: Axes = ()  # axes that our shard_map takes: those above, and all whose layout is known
     compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
 
@@ -89,107 +92,101 @@ def read_placement(
     query: Any,
     key: Any,
     value: Any,
+    query_sharding: Sharding = None,
+    key_value_sharding: Sharding = None,
     *,
-    mesh: Mesh | AbstractMesh | None,
-    axis_name: AxisNames,
-    query_axis_name: AxisNames,
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
+    names: tuple[str, str] = ("query_sharding", "key_value_sharding"),
     leave_none: bool = False,
 ) -> Placement:
-    """Where the arrays lie.
+    """Return the axes that shard each dimension of a call.
 
     Args:
-      query: [B, T, N, H] or [T, N, H], array or tracer.
+      query: [B, T, N, H] or [T, N, H], array, tracer or `jax.ShapeDtypeStruct`.
       key: [B, S, K, H] or [S, K, H].
       value: [B, S, K, V] or [S, K, V].
-      mesh: said by the caller, or None.
-      axis_name: axes of S said by the caller, () for none, or None.
-      query_axis_name: axes of T said by the caller, None for replicated, 'auto' to read them.
-      batch_axis_name: axes of B said by the caller, or None.
-      heads_axis_name: axes of N and K said by the caller, or None.
-      leave_none: leave no axis to the compiler: what it may have sharded unseen is gathered.
+      query_sharding: as in `dot_product_attention`; None: read from query.
+      key_value_sharding: as in `dot_product_attention`; None: read from key and value.
+      names: of these two arguments, in errors.
+      leave_none: leave no axis to the compiler: gather batches and heads that it may have sharded.
 
     Returns:
       Placement.
 
     Raises:
-      ValueError: no mesh, what is none, another mesh, an axis that is not there, is manual, or is used
-        twice; key and value sharded differently; B or N that the devices do not divide; a mesh said, and
-        not which of its axes shard S.
+      ValueError: a sharding that is invalid for its array, or shardings that contradict each other.
 
     Warns:
-      UserWarning: how key is sharded cannot be read, and nobody says it.
+      UserWarning: the sharding of key is not given and can't be read.
     """
-    mesh_said = mesh is not None
-    mesh = _find_mesh(query, key, value, mesh)
-    said = as_axes("axis_name", axis_name)
-    query_said = () if query_axis_name == "auto" else as_axes("query_axis_name", query_axis_name)
-    batch = as_axes("batch_axis_name", batch_axis_name)
-    heads = as_axes("heads_axis_name", heads_axis_name)
-    names = ("axis_name", "query_axis_name", "batch_axis_name", "heads_axis_name")
-    all_said = dict(zip(names, (said, query_said, batch, heads), strict=True))
+    arguments = dict(zip(names, (query_sharding, key_value_sharding), strict=True))
+    mesh = _find_mesh(query, key, value, arguments)
+    letters = {"query": "BTNH", "key": "BSKH", "value": "BSKV"}
+    letters = {
+        name: letters[name][-x.ndim :]
+        for name, x in (("query", query), ("key", key), ("value", value))
+    }
     if mesh is None:
-        for name, axes in all_said.items():
-            if axes:
-                raise ValueError(
-                    f"{name} is {axes[0] if len(axes) == 1 else axes}, but there is no mesh; pass mesh=, "
-                    "or enter jax.set_mesh(mesh), or pass arrays that lie on one"
-                )
-        return Placement()
+        for argument, sharding in arguments.items():
+            _check_needs_no_mesh(argument, sharding)
+        return Placement(query_given=query_sharding is not None)
     free = free_axes(mesh)
-    for name, axes in all_said.items():
-        _check_axes(name, axes, mesh, free)
-    _check_divisible("batch_axis_name", batch, mesh, "B", query.shape[0] if query.ndim == 4 else 1)
-    _check_divisible("heads_axis_name", heads, mesh, "N", query.shape[-2])
-
-    dims = {"query": "BTNH", "key": "BSKH", "value": "BSKV"}
-    read, known = {}, set(free)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        read[name], readable = _layout(x, dims[name][-x.ndim :], mesh, free)
-        known &= readable
-    key_axes = said
-    for name in ("key", "value"):
-        found = read[name].get("S", ())
-        if axis_name is not None and found and sized(found, mesh) != sized(said, mesh):
-            raise ValueError(
-                f"axis_name is {said}, but {name} is sharded over {found} along S; pass "
-                f"axis_name={found if len(found) > 1 else found[0]!r}, or reshard {name} first"
-            )
-    if axis_name is None:
-        key_axes = read["key"].get("S", ())
-        if key_axes != read["value"].get("S", ()):
-            raise ValueError(
-                f"key is sharded over {key_axes} along S and value over {read['value'].get('S', ())}; a "
-                "key and its value must lie on one device: reshard one of them, or pass axis_name"
-            )
-    query_axes = read["query"].get("T", ()) if query_axis_name == "auto" else query_said
-    if axis_name is None and not key_axes:
-        taken = {*batch, *heads, *query_axes}
-        taken.update(axis for axes in read.values() for x in axes.values() for axis in x)
-        if not mesh_said or all(isinstance(_sharding(x), NamedSharding) for x in (key, value)):
-            taken |= known  # what lies on the mesh is as it is read
-        unread = tuple(axis for axis in free if axis not in taken)
-        key_axes = _axes_unsaid(sized(unread, mesh), mesh, said=mesh_said)
+    rows = _given(names[0], query_sharding, letters["query"], query.shape, mesh, free)
+    keys = _given(names[1], key_value_sharding, letters["key"], key.shape, mesh, free)
+    readable = set(free)
+    if rows is None:
+        found, known = _layout(query, letters["query"], mesh, free)
+        rows, readable = found, readable & known
+    query_known = query_sharding is not None or readable == set(free)
+    if keys is None:
+        keys, known = _key_layout(key, value, letters, mesh, free)
+        readable &= known
+        if not keys.get("S"):
+            used = {axis for axes in (*rows.values(), *keys.values()) for axis in axes} | readable
+            _warn_of_unread_keys(names[1], sized(tuple(x for x in free if x not in used), mesh))
+    else:
+        readable = set(free)  # the whole layout is given
     placement = Placement(
         mesh=mesh,
-        batch=batch or read["key"].get("B", ()) or read["query"].get("B", ()),
-        heads=heads or read["query"].get("N", ()) or read["key"].get("K", ()),
-        query=query_axes,
-        key=key_axes,
-        query_known=query_axis_name != "auto" or known == set(free),
+        batch=_shared("B", rows.get("B", ()), keys.get("B", ()), arguments),
+        heads=_shared("heads", rows.get("N", ()), keys.get("K", ()), arguments),
+        query=rows.get("T", ()),
+        key=keys.get("S", ()),
+        query_known=query_known,
+        query_given=query_sharding is not None,
     )
     _check_disjoint(placement)
-    if placement.batch or placement.heads or query_axes or key_axes:
+    _check_divisible("B", placement, placement.batch, query.shape[0] if query.ndim == 4 else 1)
+    _check_divisible("N", placement, placement.heads, query.shape[-2])
+    used = (*placement.batch, *placement.heads, *placement.query, *placement.key)
+    if used:
         _check_context(mesh)
-    used = {*placement.batch, *placement.heads, *query_axes, *key_axes} | known
-    manual = tuple(axis for axis in free if axis in used)
-    unseen = [axis for axis in free if axis not in used and mesh.shape[axis] > 1]
+    manual = tuple(axis for axis in free if axis in {*used, *readable})
+    unseen = any(mesh.shape[axis] > 1 for axis in free if axis not in manual)
     if leave_none and unseen:
         return dataclasses.replace(placement, manual=free)
-    if not (placement.batch or placement.heads or query_axes or key_axes):
-        return Placement(compiler_sharded=bool(unseen))
-    return dataclasses.replace(placement, manual=manual, compiler_sharded=bool(unseen))
+    if not used:
+        return Placement(compiler_sharded=unseen, query_given=placement.query_given)
+    return dataclasses.replace(placement, manual=manual, compiler_sharded=unseen)
+
+
+def bring(placement: Placement, letters: str, x: Any) -> Any:
+    """Return x on the devices of the mesh, with the sharding of the placement.
+
+    Only concrete arrays on other devices are moved: the compiler moves the others.
+    """
+    array = concrete(x)
+    if not isinstance(placement.mesh, Mesh) or not isinstance(array, jax.Array):
+        return x
+    if array.sharding.device_set == set(placement.mesh.devices.flat):
+        mesh = getattr(array.sharding, "mesh", placement.mesh)
+        if identity_of(mesh) == identity_of(placement.mesh):
+            return x
+    spec = placement.spec(letters[-x.ndim :], x.shape)
+    divides = all(
+        size % placement.size(axes_of(spec, dimension)) == 0
+        for dimension, size in enumerate(x.shape)
+    )
+    return jax.device_put(x, NamedSharding(placement.mesh, spec if divides else PartitionSpec()))
 
 
 def warn_of_one_device(query: Any, key: Any, value: Any) -> None:
@@ -205,48 +202,66 @@ def warn_of_one_device(query: Any, key: Any, value: Any) -> None:
         )
 
 
-def _axes_unsaid(unread: Axes, mesh: Mesh | AbstractMesh, *, said: bool) -> Axes:
-    """The axes of S that nobody says and that cannot be read: the only one of a mesh that is said."""
-    if not unread:
-        return ()
-    if not said:
+def _warn_of_unread_keys(argument: str, unread: Axes) -> None:
+    if unread:
         warnings.warn(
-            "over which axes S, the length of key and value, is sharded cannot be read inside jit, vmap "
-            f"and jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may "
-            "gather all keys and values; pass axis_name=, or axis_name=() to say that it is over none, and "
-            "batch_axis_name= and heads_axis_name= where B and heads are sharded",
+            "the axes that shard S, the length of key and value, can't be read inside jit, vmap and "
+            f"jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may gather "
+            f"all keys and values; pass {argument}, or {argument}=jax.P() if key and value are replicated",
             stacklevel=4,
         )
-        return ()
-    if len(mesh.axis_names) > 1:
-        raise ValueError(
-            f"mesh is {described(mesh)}, axis_name is None, and over which of {unread} S, the length of "
-            "key and value, is sharded cannot be read; pass axis_name, or axis_name=() to say: over none"
-        )
-    return unread
 
 
-def _find_mesh(query: Any, key: Any, value: Any, mesh: Any) -> Mesh | AbstractMesh | None:
-    if mesh is not None:
-        check_mesh(mesh)
+def _find_mesh(
+    query: Any, key: Any, value: Any, arguments: dict[str, Sharding]
+) -> Mesh | AbstractMesh | None:
+    """Return the mesh of the given shardings, else of the arrays, else of `jax.set_mesh`."""
     context = jax.sharding.get_abstract_mesh()
-    found, owner = mesh, "mesh"
+    found, owner, given = None, "", False
+    for argument, sharding in arguments.items():
+        if not isinstance(sharding, NamedSharding):
+            continue
+        if found is not None and identity_of(found) != identity_of(sharding.mesh):
+            raise ValueError(
+                f"{argument} is on the mesh {described(sharding.mesh)}, but {owner} is on "
+                f"{described(found)}; use one mesh for both"
+            )
+        found, owner, given = sharding.mesh, argument, True
     for name, x in (("key", key), ("value", value), ("query", query)):
-        sharding = _sharding(x)
-        other = getattr(sharding, "mesh", None)
+        other = getattr(_sharding(x), "mesh", None)
         if other is None or other.empty:
             continue
         if found is None:
             found, owner = other, name
         elif identity_of(found) != identity_of(other) and not context.manual_axes:
+            if given and isinstance(concrete(x), jax.Array):
+                continue  # `bring` moves it
             raise ValueError(
-                f"{name} lies on the mesh {described(other)}, but {owner} is "
-                f"{'' if owner == 'mesh' else 'on '}{described(found)}; use one mesh, with the same axis "
-                "types (Auto or Explicit): jax.device_put or jax.reshard the arrays to it"
+                f"{name} is on the mesh {described(other)}, but {owner} is on {described(found)}; use one "
+                "mesh, with the same axis types (Auto or Explicit): jax.device_put or jax.reshard the "
+                "arrays to it"
             )
     if found is None and not context.empty:
         found = context
     return None if found is None or found.empty else found
+
+
+def _shared(what: str, query: Axes, key: Axes, arguments: dict[str, Sharding]) -> Axes:
+    """Return the axes of a dimension that query and key share: either's, if the other has none."""
+    if not query or not key or query == key:
+        return query or key
+    if what == "heads" and query[: len(key)] == key:
+        return query  # tensor parallelism may be wider than the key/value heads
+    shown = ", ".join(f"{name}={sharding}" for name, sharding in arguments.items())
+    rule = (
+        "query's heads may use more axes than key's, but key's axes come first"
+        if what == "heads"
+        else "both must be sharded over the same axes"
+    )
+    raise ValueError(
+        f"{what} of query is sharded over {query} and {what} of key over {key} ({shown}); {rule}: "
+        "change one of the shardings, or leave it None"
+    )
 
 
 def _check_context(mesh: Mesh | AbstractMesh) -> None:
@@ -283,41 +298,102 @@ def _sharding(x: Any) -> Any:
     return found.sharding if isinstance(found, jax.Array) else None
 
 
-def _check_axes(argument: str, axes: Axes, mesh: Mesh | AbstractMesh, free: Axes) -> None:
+def _key_layout(
+    key: Any, value: Any, letters: dict[str, str], mesh: Any, free: Axes
+) -> tuple[dict[str, Axes], set[str]]:
+    """Return the axes of key's dimensions, and the axes of the mesh that could be read."""
+    keys, known = _layout(key, letters["key"], mesh, free)
+    values, also = _layout(value, letters["value"], mesh, free)
+    if keys.get("S", ()) != values.get("S", ()):
+        raise ValueError(
+            f"key is sharded over {keys.get('S', ())} along S and value over {values.get('S', ())}; a key and "
+            "its value must be stored on one device: reshard one of them, or pass key_value_sharding"
+        )
+    return keys, known & also
+
+
+def _given(
+    argument: str, sharding: Sharding, letters: str, shape: tuple[int, ...], mesh: Any, free: Axes
+) -> dict[str, Axes] | None:
+    """Return the axes of each dimension that a sharding names; None if there is no sharding."""
+    if sharding is None:
+        return None
+    spec = _spec_of(argument, sharding)
+    dims = f"[{', '.join(letters)}]"
+    if len(spec) > len(letters):
+        raise ValueError(
+            f"{argument} is {spec}, {len(spec)} dimensions, but the array is {dims}, shape {tuple(shape)}; "
+            "give one entry a dimension, or fewer"
+        )
+    axes = {letter: axes_of(spec, dimension) for dimension, letter in enumerate(letters)}
+    _check_axes(argument, spec, mesh, free)
+    if axes[letters[-1]]:
+        raise ValueError(
+            f"{argument} is {spec}: it shards {letters[-1]}, the last dimension of {dims}, over "
+            f"{axes[letters[-1]]}; attention needs it whole: shard B, the sequence or heads"
+        )
+    return axes
+
+
+def _spec_of(argument: str, sharding: Any) -> PartitionSpec:
+    if isinstance(sharding, NamedSharding):
+        return sharding.spec
+    if isinstance(sharding, PartitionSpec):
+        return sharding
+    raise ValueError(
+        f"{argument} is {sharding!r}; it must be a jax.NamedSharding, a jax.P, or None: pass, for "
+        'example, jax.NamedSharding(mesh, jax.P(None, "kv")) for an array sharded along its sequence'
+    )
+
+
+def _check_needs_no_mesh(argument: str, sharding: Sharding) -> None:
+    spec = () if sharding is None else _spec_of(argument, sharding)
+    if any(axes_of(spec, dimension) for dimension in range(len(spec))):
+        raise ValueError(
+            f"{argument} is {spec}, but there is no mesh; pass a jax.NamedSharding, or enter "
+            "jax.set_mesh(mesh), or pass arrays that are sharded over a mesh"
+        )
+
+
+def _check_axes(argument: str, spec: PartitionSpec, mesh: Any, free: Axes) -> None:
+    axes = [axis for dimension in range(len(spec)) for axis in axes_of(spec, dimension)]
     for axis in axes:
         if axis not in mesh.axis_names:
             raise ValueError(
-                f"{argument} {axis!r} is not an axis of the mesh {described(mesh)}; use one of "
-                f"{list(mesh.axis_names)}"
+                f"{argument} is {spec}, but {axis!r} is not an axis of the mesh {described(mesh)}; use axes "
+                f"of {list(mesh.axis_names)}"
             )
         if axis not in free:
             raise ValueError(
-                f"{argument} {axis!r} is manual here: the call is inside a shard_map over it; use "
-                "distattn.sharded_attention inside, or call dot_product_attention outside"
+                f"{argument} is {spec}, but {axis!r} is manual here: the call is inside a shard_map over it; "
+                "use distattn.sharded_attention inside, or call dot_product_attention outside"
             )
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{argument} {axes} names an axis twice; name each axis once")
+        if axes.count(axis) > 1:
+            raise ValueError(f"{argument} is {spec}: it uses {axis!r} twice; use each axis once")
 
 
-def _check_divisible(argument: str, axes: Axes, mesh: Any, letter: str, size: int) -> None:
-    devices = math.prod(mesh.shape[axis] for axis in axes)
+def _check_divisible(letter: str, placement: Placement, axes: Axes, size: int) -> None:
+    devices = placement.size(axes)
     if size % devices:
         raise ValueError(
-            f"{argument} is {axes}, {devices} devices, and {letter}={size} is no multiple of that; pass "
-            f"axes that divide it, or a multiple of {devices}"
+            f"{letter}={size} is sharded over {axes}, {devices} devices, which do not divide it; shard it "
+            f"over fewer devices, or pass a multiple of {devices}"
         )
 
 
 def _check_disjoint(placement: Placement) -> None:
-    dims = {"B": placement.batch, "heads": placement.heads, "S": placement.key}
-    for first, second in (("B", "heads"), ("B", "S"), ("heads", "S")):
+    dims = {
+        "B": placement.batch,
+        "heads": placement.heads,
+        "S": placement.key,
+        "T": placement.query,
+    }
+    for first, second in (
+        ("B", "heads"), ("B", "S"), ("heads", "S"), ("B", "T"), ("heads", "T")
+    ):  # fmt: skip
         if shared := set(dims[first]) & set(dims[second]):
             raise ValueError(
-                f"axis {sorted(shared)[0]!r} shards both {first} and {second} among query, key and "
-                "value; an axis can shard one of them: reshard the arrays, or pass another axis_name"
+                f"axis {sorted(shared)[0]!r} shards both {first} {dims[first]} and {second} {dims[second]} "
+                "among query, key and value; an axis can shard one of them: reshard the arrays, or change "
+                "query_sharding or key_value_sharding"
             )
-    if shared := set(placement.query) & ({*placement.batch, *placement.heads}):
-        raise ValueError(
-            f"axis {sorted(shared)[0]!r} shards T and also B or heads; reshard query, or pass another "
-            "query_axis_name"
-        )

@@ -76,12 +76,12 @@ def check_exchange(placement: Placement, strategy: StrategyLike) -> None:
         )
     elif placement.compiler_sharded:
         remedy = (
-            "how key is sharded along S cannot be read here, inside jit and under Auto axes: pass "
-            "axis_name, the axes of S"
+            "how key is sharded along S can't be read here, inside jit and under Auto axes: pass "
+            "key_value_sharding"
         )
     else:
         remedy = (
-            "key is sharded along S over no axis: pass mesh= and axis_name=, or sharded arrays, or "
+            "key is sharded along S over no axis: pass key_value_sharding, or sharded arrays, or "
             "strategy='auto'"
         )
     raise ValueError(
@@ -93,7 +93,6 @@ def choose_movement(
     placement: Placement,
     inputs: AttentionInputs,
     strategy: StrategyLike,
-    query_axis_name: object,
     reproducible_blocks: ReproducibleBlocks | None = None,
 ) -> tuple[Placement, Movement]:
     """The movement of a call, and the placement with T sharded where the movement needs that.
@@ -102,7 +101,6 @@ def choose_movement(
       placement: where the arrays lie.
       inputs: global shapes.
       strategy: as in `dot_product_attention`.
-      query_axis_name: as passed by the caller.
       reproducible_blocks: of a reproducible call.
 
     Returns:
@@ -130,11 +128,11 @@ def choose_movement(
         movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=strategy)
         return placement, movement
     if not shared:
-        if query_axis_name != "auto" and not cuts_rows:
+        if placement.query_given and not cuts_rows:
             raise ValueError(
                 f"strategy={strategy!r} needs a query that is sharded along T over {placement.key}, and "
-                f"query_axis_name is {query_axis_name!r}; pass query_axis_name={placement.key} or "
-                "'auto', or use 'butterfly', 'psum', 'all_gather' or 'fused' for a replicated query"
+                f"query_sharding shards T over {placement.query}; shard T over {placement.key}, leave "
+                "query_sharding None, or use 'butterfly', 'psum', 'all_gather' or 'fused'"
             )
         placement = dataclasses.replace(placement, query=placement.query + placement.key)
         shared = placement.key

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from distattn.attention.global_call import attend as attend_across
@@ -153,9 +155,7 @@ def attend(
         strategy = "reduce_scatter"
     units = reproducible_blocks_of(inputs, implementation, keys=1) if reproducible else None
     logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
-    call = choose_call(
-        inputs, placement, logit_config, implementation, strategy, query_axis_name, units
-    )
+    call = choose_call(inputs, placement, logit_config, implementation, strategy, units)
     out, lse = attend_across(call, inputs)
     return (out, lse) if return_residual else out
 
@@ -169,9 +169,10 @@ def _placement(cache: KVCache, query: jax.Array, query_axis_name: AxisNames) -> 
         query,
         keys,
         values,
-        mesh=layout.mesh,
-        axis_name=layout.slots,
-        query_axis_name=query_axis_name,
+        None
+        if query_axis_name == "auto"
+        else P(None, None if query_axis_name is None else query_axis_name),
+        NamedSharding(layout.mesh, P(layout.batch, layout.slots, layout.heads)),
     )
     return dataclasses.replace(
         found,

@@ -8,14 +8,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn._compat import needed
 from distattn.attention.api import dot_product_attention
+from distattn.attention.sharding import Sharding
 from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window
-from distattn.planning.plan import AxisNames
 
 with needed("equinox", by=__name__, extra="equinox"):
     import equinox as eqx
@@ -29,9 +28,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     that is an Auto axis.
     """
 
-    mesh: Mesh | AbstractMesh | None = eqx.field(static=True)
-    axis_name: AxisNames = eqx.field(static=True)
-    query_axis_name: AxisNames = eqx.field(static=True)
+    query_sharding: Sharding = eqx.field(static=True)
+    key_value_sharding: Sharding = eqx.field(static=True)
     strategy: StrategyLike = eqx.field(static=True)
 
     def __init__(
@@ -52,9 +50,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         dtype: Any = None,
         *,
         key: jax.Array,
-        mesh: Mesh | AbstractMesh | None = None,
-        axis_name: AxisNames = None,
-        query_axis_name: AxisNames = "auto",
+        query_sharding: Sharding = None,
+        key_value_sharding: Sharding = None,
         strategy: StrategyLike = "auto",
     ):
         """The arguments of `equinox.nn.MultiheadAttention`, and where the arrays lie.
@@ -75,9 +72,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           inference: whether dropout is off.
           dtype: of the parameters.
           key: PRNG key of the parameters: they are those of Equinox's own module.
-          mesh: as in `distattn.dot_product_attention`, with the following.
-          axis_name: axes over which the keys and values are sharded along S.
-          query_axis_name: axes over which the query is sharded along T.
+          query_sharding: as in `distattn.dot_product_attention`, of [T, N, H].
+          key_value_sharding: as in `distattn.dot_product_attention`, of [S, K, H].
           strategy: how devices exchange.
         """
         super().__init__(
@@ -97,9 +93,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             dtype,
             key=key,
         )
-        self.mesh = mesh
-        self.axis_name = axis_name
-        self.query_axis_name = query_axis_name
+        self.query_sharding = query_sharding
+        self.key_value_sharding = key_value_sharding
         self.strategy = strategy
 
     @classmethod
@@ -107,9 +102,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         cls,
         module: eqx.nn.MultiheadAttention,
         *,
-        mesh: Mesh | AbstractMesh | None = None,
-        axis_name: AxisNames = None,
-        query_axis_name: AxisNames = "auto",
+        query_sharding: Sharding = None,
+        key_value_sharding: Sharding = None,
         strategy: StrategyLike = "auto",
     ) -> Self:
         """The module with Equinox's own one's projections and dropout, trained or replaced as they are.
@@ -118,9 +112,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
         Args:
           module: an `equinox.nn.MultiheadAttention`.
-          mesh: as in `distattn.dot_product_attention`, with the following.
-          axis_name: axes over which the keys and values are sharded along S.
-          query_axis_name: axes over which the query is sharded along T.
+          query_sharding: as in `distattn.dot_product_attention`, of [T, N, H].
+          key_value_sharding: as in `distattn.dot_product_attention`, of [S, K, H].
           strategy: how devices exchange.
 
         Returns:
@@ -133,9 +126,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             module.num_heads,
             **{name: getattr(module, name) for name in (*sizes, *biases)},
             key=jax.ShapeDtypeStruct((2,), jnp.uint32),
-            mesh=mesh,
-            axis_name=axis_name,
-            query_axis_name=query_axis_name,
+            query_sharding=query_sharding,
+            key_value_sharding=key_value_sharding,
             strategy=strategy,
         )
         return eqx.tree_at(_parts, empty, _parts(module), is_leaf=lambda x: x is None)
@@ -219,9 +211,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             key_positions=key_positions,
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
-            mesh=self.mesh,
-            axis_name=self.axis_name,
-            query_axis_name=self.query_axis_name,
+            query_sharding=self.query_sharding,
+            key_value_sharding=self.key_value_sharding,
             strategy=self.strategy,
         )
         return jax.vmap(self.output_proj)(jnp.reshape(out, (query.shape[0], -1)))

@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn._compat import needed
 from distattn.attention.api import dot_product_attention
+from distattn.attention.sharding import Sharding
 from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window, window_sides
-from distattn.planning.plan import AxisNames
 
 with needed("flax", by=__name__, extra="flax"):
     from flax.linen import dtypes
@@ -45,11 +44,8 @@ class AttentionMask:
 
 def attention_fn(
     *,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: AxisNames = None,
-    query_axis_name: AxisNames = "auto",
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
+    query_sharding: Sharding = None,
+    key_value_sharding: Sharding = None,
     strategy: StrategyLike = "auto",
     is_causal: bool = False,
     local_window_size: Window = None,
@@ -78,12 +74,8 @@ def attention_fn(
       training serves badly there.
 
     Args:
-      mesh: as in `distattn.dot_product_attention`; None: that of the arrays, or of `jax.set_mesh`.
-      axis_name: axes over which key and value are sharded along S. Say them under Auto axes, where jit
-        hides them.
-      query_axis_name: axes over which query is sharded along T.
-      batch_axis_name: axes over which the (flattened) batch is sharded. Say them under Auto axes too.
-      heads_axis_name: axes over which the heads are sharded.
+      query_sharding: as in `distattn.dot_product_attention`.
+      key_value_sharding: as in `distattn.dot_product_attention`; pass it inside jit under Auto axes.
       strategy: how devices exchange.
       is_causal: of every call, beside what a call says itself. A step of decode mode (T = 1 < S with a
         mask) needs none: Flax has it in the mask.
@@ -179,11 +171,8 @@ def attention_fn(
             key_positions=_flat(labels.key_positions, batch, 1),
             query_segment_ids=_flat(labels.query_segment_ids, batch, 1),
             key_value_segment_ids=_flat(labels.key_value_segment_ids, batch, 1),
-            mesh=mesh,
-            axis_name=axis_name,
-            query_axis_name=query_axis_name,
-            batch_axis_name=batch_axis_name,
-            heads_axis_name=heads_axis_name,
+            query_sharding=query_sharding,
+            key_value_sharding=key_value_sharding,
             strategy=strategy,
         )
         return jnp.reshape(out, (*batch, *query.shape[-3:-1], value.shape[-1]))

@@ -6,22 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from distattn.attention.api import dot_product_attention
+from distattn.attention.sharding import Sharding
 from distattn.attention.strategy import StrategyLike
 from distattn.local.inputs import Window
-from distattn.planning.plan import AxisNames
 
 
 def stand_in(
     *,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis_name: AxisNames = None,
-    query_axis_name: AxisNames = "auto",
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
+    query_sharding: Sharding = None,
+    key_value_sharding: Sharding = None,
     strategy: StrategyLike = "auto",
 ) -> Callable[..., Any]:
     """`jax.nn.dot_product_attention`, its arguments and no others, with the mesh said once.
@@ -38,11 +34,8 @@ def stand_in(
     * a row that attends to no key gives 0 (there: the mean of all values).
 
     Args:
-      mesh: as in `distattn.dot_product_attention`; None: that of the arrays, or of `jax.set_mesh`.
-      axis_name: axes over which key and value are sharded along S.
-      query_axis_name: axes over which query is sharded along T.
-      batch_axis_name: axes over which the batch is sharded. Say them under Auto axes, where jit hides them.
-      heads_axis_name: axes over which the heads are sharded.
+      query_sharding: as in `distattn.dot_product_attention`.
+      key_value_sharding: as in `distattn.dot_product_attention`; pass it inside jit under Auto axes.
       strategy: how devices exchange.
 
     Returns:
@@ -86,11 +79,8 @@ def stand_in(
             local_window_size=local_window_size,
             implementation=None if implementation == "xla" else implementation,
             return_residual=return_residual,
-            mesh=mesh,
-            axis_name=axis_name,
-            query_axis_name=query_axis_name,
-            batch_axis_name=batch_axis_name,
-            heads_axis_name=heads_axis_name,
+            query_sharding=query_sharding,
+            key_value_sharding=key_value_sharding,
             strategy=strategy,
         )
 

@@ -17,7 +17,7 @@ import distattn
 from distattn.collectives.pair_exchange import room_for_pair
 from distattn.layouts import align, align_shards
 from distattn.testing import collective_bytes, collectives, reference
-from tests.cases import KINDS, mesh_of
+from tests.cases import KINDS, mesh_of, shardings
 from tests.tolerance import assert_close
 
 DEVICES = (1, 2, 3, 4, 8)
@@ -96,7 +96,9 @@ def test_each_value_comes_to_its_key(devices, rows):
     share = slots // devices
     # So that the orders that send a share to one device take more than one round.
     assert devices == 1 or room_for_pair(share, devices) < share
-    run = jit(functools.partial(align, mesh=mesh_of(devices, kind), axis_name="kv"))
+    run = jit(
+        functools.partial(align, sharding=NamedSharding(mesh_of(devices, kind), P(None, "kv")))
+    )
     value = random_value(slots)
     for positions in orders(slots, devices, rows):
         assert_aligned(run(value, *positions), value, *positions)
@@ -110,7 +112,9 @@ def test_outside_jit(kind):
     mesh = mesh_of(4, kind)
     value = random_value(16)
     for positions in orders(16, 4, 1):
-        assert_aligned(align(value, *positions, mesh=mesh, axis_name="kv"), value, *positions)
+        assert_aligned(
+            align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv"))), value, *positions
+        )
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -120,11 +124,16 @@ def test_more_slots_than_pairs_on_either_side(devices):
     for x in (values, keys):
         x[rng.choice(x.size, 20, replace=False)] = 7 * rng.permutation(20)
     value = random_value(24)
-    aligned = align(value, values, keys, mesh=mesh_of(devices, "auto"), axis_name="kv")
+    aligned = align(
+        value, values, keys, sharding=NamedSharding(mesh_of(devices, "auto"), P(None, "kv"))
+    )
     assert_aligned(aligned, value, values, keys)
     assert not aligned[2].any()
     back = align(
-        np.asarray(aligned[0]), keys, values, mesh=mesh_of(devices, "auto"), axis_name="kv"
+        np.asarray(aligned[0]),
+        keys,
+        values,
+        sharding=NamedSharding(mesh_of(devices, "auto"), P(None, "kv")),
     )
     np.testing.assert_array_equal(back[0], np.where((values >= 0)[:, None, None], value, 0))
 
@@ -141,7 +150,9 @@ def test_one_side_per_row(kind, value_rows, key_rows):
     ]
     value = random_value(16)
     mesh = mesh_of(4, kind)
-    assert_aligned(align(value, *positions, mesh=mesh, axis_name="kv"), value, *positions)
+    assert_aligned(
+        align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv"))), value, *positions
+    )
 
 
 @hypothesis.given(st.permutations(range(16)), st.permutations(range(16)))
@@ -158,7 +169,7 @@ def test_the_order_of_the_values_does_not_matter(first, second):
 
 @functools.cache
 def _four():
-    return jit(functools.partial(align, mesh=mesh_of(4, "auto"), axis_name="kv"))
+    return jit(functools.partial(align, sharding=NamedSharding(mesh_of(4, "auto"), P(None, "kv"))))
 
 
 def _align_on_four(*arrays):
@@ -173,7 +184,9 @@ def test_gradient_goes_back_the_same_way(devices, kind):
     value, weight = random_value(slots), random_value(slots, seed=1)
 
     def loss(value, *positions):
-        return jnp.sum(align(value, *positions, mesh=mesh, axis_name="kv")[0] * weight)
+        return jnp.sum(
+            align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv")))[0] * weight
+        )
 
     with jax.set_mesh(mesh):
         gradient = jit(jax.grad(loss))
@@ -188,7 +201,9 @@ def test_gradient_of_the_gradient():
     positions = orders(16, 4, 1)[0]
 
     def cubes(value):
-        return jnp.sum(align(value, *positions, mesh=mesh, axis_name="kv")[0] ** 3 * weight)
+        return jnp.sum(
+            align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv")))[0] ** 3 * weight
+        )
 
     second = jit(jax.grad(lambda value: jnp.sum(jax.grad(cubes)(value))))(value)
     want = 6 * value * expected(weight, *positions[::-1])[0]
@@ -202,7 +217,9 @@ def test_gradient_outside_jit(kind):
     value, weight = random_value(16), random_value(16, seed=1)
     with jax.set_mesh(mesh):
         gradient = jax.grad(
-            lambda value: jnp.sum(align(value, *positions, mesh=mesh, axis_name="kv")[0] * weight)
+            lambda value: jnp.sum(
+                align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv")))[0] * weight
+            )
         )(jnp.asarray(value))
     np.testing.assert_array_equal(gradient, expected(weight, *positions[::-1])[0])
 
@@ -301,10 +318,12 @@ def test_other_axes_of_the_mesh_pass_through(kind, under_jit, said):
     mesh = mesh_with_batch_and_heads(kind)
     spec = P("b", "kv", "h")
     value = random_value(16)
-    run = functools.partial(align, **({"mesh": mesh, "axis_name": "kv"} if said else {}))
+    run = functools.partial(
+        align, **({"sharding": NamedSharding(mesh, P("b", "kv", "h"))} if said else {})
+    )
     run = jit(run) if under_jit else run
     unread = under_jit and kind == "auto" and not said
-    left = pytest.warns(UserWarning, match="pass axis_name") if unread else nullcontext()
+    left = pytest.warns(UserWarning, match="pass sharding") if unread else nullcontext()
     with left:
         for positions in (*orders(16, 2, BATCH)[:3], *orders(16, 2, 1)[:1]):
             placed = jax.device_put(value, NamedSharding(mesh, spec))
@@ -324,7 +343,7 @@ def test_groups_of_devices_take_rounds_of_their_own(kind):
     # In pairs, since both rows of a group share its rounds.
     positions = [np.stack([pairs[i][side] for i in (1, 1, 0, 2)]) for side in (0, 1)]
     placed = [jax.device_put(x, NamedSharding(mesh, P("b", "kv"))) for x in (value, *positions)]
-    run = jax.jit(functools.partial(align, mesh=mesh, axis_name="kv"))
+    run = jax.jit(functools.partial(align, sharding=NamedSharding(mesh, P(None, "kv"))))
     assert_aligned(run(*placed), value, *positions)
 
 
@@ -333,7 +352,7 @@ def test_groups_of_devices_take_rounds_of_their_own(kind):
 def test_a_tuple_of_axes_in_either_order(kind, axis_name):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (KINDS[kind],) * 2)
     value = random_value(24)
-    run = jit(functools.partial(align, mesh=mesh, axis_name=axis_name))
+    run = jit(functools.partial(align, sharding=NamedSharding(mesh, P(None, axis_name))))
     for positions in orders(24, 8, 1):
         aligned = run(value, *positions)
         assert_aligned(aligned, value, *positions)
@@ -345,7 +364,7 @@ def compiled(devices, slots, *, gradient=False, batch=BATCH, width=WIDTH):
 
     def run(value, *positions):
         def forward(value):
-            return align(value, *positions, mesh=mesh, axis_name="kv")[0]
+            return align(value, *positions, sharding=NamedSharding(mesh, P(None, "kv")))[0]
 
         # A linear map: its transpose does not need the forward pass.
         return jax.vjp(forward, value)[1](value) if gradient else forward(value)
@@ -373,7 +392,9 @@ def test_one_exchange_and_one_message_a_hop(gradient):
 
 @pytest.mark.parametrize("devices", [None, 1])
 def test_nothing_is_sent_where_there_is_one_device(devices):
-    where = {} if devices is None else {"mesh": mesh_of(1, "auto"), "axis_name": "kv"}
+    where = (
+        {} if devices is None else {"sharding": NamedSharding(mesh_of(1, "auto"), P(None, "kv"))}
+    )
     value, positions = random_value(12), orders(12, 3, 1)[0]
     run = jit(functools.partial(align, **where))
     assert not collectives(run.lower(value, *positions).compile().as_text())
@@ -430,7 +451,7 @@ def test_nan_without_a_partner_does_not_leak(kind):
     value, weight = random_value(16), random_value(16, seed=1)
     paired = expected(weight, keys, values)[1] >= 0
     value = np.where(paired[:, :, None, None], value, np.nan)
-    run = functools.partial(align, mesh=mesh, axis_name="kv")
+    run = functools.partial(align, sharding=NamedSharding(mesh, P(None, "kv")))
     with jax.set_mesh(mesh):
         aligned, pull = jit(lambda v: jax.vjp(lambda v: run(v, values, keys)[0], v))(value)
     np.testing.assert_array_equal(aligned, expected(np.nan_to_num(value), values, keys)[0])
@@ -442,7 +463,7 @@ def test_vmap_and_scan():
     value = np.stack([random_value(16, seed) for seed in range(3)])
     positions = [orders(16, 4, 1, seed)[0] for seed in range(3)]
     stacked = tuple(np.stack(x) for x in zip(*positions, strict=True))
-    run = functools.partial(align, mesh=mesh, axis_name="kv")
+    run = functools.partial(align, sharding=NamedSharding(mesh, P(None, "kv")))
     mapped = jit(jax.vmap(run))(value, *stacked)
     scanned = jit(lambda *x: jax.lax.scan(lambda _, x: (None, run(*x)), None, x)[1])(
         value, *stacked
@@ -462,7 +483,9 @@ def test_attention_over_what_came_separately(kind):
     values, keys = (rng.permutation(slots).astype(np.int32) for _ in range(2))
 
     def attention(query, key, value):
-        value, positions, _ = align(value, values, keys, mesh=mesh, axis_name="kv")
+        value, positions, _ = align(
+            value, values, keys, sharding=NamedSharding(mesh, P(None, "kv"))
+        )
         return distattn.dot_product_attention(
             query,
             key,
@@ -470,8 +493,7 @@ def test_attention_over_what_came_separately(kind):
             is_causal=True,
             query_positions=np.arange(20, 25, dtype=np.int32),
             key_positions=positions,
-            mesh=mesh,
-            axis_name="kv",
+            **shardings(mesh, "kv", query="auto"),
         )
 
     with jax.set_mesh(mesh):
@@ -512,11 +534,14 @@ WRONG_CALLS = {
         {"key_positions": np.arange(15, dtype=np.int32)},
         "key_positions has 15 slots.*4 devices.*pad to 16 slots, with -1",
     ),
-    "unknown axis": ({"axis_name": "x"}, "axis_name 'x' is not an axis of the mesh.*'kv'"),
-    "an axis and no mesh": ({"mesh": None}, "axis_name is kv, but there is no mesh; pass mesh"),
-    "a mesh and no axis": (
-        {"axis_name": None, "mesh": jax.sharding.AbstractMesh((2, 2), ("data", "kv"))},
-        r"axis_name is None.*over which of \('data', 'kv'\).*pass axis_name",
+    "an axis and no mesh": (
+        {"sharding": P(None, "x")},
+        "sharding is P.*, but there is no mesh",
+    ),
+    "not a sharding": ({"sharding": "kv"}, "sharding is 'kv'; it must be a jax.NamedSharding"),
+    "a width sharded": (
+        {"sharding": NamedSharding(mesh_of(4, "auto"), P(None, None, None, "kv"))},
+        "sharding is P.*shards H",
     ),
     "a position twice among keys": (
         {"key_positions": TWICE},
@@ -542,7 +567,7 @@ WRONG_CALLS = {
 def test_wrong_calls(name):
     change, message = WRONG_CALLS[name]
     arguments = {"value": random_value(16), "value_positions": INDEX, "key_positions": INDEX}
-    where = {"mesh": mesh_of(4, "auto"), "axis_name": "kv"}
+    where = {"sharding": NamedSharding(mesh_of(4, "auto"), P(None, "kv"))}
     with pytest.raises(ValueError, match=f"(?s){message}"):
         align(**arguments | where | change)
 
@@ -557,7 +582,7 @@ def test_align_inside_a_shard_map_names_the_other_form():
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(None, "kv"), out_specs=P(None, "kv"))
     def body(value):
-        return align(value, INDEX[:4], INDEX[:4], axis_name="kv")[0]
+        return align(value, INDEX[:4], INDEX[:4], sharding=P(None, "kv"))[0]
 
     with pytest.raises(ValueError, match="manual here.*align_shards"):
         body(random_value(16))

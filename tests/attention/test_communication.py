@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import distattn
 from distattn.collectives import all_reduce as collectives_of_states
 from distattn.testing import collective_bytes, collectives, lower
-from tests.cases import ALL_REDUCES, KINDS, QUERY_SHARDED, mesh_of
+from tests.cases import ALL_REDUCES, KINDS, QUERY_SHARDED, mesh_of, shardings
 from tests.tolerance import assert_close
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -41,8 +41,7 @@ def call(mesh, strategy, *, is_causal=True):
             key,
             value,
             is_causal=is_causal,
-            mesh=mesh,
-            axis_name=mesh.axis_names,
+            **shardings(mesh, mesh.axis_names, query="auto"),
             strategy=strategy,
         )
 
@@ -339,11 +338,7 @@ def test_a_batch_that_the_compiler_would_shard_unseen(strategy, expected):
     )
     f = functools.partial(
         distattn.dot_product_attention,
-        mesh=mesh,
-        axis_name="kv",
-        query_axis_name="kv",
-        batch_axis_name="data",
-        heads_axis_name="heads",
+        **shardings(mesh, "kv", query="kv", batch="data", heads="heads"),
         strategy=strategy,
     )
     text = hlo(gradient(f), mesh, query, key, key)
@@ -356,7 +351,9 @@ def test_a_tuple_of_axes_goes_level_by_level():
     query = jax.ShapeDtypeStruct((1, 4, HEADS, WIDTH), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 64, KV_HEADS, WIDTH), jnp.float32, sharding=spec)
     f = functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name=("host", "chip"), strategy="butterfly"
+        distattn.dot_product_attention,
+        **shardings(mesh, ("host", "chip"), query="auto"),
+        strategy="butterfly",
     )
     assert collectives(hlo(f, mesh, query, key, key)) == {"collective-permute": 3}
 
@@ -389,7 +386,7 @@ def test_a_whole_pod_lowers_without_devices():
     query = jax.ShapeDtypeStruct((1, 1, HEADS, WIDTH), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 4096 * 8, KV_HEADS, WIDTH), jnp.float32)
     f = functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name="kv", strategy="butterfly"
+        distattn.dot_product_attention, **shardings(mesh, "kv", query="auto"), strategy="butterfly"
     )
     text = jax.jit(f).trace(query, key, key).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.collective_permute") == np.log2(4096)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.planning.schedule import butterfly, halving
-from tests.cases import KINDS, mesh_of
+from tests.cases import KINDS, mesh_of, shardings
 
 B, T, S, N, K, H = 2, 3, 8, 4, 2, 6
 QUERY, KEY = jnp.ones((B, T, N, H)), jnp.ones((B, S, K, H))
@@ -103,7 +103,10 @@ WRONG = {
     "scale": ({"scale": float("nan")}, ["scale is nan", "finite"]),
     "implementation": ({"implementation": "flash"}, ["'flash'", "'blocked'"]),
     "strategy": ({"strategy": "tree"}, ["'tree'", "butterfly"]),
-    "axis_without_mesh": ({"axis_name": "kv"}, ["axis_name is kv", "no mesh", "mesh="]),
+    "axis_without_mesh": (
+        {"key_value_sharding": P(None, "kv")},
+        ["key_value_sharding is P(None, 'kv')", "no mesh", "jax.set_mesh"],
+    ),
 }
 
 
@@ -140,47 +143,67 @@ def test_dropout_is_not_an_argument():
         call(dropout_rate=0.1)
 
 
+KV = {"key_value_sharding": P(None, "kv")}
 MESH_ERRORS = {
-    "unknown_axis": ({"axis_name": "seq"}, ["'seq' is not an axis", "kv=4", "['kv']"]),
+    "unknown_axis": (
+        {"key_value_sharding": P(None, "seq")},
+        ["key_value_sharding", "'seq' is not an axis", "kv=4", "['kv']"],
+    ),
     "unknown_query_axis": (
-        {"axis_name": "kv", "query_axis_name": "q"},
-        ["query_axis_name 'q'", "['kv']"],
+        KV | {"query_sharding": P(None, "q")},
+        ["query_sharding is", "'q' is not", "['kv']"],
     ),
-    "axis_twice": ({"axis_name": ("kv", "kv")}, ["twice", "once"]),
-    "not_a_name": ({"axis_name": 3}, ["axis_name is 3", "axis name"]),
-    "schedule_size": (
-        {"axis_name": "kv", "strategy": butterfly(8)},
-        ["8 devices", "4", "build it"],
+    "axis_twice": ({"key_value_sharding": P("kv", "kv")}, ["'kv' twice", "once"]),
+    "not_a_sharding": (
+        {"key_value_sharding": "kv"},
+        ["key_value_sharding is 'kv'", "jax.NamedSharding", "jax.P"],
     ),
+    "a_mesh_for_a_sharding": (
+        {"query_sharding": mesh_of(4, "auto")},
+        ["query_sharding is", "must be a jax.NamedSharding"],
+    ),
+    "too_many_dimensions": (
+        {"key_value_sharding": P(None, None, None, None, "kv")},
+        ["5 dimensions", "[B, S, K, H]", "(2, 8, 2, 6)"],
+    ),
+    "width_sharded": (
+        {"key_value_sharding": P(None, None, None, "kv")},
+        ["shards H", "('kv',)", "heads"],
+    ),
+    "width_of_the_query_sharded": (
+        {"query_sharding": P(None, None, None, "kv")},
+        ["query_sharding", "shards H", "('kv',)"],
+    ),
+    "schedule_size": (KV | {"strategy": butterfly(8)}, ["8 devices", "4", "build it"]),
     "ring_with_replicated_query": (
-        {"axis_name": "kv", "strategy": "ring", "query_axis_name": None},
-        ["'ring'", "query_axis_name is None", "replicated", "'butterfly'"],
+        KV | {"strategy": "ring", "query_sharding": P()},
+        ["'ring'", "query_sharding shards T over ()", "'butterfly'"],
     ),
     "heads_that_do_not_divide": (
-        {"axis_name": "kv", "strategy": "ulysses", "query": QUERY[:, :, :2], "key": KEY[:, :, :2]}
-        | {"value": KEY[:, :, :2]},
+        KV | {"strategy": "ulysses", "query": QUERY[:, :, :2]} | {"key": KEY, "value": KEY},
         ["'ulysses'", "heads of query over the 4 devices of ('kv',)", "are 2", "'ring'"],
     ),
     "batch_that_does_not_divide": (
-        {"axis_name": None, "batch_axis_name": "kv"},
-        [f"batch_axis_name is ('kv',), 4 devices, and B={B}", "multiple of 4"],
+        {"key_value_sharding": P("kv")},
+        [f"B={B} is sharded over ('kv',), 4 devices", "multiple of 4"],
     ),
-    "heads_by_name_that_do_not_divide": (
-        {"axis_name": None, "heads_axis_name": "kv", "query": QUERY[:, :, :2]},
-        ["heads_axis_name is ('kv',), 4 devices, and N=2", "multiple of 4"],
+    "heads_that_the_devices_do_not_divide": (
+        {"key_value_sharding": P(None, None, "kv"), "query": QUERY[:, :, :2]},
+        ["N=2 is sharded over ('kv',), 4 devices", "multiple of 4"],
     ),
     "batch_and_keys": (
-        {"axis_name": "kv", "batch_axis_name": "kv", "query": jnp.ones((4, T, N, H))}
+        KV
+        | {"query_sharding": P("kv"), "query": jnp.ones((4, T, N, H))}
         | {"key": jnp.ones((4, S, K, H)), "value": jnp.ones((4, S, K, H))},
-        ["'kv' shards both B and S", "axis_name"],
+        ["'kv' shards both B ('kv',) and S ('kv',)", "query_sharding"],
     ),
     "one_level": (
-        {"axis_name": "kv", "strategy": "ulysses_ring"},
+        KV | {"strategy": "ulysses_ring"},
         ["'ulysses_ring'", "two levels", "('kv',)", "'ulysses' or 'ring'"],
     ),
     "scatter_with_replicated_query": (
-        {"axis_name": "kv", "strategy": "reduce_scatter", "query_axis_name": None},
-        ["'reduce_scatter'", "query_axis_name is None", "'auto'"],
+        KV | {"strategy": "reduce_scatter", "query_sharding": P()},
+        ["'reduce_scatter'", "query_sharding shards T over ()", "None"],
     ),
 }
 
@@ -188,27 +211,34 @@ MESH_ERRORS = {
 @pytest.mark.parametrize("name", MESH_ERRORS)
 def test_wrong_places(name):
     overrides, parts = MESH_ERRORS[name]
-    with raises(ValueError, parts):
-        call(mesh=mesh_of(4, "auto"), **overrides)
+    with raises(ValueError, parts), jax.set_mesh(mesh_of(4, "auto")):
+        call(**overrides)
 
 
 @pytest.mark.parametrize("mesh", [{"kv": 4}, "kv", 8, [1, 2]], ids=str)
 def test_a_mesh_that_is_none(mesh):
-    either = [f"mesh is {mesh!r}", "jax.sharding.Mesh or AbstractMesh", "pass jax.make_mesh"]
     real = [f"mesh is {mesh!r}", "must be a jax.sharding.Mesh,", "pass jax.make_mesh"]
     create = functools.partial(distattn.KVCache.create, 1, 8, 1, 4, dtype=jnp.float32)
-    with raises(ValueError, either):
-        call(mesh=mesh, axis_name="kv")
-    with raises(ValueError, either):
-        create(mesh=mesh)
-    with raises(ValueError, either):
-        distattn.layouts.align(KEY, POSITIONS, POSITIONS, mesh=mesh)
     with raises(ValueError, real):
         create().recover(mesh)
     with raises(ValueError, real):
         distattn.distributed.from_process_local(KEY, KEY, POSITIONS, mesh=mesh)
     with raises(ValueError, real), distattn.distributed.all_or_none(mesh):
         pass
+    with raises(ValueError, ["sharding is", "jax.NamedSharding"]):
+        distattn.layouts.align(KEY, POSITIONS, POSITIONS, sharding=mesh)
+
+
+def test_shardings_that_contradict_each_other():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
+    with (
+        jax.set_mesh(mesh),
+        raises(ValueError, ["B of query", "('a',)", "B of key", "('b',)", "P('a'", "P('b'"]),
+    ):
+        call(query_sharding=P("a"), key_value_sharding=P("b"))
+    other = NamedSharding(mesh_of(4, "auto"), P(None, "kv"))
+    with raises(ValueError, ["on the mesh kv=4", "a=2", "one mesh"]):
+        call(query_sharding=NamedSharding(mesh, P("a")), key_value_sharding=other)
 
 
 @pytest.mark.parametrize("strategy", ["butterfly", "gather_kv", "ring"])
@@ -218,8 +248,8 @@ def test_a_strategy_that_could_not_be_obeyed(strategy):
     key = placed(mesh, KEY, None, "kv")
     with (
         jax.set_mesh(mesh),
-        raises(ValueError, [repr(strategy), "inside jit", "pass axis_name"]),
-        pytest.warns(UserWarning, match="pass axis_name="),
+        raises(ValueError, [repr(strategy), "inside jit", "pass key_value_sharding"]),
+        pytest.warns(UserWarning, match="pass key_value_sharding"),
     ):
         f(placed(mesh, QUERY), key, key)
 
@@ -227,7 +257,7 @@ def test_a_strategy_that_could_not_be_obeyed(strategy):
 def test_heads_go_where_rows_and_keys_come_from():
     mesh = jax.make_mesh((2, 2), ("host", "kv"), (KINDS["auto"],) * 2)
     with raises(ValueError, ["same axes", "T is sharded over ('host',)", "S over ('host', 'kv')"]):
-        call(mesh=mesh, axis_name=("host", "kv"), query_axis_name="host", strategy="ulysses")
+        call(**shardings(mesh, ("host", "kv"), query="host"), strategy="ulysses")
 
 
 def placed(mesh, x, *spec):
@@ -240,27 +270,13 @@ def test_key_and_value_sharded_differently():
         call(key=placed(mesh, KEY, None, "kv"), value=placed(mesh, KEY))
 
 
-def test_keys_that_lie_elsewhere_than_said():
-    mesh = jax.make_mesh((2, 2), ("a", "b"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
-    key = placed(mesh, KEY, None, "a")
-    with raises(ValueError, ["('b',)", "('a',)", "axis_name='a'"]):
-        call(key=key, value=key, axis_name="b")
-
-
-def test_one_axis_for_two_dimensions():
-    mesh = jax.make_mesh((2, 2), ("a", "b"), (KINDS["auto"],) * 2, devices=jax.devices()[:4])
-    key = placed(mesh, KEY, "a")
-    with raises(ValueError, ["'a' shards both B and S", "reshard"]):
-        call(key=key, value=key, axis_name="a")
-
-
 @pytest.mark.parametrize("what", ["axes", "types"])
 def test_two_meshes(what):
     mesh = mesh_of(4, "explicit")
     other = mesh_of(2, "explicit") if what == "axes" else mesh_of(4, "auto")
     key = placed(mesh, KEY, None, "kv")
     with raises(ValueError, ["Explicit", "one mesh", "reshard"]):
-        call(key=key, value=key, mesh=other)
+        call(key=key, value=jax.device_put(KEY, NamedSharding(other, P())))
 
 
 def inside(f, **options):
@@ -271,7 +287,7 @@ def inside(f, **options):
 
 def test_the_global_call_inside_a_shard_map():
     def f(query, key):
-        return distattn.dot_product_attention(query, key, key, axis_name="kv")
+        return distattn.dot_product_attention(query, key, key, **KV)
 
     with raises(ValueError, ["'kv' is manual here", "sharded_attention"]):
         inside(f)
@@ -294,7 +310,10 @@ def test_the_inside_call_outside():
             {"axis_name": "kv", "strategy": "psum", "query_sharded": True},
             ["'psum'", "query_sharded=True", "gather_kv"],
         ),
-        ({"axis_name": "kv", "strategy": butterfly(8)}, ["8 devices", "has 4", "build it"]),
+        (
+            {"axis_name": "kv", "strategy": butterfly(8)},
+            ["8 devices", "has 4", "build it"],
+        ),
     ],
 )
 def test_wrong_calls_inside(options, parts):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.testing import collectives
-from tests.cases import CASES, KINDS, QUERY_SHARDED, Case, as_float32, check
+from tests.cases import CASES, KINDS, QUERY_SHARDED, Case, as_float32, check, shardings
 from tests.tolerance import assert_close
 
 attention = functools.partial(distattn.dot_product_attention, return_residual=True)
@@ -127,9 +127,7 @@ def test_a_strategy_of_replicated_queries_gathers_a_sharded_one(kind, strategy):
             query,
             key,
             value,
-            mesh=mesh,
-            axis_name="kv",
-            query_axis_name="kv",
+            **shardings(mesh, "kv", query="kv"),
             strategy=strategy,
             **rest,
         )
@@ -155,7 +153,9 @@ def test_a_tuple_of_axes_in_the_compiled_form(kind):
     mesh = mesh_of((2, 2, 2), ("a", "b", "c"), kind)
     arguments = placed(mesh, P("b"), P("b", ("c", "a")))
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda **a: attention(**a, mesh=mesh, axis_name=("c", "a"), is_causal=True))
+        run = jax.jit(
+            lambda **a: attention(**a, **shardings(mesh, ("c", "a"), query="auto"), is_causal=True)
+        )
         arguments.pop("is_causal")
         agrees(run(**arguments), what=kind)
 
@@ -167,11 +167,16 @@ def test_in_jit_under_auto_axes_the_caller_says_where_keys_lie():
 
     def run(query, key, value):
         return attention(
-            query, key, value, is_causal=True, mesh=mesh, axis_name="kv", strategy="butterfly"
+            query,
+            key,
+            value,
+            is_causal=True,
+            **shardings(mesh, "kv", query="auto", batch="data"),
+            strategy="butterfly",
         )
 
     compiled = jax.jit(run).lower(**arguments).compile()
-    # No collective on the axis of the batch, which the call was not told of.
+    # No collective on the axis of the batch.
     assert collectives(compiled.as_text()) == {"collective-permute": 2}
     agrees(compiled(**arguments))
 
@@ -181,7 +186,7 @@ def test_the_mesh_of_the_context_is_taken():
     arguments = as_float32(CASE.arguments())
     with jax.set_mesh(mesh):
         agrees(
-            jax.jit(lambda a: attention(**a, is_causal=True, axis_name="kv"))(
+            jax.jit(lambda a: attention(**a, is_causal=True, key_value_sharding=P(None, "kv")))(
                 {k: arguments[k] for k in ("query", "key", "value")}
             )
         )
@@ -192,7 +197,7 @@ def test_an_axis_of_size_one_needs_no_collective():
     arguments = as_float32(CASE.arguments())
     run = jax.jit(
         lambda query, key, value: attention(
-            query, key, value, is_causal=True, mesh=mesh, axis_name="kv"
+            query, key, value, is_causal=True, **shardings(mesh, "kv", query="auto")
         )
     )
     arguments.pop("is_causal")
@@ -225,7 +230,7 @@ def test_nothing_at_all(empty, strategy):
     sizes = {"B": 2, "T": 8, "S": 16} | {empty: 0}
     query, key = (jnp.ones((sizes["B"], sizes[x], 4, 8)) for x in "TS")
     mesh = mesh_of((4,), ("kv",), "auto")
-    where = {"mesh": mesh, "axis_name": "kv", "strategy": strategy}
+    where = {**shardings(mesh, "kv", query="auto"), "strategy": strategy}
     out = distattn.dot_product_attention(query, key, key, **where)
     np.testing.assert_array_equal(out, jnp.zeros(query.shape))
 
@@ -235,10 +240,7 @@ def test_batch_and_heads_by_name(strategy):
     mesh = jax.make_mesh((2, 2, 2), ("data", "heads", "kv"), (KINDS["auto"],) * 3)
     attention = functools.partial(
         distattn.dot_product_attention,
-        mesh=mesh,
-        axis_name="kv",
-        batch_axis_name="data",
-        heads_axis_name="heads",
+        **shardings(mesh, "kv", query="auto", batch="data", heads="heads"),
         strategy=strategy,
         return_residual=True,
     )
@@ -251,9 +253,9 @@ def test_sizes_that_the_devices_do_not_divide(name, strategy, kind):
     mesh = mesh_of((5,), ("kv",), kind)
     case = CASES[name]
     with jax.set_mesh(mesh):
-        got = jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", strategy=strategy))(
-            **as_float32(case.arguments())
-        )
+        got = jax.jit(
+            functools.partial(attention, **shardings(mesh, "kv", query="auto"), strategy=strategy)
+        )(**as_float32(case.arguments()))
         agrees(got, case, what=f"{name} {kind} {strategy}")
 
 
@@ -266,7 +268,7 @@ def test_query_heads_sharded_finer_than_key_heads(heads):
 
     def on_mesh(*, query, key, value, **rest):
         query = jax.reshard(query, NamedSharding(mesh, P(None, None, "heads")))
-        return attention(query, key, value, axis_name="kv", **rest)
+        return attention(query, key, value, key_value_sharding=P(None, "kv"), **rest)
 
     with jax.set_mesh(mesh):
         check(case, on_mesh, what=str(heads))
@@ -286,7 +288,7 @@ def test_inside_a_shard_map_over_another_axis(kind):
         axis_names={"data"},
     )
     def per_data_shard(query, key, value):
-        return attention(query, key, value, is_causal=True, axis_name="kv")
+        return attention(query, key, value, is_causal=True, key_value_sharding=P(None, "kv"))
 
     def loss(query, key, value):
         out, lse = per_data_shard(query, key, value)
@@ -326,7 +328,11 @@ def test_no_axis_of_the_mesh_is_named_in_the_program_without_need():
     arguments = placed(mesh, P("data"), P("data", "kv"))
     arguments.pop("is_causal")
     text = (
-        jax.jit(functools.partial(attention, mesh=mesh, axis_name="kv", strategy="butterfly"))
+        jax.jit(
+            functools.partial(
+                attention, **shardings(mesh, "kv", query="auto", batch="data"), strategy="butterfly"
+            )
+        )
         .lower(**arguments)
         .compile()
         .as_text()

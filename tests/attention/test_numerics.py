@@ -9,7 +9,7 @@ import pytest
 
 import distattn
 from distattn.testing import reference
-from tests.cases import mesh_of
+from tests.cases import mesh_of, shardings
 from tests.tolerance import assert_close
 
 MESHES = (None, 1, 3, 8)
@@ -20,7 +20,7 @@ def on(devices, strategy="butterfly"):
     if devices is None:
         return attention
     mesh = mesh_of(devices, "auto")
-    return functools.partial(attention, mesh=mesh, axis_name="kv", strategy=strategy)
+    return functools.partial(attention, **shardings(mesh, "kv", query="auto"), strategy=strategy)
 
 
 def random(*shape, seed=0):

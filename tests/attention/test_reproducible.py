@@ -22,6 +22,7 @@ from tests.cases import (
     Case,
     check,
     mesh_of,
+    shardings,
 )
 from tests.tolerance import assert_close
 
@@ -79,7 +80,7 @@ def cotangents_of(case: Case, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.cache
 def on_one_device(case: Case, dtype: Any) -> dict[str, np.ndarray]:
-    result = program(case, dtype, axis_name=())(
+    result = program(case, dtype, key_value_sharding=P(None, ()))(
         arguments_of(case, dtype)[0], *cotangents_of(case, dtype)
     )
     return jax.tree.map(np.asarray, result)
@@ -130,15 +131,14 @@ GRID = [
 def test_devices_and_strategies(devices, strategy):
     mesh = mesh_of(devices, list(KINDS)[devices % 2])
     with jax.set_mesh(mesh):
-        check_bits(WHOLE, mesh=mesh, axis_name="kv", strategy=strategy)
+        check_bits(WHOLE, **shardings(mesh, "kv", query="auto"), strategy=strategy)
 
 
 @pytest.mark.parametrize("devices", [3, 6, 7])
 def test_a_butterfly_of_devices_that_pair_up_unevenly(devices):
     check_bits(
         FEATURES["few queries, one head"],
-        mesh=mesh_of(devices, "auto"),
-        axis_name="kv",
+        **shardings(mesh_of(devices, "auto"), "kv", query="auto"),
         strategy="butterfly",
     )
 
@@ -149,14 +149,14 @@ def test_features(name):
     mesh = mesh_of((3, 8, 5, 4)[index % 4], list(KINDS)[index % 2])
     strategy = ("auto", "reduce_scatter", "ring", "gather_kv", "psum")[index % 5]
     with jax.set_mesh(mesh):
-        check_bits(FEATURES[name], mesh=mesh, axis_name="kv", strategy=strategy)
+        check_bits(FEATURES[name], **shardings(mesh, "kv", query="auto"), strategy=strategy)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_whole_query_are_cut_where_states_are_large(kind):
     case = Case(batch=1, queries=128, keys=4 * BLOCK, heads=8, kv_heads=1, sinks=True)
     mesh = mesh_of(8, kind)
-    where = {"mesh": mesh, "axis_name": "kv", "query_axis_name": None}
+    where = {**shardings(mesh, "kv", query=None)}
     forward = jax.jit(functools.partial(distattn.dot_product_attention, reproducible=True, **where))
     arrays = arguments_of(case, jnp.float32)[0]
     with jax.set_mesh(mesh):
@@ -170,7 +170,12 @@ def test_rows_of_a_whole_query_are_cut_where_states_are_large(kind):
 
 @pytest.mark.parametrize(("dtype", "strategy"), [("bfloat16", "ring"), ("float16", "butterfly")])
 def test_half_precision(dtype, strategy):
-    check_bits(WHOLE, jnp.dtype(dtype), mesh=mesh_of(4, "auto"), axis_name="kv", strategy=strategy)
+    check_bits(
+        WHOLE,
+        jnp.dtype(dtype),
+        **shardings(mesh_of(4, "auto"), "kv", query="auto"),
+        strategy=strategy,
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,16 +195,16 @@ def test_levels_and_heads(strategy, sizes, axes):
         sizes, names, (KINDS["explicit"],) * len(sizes), devices=jax.devices()[:count]
     )
     with jax.set_mesh(mesh):
-        check_bits(WHOLE, mesh=mesh, axis_name=axes, strategy=strategy)
+        check_bits(WHOLE, **shardings(mesh, axes, query="auto"), strategy=strategy)
 
 
 def test_batch_and_heads_on_other_axes():
     mesh = jax.make_mesh((2, 2, 2), ("b", "h", "kv"), (KINDS["auto"],) * 3)
-    where = {"batch_axis_name": "b", "heads_axis_name": "h", "axis_name": "kv"}
-    check_bits(WHOLE, mesh=mesh, strategy="ring", **where)
+    where = shardings(mesh, "kv", query="auto", batch="b", heads="h")
+    check_bits(WHOLE, strategy="ring", **where)
     # The compiler may shard batch and heads unseen.
     plain = FEATURES["plain, key heads alone"]
-    check_bits(plain, mesh=mesh, strategy="butterfly", axis_name="kv")
+    check_bits(plain, **shardings(mesh, "kv", query="auto"), strategy="butterfly")
 
 
 @pytest.mark.parametrize("name", ["everything", *list(FEATURES)[:4]])
@@ -287,8 +292,7 @@ def test_under_scan_and_remat():
                 query,
                 key,
                 value,
-                mesh=mesh,
-                axis_name="kv",
+                **shardings(mesh, "kv", query="auto"),
                 return_residual=True,
                 reproducible=True,
             )
@@ -313,7 +317,7 @@ def test_the_ordinary_bits_differ():
     mesh = mesh_of(5, "auto")
     outs = [
         jax.jit(functools.partial(distattn.dot_product_attention, **where))(*given)
-        for where in ({}, {"mesh": mesh, "axis_name": "kv", "strategy": "butterfly"})
+        for where in ({}, {**shardings(mesh, "kv", query="auto"), "strategy": "butterfly"})
     ]
     assert (np.asarray(outs[0]) != np.asarray(outs[1])).any()
 
@@ -334,8 +338,7 @@ def test_a_row_with_what_is_no_number_is_none():
             key,
             value,
             mask=mask[None, None],
-            mesh=mesh_of(devices, "auto"),
-            axis_name="kv",
+            **shardings(mesh_of(devices, "auto"), "kv", query="auto"),
             return_residual=True,
             reproducible=True,
         )
@@ -384,9 +387,7 @@ def test_collectives(strategy):
     ]
     run = functools.partial(
         distattn.dot_product_attention,
-        mesh=mesh,
-        axis_name="kv",
-        query_axis_name="kv" if sharded else None,
+        **shardings(mesh, "kv", query="kv" if sharded else None),
         strategy=strategy,
         reproducible=True,
     )
@@ -408,4 +409,4 @@ def test_errors():
     with pytest.raises(
         NotImplementedError, match="K=2 key/value heads over the 4 devices.*shard fewer heads"
     ):
-        attention(query, key, key, mesh=mesh, heads_axis_name="h")
+        attention(query, key, key, **shardings(mesh, query="auto", heads="h"))

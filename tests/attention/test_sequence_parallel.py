@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import distattn
-from tests.cases import KINDS, QUERY_SHARDED, Case, check, runner
+from tests.cases import KINDS, QUERY_SHARDED, Case, check, runner, shardings
 
 LENGTH = 48
 LAYOUTS = ("contiguous", "zigzag", "striped", "random")
@@ -34,9 +34,7 @@ def on_four_devices(strategy, kind):
     mesh = jax.make_mesh(sizes, axes, (KINDS[kind],) * len(sizes), devices=jax.devices()[:4])
     return mesh, functools.partial(
         distattn.dot_product_attention,
-        mesh=mesh,
-        axis_name=axes,
-        query_axis_name=axes,
+        **shardings(mesh, axes, query=axes),
         strategy=strategy,
         return_residual=True,
     )

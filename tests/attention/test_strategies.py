@@ -22,6 +22,7 @@ from tests.cases import (
     Case,
     check,
     mesh_of,
+    shardings,
 )
 from tests.tolerance import assert_close
 
@@ -37,8 +38,7 @@ def with_heads_for(case, strategy, devices):
 def on(mesh, strategy):
     return functools.partial(
         distattn.dot_product_attention,
-        mesh=mesh,
-        axis_name="kv",
+        **shardings(mesh, "kv", query="auto"),
         strategy=strategy,
         return_residual=True,
     )

@@ -24,7 +24,7 @@ from distattn.local.kernels import cudnn, splash
 from distattn.local.kernels.tpu import support
 from distattn.local.tiling import Machine
 from distattn.testing import compile_for, interpreted
-from tests.cases import Case, check, mesh_of
+from tests.cases import Case, check, mesh_of, shardings
 from tests.tolerance import assert_close
 
 attention = functools.partial(distattn.dot_product_attention, return_residual=True)
@@ -168,8 +168,8 @@ def nothing():
 
 
 def over_devices(strategy, case, run, dtype, around, factor):
-    sharded = {} if strategy == "butterfly" else {"query_axis_name": "kv"}
-    where = {"mesh": mesh_of(2, "auto"), "axis_name": "kv", "strategy": strategy, **sharded}
+    rows = "auto" if strategy == "butterfly" else "kv"
+    where = {**shardings(mesh_of(2, "auto"), "kv", query=rows), "strategy": strategy}
     with around():
         check(case, functools.partial(run, **where), dtype=dtype, what=f"{strategy}", factor=factor)
 
@@ -324,11 +324,11 @@ def test_what_is_refused_says_which_argument(monkeypatch, name, what):
 
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_causal_over_sharded_keys_says_what_to_shard_instead(stand_in, name):
-    where = {"mesh": mesh_of(2, "auto"), "axis_name": "kv", "query_axis_name": None}
+    where = {**shardings(mesh_of(2, "auto"), "kv", query=None)}
     call = {"is_causal": True, "implementation": name, **where}
     with (
         interpreted(),
-        pytest.raises(NotImplementedError, match="is_causal.*heads_axis_name"),
+        pytest.raises(NotImplementedError, match="is_causal.*key_value_sharding"),
     ):
         distattn.dot_product_attention(*arrays(256, 256, jnp.bfloat16), **call)
 
@@ -417,7 +417,7 @@ def compiled(name, topology, *, gradient=False, **options):
     """Compiled for accelerators that are not here, with heads over devices, so that causal is done."""
     run = functools.partial(
         distattn.dot_product_attention,
-        heads_axis_name="kv",
+        key_value_sharding=P(None, None, "kv"),
         implementation=name,
         **options,
     )

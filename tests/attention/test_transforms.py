@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import distattn
-from tests.cases import CASES, Case, as_float32, check, mesh_of
+from tests.cases import CASES, Case, as_float32, check, mesh_of, shardings
 from tests.tolerance import assert_close
 
 CASE = Case(queries=8, keys=16, options=(("is_causal", True),))
@@ -21,9 +22,9 @@ def arrays(case=CASE):
 
 def attention(mesh, implementation=None, strategy="butterfly"):
     where = (
-        {"axis_name": ()}
+        {"key_value_sharding": P(None, ())}
         if mesh is None
-        else {"mesh": mesh, "axis_name": "kv", "strategy": strategy}
+        else {**shardings(mesh, "kv", query="auto"), "strategy": strategy}
     )
     return functools.partial(
         distattn.dot_product_attention, is_causal=True, implementation=implementation, **where
@@ -228,8 +229,7 @@ def test_float64_on_a_mesh(strategy):
             functools.partial(
                 distattn.dot_product_attention,
                 return_residual=True,
-                mesh=mesh,
-                axis_name="kv",
+                **shardings(mesh, "kv", query="auto"),
                 strategy=strategy,
             ),
             dtype=jnp.float64,

@@ -29,7 +29,7 @@ from distattn.algebra.fixed_point import FixedPoint, FixedPointState, limb_forma
 from distattn.experimental.fused import exchange, hooks
 from distattn.experimental.fused.route import route_over
 from distattn.testing import interpreted, reference
-from tests.cases import CASES, DIFFERENTIABLE, Case, as_float32, check
+from tests.cases import CASES, DIFFERENTIABLE, Case, as_float32, check, shardings
 from tests.tolerance import assert_close
 
 P = PartitionSpec
@@ -99,7 +99,7 @@ def exchanged(*sizes: int, axes: Any = "kv", rows: tuple[int, ...] = (1, 2, 6), 
 def attention(devices: int, **options: Any) -> Callable:
     named = {"strategy": "fused", "return_residual": True} | options
     return functools.partial(
-        distattn.dot_product_attention, mesh=mesh_of(devices), axis_name="kv", **named
+        distattn.dot_product_attention, **shardings(mesh_of(devices), "kv", query="auto"), **named
     )
 
 

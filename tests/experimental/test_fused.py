@@ -26,7 +26,7 @@ from distattn.experimental.fused.route import KEEP, OWN_FIRST, REPLACE, SOURCE_F
 from distattn.planning import cost, schedule
 from distattn.planning.plan import Workload, plan
 from distattn.testing import compile_for, interpreted, lower
-from tests.cases import mesh_of
+from tests.cases import mesh_of, shardings
 from tests.experimental import fused_job
 from tests.jobs import ROOT
 from tests.kernel_calls import (
@@ -202,7 +202,7 @@ def test_other_folds_are_followed_by_the_exchange(more):
 
 def test_along_any_axis_of_any_mesh():
     for mesh, axes in (({"x": 2, "kv": 2, "y": 2}, "kv"), ({"x": 2, "kv": 4}, ("x", "kv"))):
-        report = compiled("v5e:2x4", mesh=mesh, axis_name=axes)
+        report = compiled("v5e:2x4", **shardings(mesh, axes, query="auto"))
         assert launches(report) == 1
         assert report.collectives == {}
 
@@ -228,7 +228,7 @@ def test_kernels_share_a_barrier_only_if_they_exchange_alike():
 
 
 def test_between_slices_xla_exchanges():
-    report = compiled("v5e:2x2*2", mesh={"host": 2, "kv": 4}, axis_name=("host", "kv"))
+    report = compiled("v5e:2x2*2", **shardings({"host": 2, "kv": 4}, ("host", "kv"), query="auto"))
     assert launches(report) == 2
     assert {name: x["count"] for name, x in report.collectives.items()} == {"send": 1, "recv": 1}
     with pytest.raises(NotImplementedError, match=r"fused.*slice.*along \('kv',\).*'butterfly'"):
@@ -283,7 +283,7 @@ def arrays(keys=64, queries=1, dtype=np.float32):
 
 
 def called(mesh, *given, **more):
-    return attention(*given, mesh=mesh, axis_name="kv", **more)
+    return attention(*given, **shardings(mesh, "kv", query="auto"), **more)
 
 
 def test_elsewhere_it_is_refused():

@@ -122,7 +122,12 @@ def test_gradients_of_half_precision_are_summed_in_float32():
 
     def loss(query, key, value):
         out = distattn.dot_product_attention(
-            query, key, value, axis_name="kv", query_axis_name=None, strategy="butterfly"
+            query,
+            key,
+            value,
+            key_value_sharding=P(None, "kv"),
+            query_sharding=P(None, None),
+            strategy="butterfly",
         )
         return out.astype(jnp.float32).sum()
 
@@ -185,7 +190,9 @@ def test_memory_on_one_chip_beside_that_of_the_paper(gradient, standard, efficie
 def test_lowered_for_any_mesh_and_platform(platform):
     mesh = AbstractMesh((64, 64), ("host", "chip"), axis_types=(AxisType.Auto,) * 2)
     f = functools.partial(
-        distattn.dot_product_attention, strategy="butterfly", axis_name=("host", "chip")
+        distattn.dot_product_attention,
+        strategy="butterfly",
+        key_value_sharding=P(None, ("host", "chip")),
     )
     along = P(None, ("host", "chip"))
     arrays = shapes(1, 64 * 4096)
@@ -201,7 +208,9 @@ def test_a_whole_training_step_of_a_user():
         x = params["embed"][tokens]
         heads = x.reshape(*x.shape[:2], HEADS, -1)
         q, k, v = (heads @ params[name] for name in "qkv")
-        x = distattn.dot_product_attention(q, k, v, is_causal=True, axis_name="kv", strategy="ring")
+        x = distattn.dot_product_attention(
+            q, k, v, is_causal=True, key_value_sharding=P(None, "kv"), strategy="ring"
+        )
         logits = x.reshape(*x.shape[:2], -1) @ params["out"]
         return -jax.nn.log_softmax(logits)[..., 0].mean()
 

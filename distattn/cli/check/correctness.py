@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import platform_of
 from distattn.attention.api import dot_product_attention
@@ -201,6 +201,8 @@ def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]
     """The results on the devices, by name."""
     replicated = subject.strategy in BY_NAME
 
+    whole, cut = PartitionSpec(), PartitionSpec(None, subject.axes)
+
     def run(
         query: jax.Array,
         key: jax.Array,
@@ -219,16 +221,14 @@ def _run(mesh: Mesh, subject: Subject, problem: Problem) -> dict[str, jax.Array]
                 precision=jax.lax.Precision.HIGHEST,
                 query_positions=query_positions,
                 key_positions=key_positions,
-                mesh=mesh,
-                axis_name=subject.axes,
-                query_axis_name=None if replicated else subject.axes,
+                query_sharding=NamedSharding(mesh, whole if replicated else cut),
+                key_value_sharding=NamedSharding(mesh, cut),
                 strategy=subject.strategy,
             )
 
         (out, lse), pull = jax.vjp(attention, query, key, value)
         return dict(zip(RESULTS, (out, lse, *pull((d_out, d_lse))), strict=True))
 
-    whole, cut = PartitionSpec(), PartitionSpec(None, subject.axes)
     given = problem.arguments | {"d_out": problem.d_out, "d_lse": problem.d_lse}
     arrays = [
         on_mesh(x, mesh, cut if name in ("key", "value", "key_positions") else whole)

@@ -415,7 +415,7 @@ def of_index_order(inputs: AttentionInputs) -> str | None:
         return (
             f"{name} compares positions, and the queries or keys of each device begin at another one, "
             "which the kernel would have to know while it is compiled; shard B or heads instead of T and S "
-            "(batch_axis_name, heads_axis_name, strategy='ulysses')"
+            "(key_value_sharding, strategy='ulysses')"
         )
     return None
 

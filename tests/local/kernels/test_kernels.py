@@ -14,7 +14,7 @@ import pytest
 
 import distattn
 from distattn.testing import interpreted
-from tests.cases import CASES, Case, check, mesh_of
+from tests.cases import CASES, Case, check, mesh_of, shardings
 from tests.kernel_calls import attention_by, every_kernel, inside, simulated
 from tests.tolerance import assert_close
 
@@ -145,9 +145,9 @@ def test_half_precision(implementation, name, dtype):
 )
 def test_over_a_mesh(implementation, strategy):
     attention = attention_by(implementation)
-    sharded = {"query_axis_name": "kv"} if strategy == "ring" else {}
     case = dataclasses.replace(CASES["causal_permuted"], queries=8)
-    where = {"mesh": mesh_of(4, "auto"), "axis_name": "kv", "strategy": strategy, **sharded}
+    rows = "kv" if strategy == "ring" else "auto"
+    where = {**shardings(mesh_of(4, "auto"), "kv", query=rows), "strategy": strategy}
     with interpreted():
         check(case, functools.partial(attention, **where), what=f"{implementation} {strategy}")
 
