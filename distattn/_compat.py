@@ -1,7 +1,4 @@
-"""What differs between the JAX versions that are supported, in one place.
-
-What the optional packages are for, and the command that brings them.
-"""
+"""Differences between the supported JAX versions, private parts of JAX, and optional packages."""
 
 import contextlib
 from collections.abc import Generator
@@ -16,44 +13,44 @@ from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.core import Tracer
 from jax.sharding import AbstractDevice, Mesh
 
-# Of the job that a program is compiled for, where that is another than the one that compiles it.
+# Process count of the target job when compiling ahead of time for another cluster.
 traced_processes: ContextVar[int | None] = ContextVar("traced_processes", default=None)
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
-    """Mesh axes over which any of the arrays is typed as varying (empty outside `check_vma=True`)."""
+    """Return the axes over which any array is typed as varying (empty outside `check_vma=True`)."""
     return frozenset().union(*(_varying(jax.typeof(x)) for x in arrays))
 
 
 def concrete(x: Any) -> Any:
-    """The array, also where it is what `jax.grad` outside jit differentiates; None: it has no value yet."""
+    """Return the array behind x, also inside `jax.grad` outside jit; None if it has no value yet."""
     return x.to_concrete_value() if isinstance(x, Tracer) else x
 
 
 def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The same values, typed as varying over `axes` too.
+    """Return x typed as varying over `axes` too.
 
-    Loop carries, `cond` branches and the inputs of a `custom_vjp` inside `shard_map` must agree
-    in this type; the transpose of the cast is the sum over devices that a replicated operand needs.
+    Loop carries, `cond` branches and the inputs of a `custom_vjp` inside `shard_map` must agree in
+    this type. The transpose of the cast is the sum over devices that a replicated operand needs.
     """
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def all_gather_as_replicated(part: jax.Array, axes: tuple[str, ...], size: int) -> jax.Array:
-    """[D, ...]: the parts of all devices, typed as equal on all of them (under `check_vma=True`)."""
+def all_gather_as_replicated(x: jax.Array, axes: tuple[str, ...], size: int) -> jax.Array:
+    """Stack x of all devices to [D, ...], typed as replicated (under `check_vma=True`)."""
     try:
-        return lax.all_gather(part, axes, to="invarying")
-    except ValueError:  # JAX before 0.10 has no such type: a sum in which each part meets zeros
-        row = lax.axis_index(axes)
-        whole = vary(jnp.zeros((size, *part.shape), part.dtype), varying_axes(part, row))
-        return lax.psum(lax.dynamic_update_index_in_dim(whole, part, row, 0), axes)
+        return lax.all_gather(x, axes, to="invarying")
+    except ValueError:  # JAX before 0.10 lacks this type: sum stacks that are zero but for one x
+        rank = lax.axis_index(axes)
+        stack = vary(jnp.zeros((size, *x.shape), x.dtype), varying_axes(x, rank))
+        return lax.psum(lax.dynamic_update_index_in_dim(stack, x, rank, 0), axes)
 
 
 def platform_of(mesh: Any = None) -> str:
-    """'cpu', 'gpu' or 'tpu': of the devices of a mesh, or of the one that is traced for.
+    """Return 'cpu', 'gpu' or 'tpu', of a mesh or of the devices that are traced for.
 
-    An abstract mesh may say for which devices it stands; where it does not, they are the default ones.
+    An abstract mesh may name its devices; otherwise they are the default ones.
     """
     device = _device(mesh)
     if device is None:
@@ -65,7 +62,7 @@ def platform_of(mesh: Any = None) -> str:
 
 
 def device_kind_of(mesh: Any = None) -> str:
-    """What JAX calls the devices of `platform_of`, as 'TPU v5 lite'."""
+    """Return JAX's name for the devices of `platform_of`, as 'TPU v5 lite'."""
     device = _device(mesh)
     return (jax.local_devices()[0] if device is None else device).device_kind
 
@@ -77,14 +74,14 @@ def _device(mesh: Any) -> Any:
 
 
 def processes_of(mesh: Any = None) -> int:
-    """The number of processes that a mesh spans, or that of the job."""
+    """Return the number of processes that a mesh spans, or of the job."""
     if isinstance(mesh, Mesh):
         return len({device.process_index for device in mesh.devices.flat})
     return traced_processes.get() or jax.process_count()
 
 
 def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
-    """The shape of a result that varies over the axes, as `pallas_call` wants it."""
+    """Return the `out_shape` of a `pallas_call` whose result varies over the axes."""
     like = jax.typeof(vary(jnp.zeros(()), axes))
     if hasattr(like, "vma"):  # JAX before 0.10
         more: dict[str, Any] = {"vma": like.vma}
@@ -93,8 +90,8 @@ def shaped(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.Shap
 
 
 def abstract_device(platform: str) -> AbstractDevice:
-    """Any device of a platform, for an abstract mesh to stand for."""
-    # Of a GPU a kernel asks which (JAX from 0.12 on): the typical one, as in `distattn.planning.chips`.
+    """Return a device of a platform, for an abstract mesh."""
+    # JAX from 0.12 on asks for the kind of a GPU: the typical one, as in `distattn.planning.chips`.
     kind = "NVIDIA H100 80GB HBM3" if platform == "gpu" else platform
     fields = {"device_kind": kind, "num_cores": None, "platform": platform}
     names = AbstractDevice.__dataclass_fields__  # platform is among them from JAX 0.10 on
@@ -108,11 +105,12 @@ def _varying(kind: Any) -> frozenset[str]:
 
 
 def coordination() -> tuple[Any, int, int]:
-    """The client of JAX's coordination service, the rank, and the size of the job; None, 0, 1 where alone.
+    """Return the client of JAX's coordination service, the rank, and the number of processes.
 
-    No public name leads to the client, on any version: Orbax reaches it in the same way. What is used of it
-    are `key_value_set`, `key_value_try_get`, `key_value_dir_get`, `key_value_delete` and `wait_at_barrier`.
-    Rank and size are what `jax.process_index` and `jax.process_count` give once the devices are known.
+    The client is None for a process alone. No version has a public name for it; Orbax reaches it in
+    the same way. distattn calls `key_value_set`, `key_value_try_get`, `key_value_dir_get`,
+    `key_value_delete` and `wait_at_barrier`. Rank and size equal `jax.process_index()` and
+    `jax.process_count()`, but do not start JAX.
     """
     state = distributed.global_state
     return state.client, state.process_id, state.num_processes
@@ -128,18 +126,18 @@ def cudnn_attention(
     left: int | None,
     key_lengths: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by cuDNN: out [B, T, N, V] in query's dtype, and the log-sum-exp f32[B, N, T].
+    """Compute attention by cuDNN: out [B, T, N, V] in query's dtype, log-sum-exp f32[B, N, T].
 
-    `jax.nn.dot_product_attention`, the public way there, rounds the latter to the dtype of the query.
+    `jax.nn.dot_product_attention`, the public function, rounds the log-sum-exp to the query's dtype.
 
     Args:
       query: [B, T, N, H], bfloat16 or float16.
       key: [B, S, K, H].
       value: [B, S, K, H].
-      scale: of query . key.
-      is_causal: row t attends to keys 0 .. t.
-      left: how many keys before t it attends to at most, under is_causal; None: all.
-      key_lengths: int32[B], of keys from the first on; None: all.
+      scale: factor of query . key.
+      is_causal: whether row t attends to keys 0 .. t only.
+      left: largest number of keys before t that row t attends to, under is_causal; None: all.
+      key_lengths: int32[B], number of leading keys that count; None: all.
     """
     kind = fused_attention.MaskType
     padded = key_lengths is not None
@@ -161,7 +159,7 @@ def cudnn_attention(
 
 
 def cudnn_version() -> int | None:
-    """As 91002 for 9.10.2; None where JAX finds no cuDNN."""
+    """Return the version of cuDNN, 91002 for 9.10.2; None if JAX finds no cuDNN."""
     try:
         return fused_attention.check_cudnn_version()
     except RuntimeError:
@@ -169,28 +167,28 @@ def cudnn_version() -> int | None:
 
 
 def compute_capability() -> tuple[int, ...] | None:
-    """(9, 0) for an H100: of this process's GPUs; None: it has none."""
+    """Return the compute capability of this process's GPUs, (9, 0) for an H100; None without."""
     device = jax.local_devices()[0]
-    parts = str(getattr(device, "compute_capability", None)).split(".")  # of AMD's 'gfx942'
+    parts = str(getattr(device, "compute_capability", None)).split(".")  # AMD: gfx942
     return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None
 
 
 def command(extra: str) -> str:
-    """What installs an extra: distattn is not released, so from a clone."""
+    """Return the command that installs an extra, from a clone because distattn is not released."""
     return f"pip install -e '.[{extra}]' in a clone of distattn"
 
 
 @contextlib.contextmanager
 def needed(package: str, *, by: str, extra: str) -> Generator[None, None, None]:
-    """Around an import: where the package is not installed, the error says who needs it and what brings it.
+    """Explain a failed import: the error names the user of the package and the command to install it.
 
     Args:
-      package: the name under which it is imported, or the first part of it.
-      by: what cannot be had without it.
-      extra: of distattn, that has it.
+      package: top-level name of the package.
+      by: what needs the package.
+      extra: extra of distattn that brings it.
 
     Raises:
-      ModuleNotFoundError: the package is not installed. One that the package itself misses is not changed.
+      ModuleNotFoundError: the package is not installed. An error about another package is unchanged.
     """
     try:
         yield
@@ -202,23 +200,23 @@ def needed(package: str, *, by: str, extra: str) -> Generator[None, None, None]:
         ) from error
 
 
-# Part of the key under which JAX caches what it has traced.
+# Part of the key of JAX's tracing cache.
 _interpret = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def interpreted(params: Any = True) -> Generator[None, None, None]:
-    """While it is entered, the kernels that are traced run on a CPU, by Pallas' interpreter.
+    """Run the kernels traced meanwhile on a CPU, by Pallas' interpreter.
 
     Args:
-      params: of `pallas_call`: True, or, for TPU kernels, a `pltpu.InterpretParams`, which simulates a
-        TPU's memories and needs PJRT_NPROC=16 in the environment before JAX starts where several fake
-        devices run kernels.
+      params: `interpret` of `pallas_call`: True, or, for TPU kernels, a `pltpu.InterpretParams`, which
+        simulates a TPU's memories. With kernels on several fake devices it needs PJRT_NPROC=16 in the
+        environment before JAX starts.
     """
     with _interpret(params):
         yield
 
 
 def interpreter() -> Any:
-    """By which kernels run, as `pallas_call` wants it; None: by none."""
+    """Return the argument of `interpreted`, for `pallas_call`; None outside it."""
     return _interpret.value

@@ -1,9 +1,9 @@
-"""Which position lies at which slot: orders of a sequence over devices, and arrays put into them.
+"""Orders of a sequence over devices, and functions that bring arrays into them.
 
-A layout is a vector of positions, int32[S]: entry i is the position of the token that is stored at
-slot i, and device d of D owns slots d * S / D to (d + 1) * S / D - 1. It is what `key_positions`
-and `query_positions` take. `reorder` puts an array into a layout, `restore` puts it back, and
-`align` brings values to keys where both have come in orders of their own.
+A layout is a vector of positions, int32[S], as `key_positions` and `query_positions`: entry i is the
+position of the token that is stored at slot i. Device d of D stores slots d * S / D to
+(d + 1) * S / D - 1. `reorder` brings an array into a layout, `restore` brings it back, and `align`
+brings values to their keys if both arrive in different orders.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from distattn.attention.align import align, align_shards
+from distattn.collectives.mesh import explicit_axes
 
 __all__ = ["align", "align_shards", "contiguous", "reorder", "restore", "striped", "zigzag"]
 
 
 def contiguous(seq_len: int, shards: int) -> np.ndarray:
-    """Each device holds one run of the sequence: position i at slot i.
+    """Return the layout in which each device holds one run of the sequence: position i at slot i.
 
     Args:
       seq_len: S, a multiple of `shards`.
@@ -38,7 +39,7 @@ def contiguous(seq_len: int, shards: int) -> np.ndarray:
     Raises:
       ValueError: seq_len is not a multiple of shards.
 
-    Example:
+    Examples:
       >>> from distattn import layouts
       >>> layouts.contiguous(8, shards=2).tolist()
       [0, 1, 2, 3, 4, 5, 6, 7]
@@ -48,7 +49,7 @@ def contiguous(seq_len: int, shards: int) -> np.ndarray:
 
 
 def zigzag(seq_len: int, shards: int) -> np.ndarray:
-    """Device d holds chunks d and 2D - 1 - d of 2D: under a causal mask all have the same work.
+    """Return the layout that balances a causal mask: device d holds chunks d and 2D - 1 - d of 2D.
 
     Args:
       seq_len: S, a multiple of 2 * `shards`.
@@ -60,7 +61,7 @@ def zigzag(seq_len: int, shards: int) -> np.ndarray:
     Raises:
       ValueError: seq_len is not a multiple of 2 * shards.
 
-    Example:
+    Examples:
       >>> from distattn import layouts
       >>> layouts.zigzag(8, shards=2).tolist()  # chunks 0 and 3 on device 0, 1 and 2 on device 1
       [0, 1, 6, 7, 2, 3, 4, 5]
@@ -74,12 +75,12 @@ def zigzag(seq_len: int, shards: int) -> np.ndarray:
 
 
 def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
-    """Stripes of the sequence are dealt out in turn: device d holds stripes d, d + D, d + 2D, ...
+    """Return the layout in which device d holds stripes d, d + D, d + 2D, ... of the sequence.
 
     Args:
       seq_len: S, a multiple of `shards` * `stripe_size`.
       shards: D.
-      stripe_size: how many neighbours stay together.
+      stripe_size: number of neighbours that stay together.
 
     Returns:
       int32[S], a numpy array.
@@ -87,7 +88,7 @@ def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
     Raises:
       ValueError: seq_len is not a multiple of shards * stripe_size.
 
-    Example:
+    Examples:
       >>> from distattn import layouts
       >>> layouts.striped(8, shards=2).tolist()
       [0, 2, 4, 6, 1, 3, 5, 7]
@@ -106,26 +107,26 @@ def striped(seq_len: int, shards: int, stripe_size: int = 1) -> np.ndarray:
 
 
 def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
-    """The array in a layout: what lies at each slot.
+    """Bring an array into a layout.
 
         out[..., i, ...] = x[..., positions[i], ...]
 
-    Under jit and outside, differentiable, and laid out on the mesh as x is.
+    Works under jit and outside, is differentiable, and keeps the sharding of x.
 
     Args:
       x: [..., S, ...] in the order of positions, any dtype.
-      positions: int32[S], or int32[B, S] for an order in each row, B the leading axis of x. A
-        negative one is an empty slot, and so, under jit, is one of S or more.
-      axis: of S in x; with int32[B, S] it is 1.
+      positions: int32[S], or int32[B, S] for one order per sequence, B the leading axis of x. A
+        negative position marks an empty slot; so does, under jit, a position of S or more.
+      axis: the axis of S in x; with int32[B, S] it is 1.
 
     Returns:
       [..., S, ...], zero in empty slots.
 
     Raises:
-      ValueError: several arrays; positions of a wrong shape or dtype, or, where they are known, of S or
-        more; an axis that x has not.
+      ValueError: several arrays; positions of a wrong shape or dtype, or known positions of S or more;
+        an axis that x does not have.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from distattn import layouts
       >>> x = jnp.array([[10, 11, 12, 13]])
@@ -138,22 +139,22 @@ def reorder(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
 
 
 def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
-    """The inverse of `reorder`: from slots back to the order of positions.
+    """Bring an array from a layout back to the order of positions: undo `reorder`.
 
         out[..., positions[i], ...] = x[..., i, ...]
 
     Args:
       x: [..., S, ...] in the layout, any dtype.
-      positions: as in `reorder`, no position twice. Empty slots are dropped.
-      axis: of S in x; with int32[B, S] it is 1.
+      positions: as in `reorder`, each position once. Empty slots are dropped.
+      axis: the axis of S in x; with int32[B, S] it is 1.
 
     Returns:
-      [..., S, ...], zero where no slot has the position.
+      [..., S, ...], zero at positions without a slot.
 
     Raises:
-      ValueError: as `reorder`; or, where they are known, positions that are there twice.
+      ValueError: as `reorder`; or known positions that occur twice.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from distattn import layouts
       >>> x, positions = jnp.array([[10, 11, 12, 13]]), layouts.striped(4, shards=2)
@@ -166,13 +167,11 @@ def restore(x: ArrayLike, positions: ArrayLike, axis: int = 1) -> jax.Array:
 
 
 def _laid_out_as(x: jax.Array, f: Callable[..., Any], positions: jax.Array) -> jax.Array:
-    """f(x, positions), of the shape of x and with its sharding, as far as that is known here."""
+    """Call f(x, positions), whose result gets the sharding of x if that is known here."""
     shardings = [jax.typeof(y).sharding for y in (x, positions)]
     mesh = shardings[0 if shardings[1].mesh.empty else 1].mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-    if explicit:
-        # A gather along a sharded axis is left to the compiler: it is told where the result lies.
+    if explicit := explicit_axes(mesh):
+        # The compiler does a gather along a sharded axis, if it knows the sharding of the result.
         spec = shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
         result = NamedSharding(mesh, spec)
         run: Callable[..., Any] = jax.sharding.auto_axes(f, axes=explicit, out_sharding=result)
@@ -193,15 +192,14 @@ def _gather(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     else:
         taken = jax.vmap(lambda row, slots: row.at[slots].get(**how))(x, index)
         shape = x.shape[:2] + (1,) * (x.ndim - 2)
-    # Inside jit the sharding of x is not known under Auto axes, and the compiler does not carry
-    # that of the gathered axis over. It does through a choice of which x is one case, though never
-    # the one.
+    # Inside jit and under Auto axes the sharding of x is unknown, and the compiler does not carry
+    # it through the gather. It carries it through a select of which x is one case, never selected.
     case = jnp.where(index < 0, 1, 0).reshape(shape)
     return lax.select_n(jnp.broadcast_to(case, x.shape), taken, jnp.zeros_like(x), x)
 
 
 def _inverse(positions: jax.Array) -> jax.Array:
-    """int32, the slot of each position, -1 where there is none."""
+    """Return the slot of each position, int32, -1 for positions without a slot."""
     rows = positions if positions.ndim == 2 else positions[None]
     slots = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
 
@@ -212,7 +210,7 @@ def _inverse(positions: jax.Array) -> jax.Array:
 
 
 def _one_array(function: str, x: Any) -> jax.Array:
-    """x; arrays of one shape in a tuple would else be stacked unasked."""
+    """Convert x to an array; raise ValueError for several arrays, which would be stacked silently."""
     if isinstance(x, tuple | list | dict) and any(map(jnp.ndim, jax.tree.leaves(x))):
         raise ValueError(
             f"x is a {type(x).__name__} of arrays; it must be one array: for each of them use "
@@ -222,7 +220,7 @@ def _one_array(function: str, x: Any) -> jax.Array:
 
 
 def _check(x: jax.Array, positions: Any, axis: int, *, unique: bool) -> tuple[int, jax.Array]:
-    """The axis counted from the front, and positions as int32."""
+    """Check the arguments, and return the axis counted from the front and positions as int32."""
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis is {axis} and x has shape {x.shape}; pass an axis that x has")
     axis %= x.ndim

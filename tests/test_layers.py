@@ -23,7 +23,7 @@ ARROWS = {
     "cache": {"attention", "local", "collectives", "distributed", "planning"},
     "integrations": {"attention", "cache", "algebra", "local", "collectives", "planning"},
     "testing": {"planning", "collectives"},
-    "layouts": {"attention"},
+    "layouts": {"attention", "collectives"},
 }
 TOPS = {"cli", "__init__", "__main__"}  # import what they like
 DRAWERS = {"utils", "helpers", "common", "misc", "base"}
