@@ -1,12 +1,12 @@
 # %% [markdown]
 # # A tour of distattn
 #
-# Cells, one after another, each showing one thing and asserting it. It runs as a script in ten seconds, and
-# as a notebook in editors that know `# %%`.
+# Each cell shows one thing and asserts it. Run it as a script, in ten seconds, or as a notebook in an
+# editor that knows `# %%`.
 #
 #     python examples/00_tour.py
 
-# %% Eight devices, of this CPU
+# %% Eight devices on this CPU
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +25,15 @@ plain = jax.nn.dot_product_attention(query, key, value)
 
 
 def same(a: jax.Array, b: jax.Array) -> bool:
-    """As far as float32 goes."""
+    """Return whether a and b are equal but for rounding."""
     return bool(jnp.allclose(a, b, atol=1e-5))
 
 
 # %% [markdown]
-# ## 1. Attention that is not divided yet can be added
+# ## 1. Softmax states can be merged
 #
-# `partial_attention` is attention over some of the keys: a maximum, a sum, and a weighted sum of values.
-# `merge` adds two of them, in either order; `finalize` divides.
+# `partial_attention` returns the state over some of the keys: a maximum, a sum, and a weighted sum of
+# values. `merge` merges two states, in either order. `finalize` divides.
 
 # %%
 first = distattn.partial_attention(query, key[:, :300], value[:, :300])
@@ -41,12 +41,12 @@ rest = distattn.partial_attention(query, key[:, 300:], value[:, 300:])
 for one, other in ((first, rest), (rest, first)):
     out, _ = distattn.finalize(distattn.merge(one, other))
     assert same(out, plain)
-print("1. two parts, merged in either order, are the whole")
+print("1. two states, merged in either order, give attention over all keys")
 
 # %% [markdown]
-# ## 2. The parts may lie on devices, in any order
+# ## 2. Keys may be on many devices, in any order
 #
-# Each key keeps its name, `key_positions`, and masks go by it.
+# Each key has its position in `key_positions`, and masks compare positions.
 
 # %%
 order = rng.permutation(S).astype(np.int32)
@@ -54,12 +54,12 @@ keys, values = jax.device_put((key[:, order], value[:, order]), split)
 at = {"query_positions": np.array([700], np.int32), "key_positions": order}
 out = distattn.dot_product_attention(query, keys, values, is_causal=True, **at)
 assert same(out, jax.nn.dot_product_attention(query, key[:, :701], value[:, :701]))
-print("2. eight devices, keys in random order, causal mask: the same")
+print("2. eight devices, keys in random order, causal mask: the same result")
 
 # %% [markdown]
-# ## 3. What moves is states, in log2 D messages
+# ## 3. Only states move, in log2 D messages
 #
-# Counted in the compiled program. `strategy=` names another exchange; None of them changes the result.
+# Collectives are counted in the compiled program. No `strategy=` changes the result.
 
 # %%
 for strategy, sent in (("butterfly", "3 collective-permute"), ("all_gather", "1 all-gather")):
@@ -71,12 +71,12 @@ for strategy, sent in (("butterfly", "3 collective-permute"), ("all_gather", "1 
     print(f"3. {strategy}: {moved}")
 
 # %% [markdown]
-# ## 4. Gradients stay where keys and values are
+# ## 4. Gradients of keys and values stay on their devices
 
 
 # %%
 def loss(attention, query, key, value):
-    """Any function of attention."""
+    """Compute any function of attention."""
     return (attention(query, key, value) ** 2).sum()
 
 
@@ -87,12 +87,12 @@ expected = theirs(query, key, value)
 assert same(d_query, expected[0])
 assert same(jnp.asarray(np.asarray(d_key)), expected[1][:, order])
 assert d_key.sharding.is_equivalent_to(keys.sharding, d_key.ndim)
-print("4. the gradient of the keys lies where they do")
+print("4. the gradient of the keys has their sharding")
 
 # %% [markdown]
 # ## 5. A cache that devices share
 #
-# Tokens go to any device; nothing is sent to store them, and a state is sent to attend.
+# Any device can store a token. Storing sends nothing, and attending sends a state.
 
 # %%
 cache = distattn.KVCache.create(1, 64, K, H, dtype=jnp.float32, mesh=mesh)
@@ -102,7 +102,7 @@ assert same(cache.attend(query), jax.nn.dot_product_attention(query, key[:, :5],
 print(f"5. five tokens in a cache, by device: {np.asarray(cache.counts)[0]}")
 
 # %% [markdown]
-# ## 6. The same bits on any number of devices
+# ## 6. Bitwise reproducible on any number of devices
 
 # %%
 bits = {
@@ -115,17 +115,17 @@ print("6. reproducible=True: one device and eight agree to the last bit")
 # %% [markdown]
 # ## 7. The same program for 4096 chips, without one
 #
-# `lower` counts what a program says; `distattn plan` and `distattn.testing.compile_for` tell more.
+# `lower` counts collectives before compiling; `distattn plan` and `distattn.testing.compile_for` tell more.
 
 # %%
-struct, where = jax.ShapeDtypeStruct, (jax.P(), jax.P(None, "kv"), jax.P(None, "kv"))
+struct, specs = jax.ShapeDtypeStruct, (jax.P(), jax.P(None, "kv"), jax.P(None, "kv"))
 report = lower(
     lambda *x: distattn.dot_product_attention(*x, strategy="butterfly"),
     struct((1, 1, 32, 128), jnp.bfloat16),
     *(struct((1, 8192 * 4096, 8, 128), jnp.bfloat16),) * 2,
     mesh={"kv": 4096},
     platform="tpu",
-    specs=where,
+    specs=specs,
 )
 assert report.rounds == 12
 print(f"7. {report.devices} chips, 33 million keys: {report.rounds} messages, one after another")

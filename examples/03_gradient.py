@@ -1,10 +1,10 @@
 """A gradient through attention over eight devices, keys and values in a random order.
 
-What one learns:
+It shows:
 
-1. `jax.grad` goes through it as through `jax.nn.dot_product_attention`, sinks and bias included.
-2. The gradients of key and value come out where their keys lie, in the order in which these lie.
-3. Backward, one thing moves: the gradient of the query, in one all-reduce.
+1. `jax.grad` differentiates it like `jax.nn.dot_product_attention`.
+2. The gradients of key and value have the sharding and the order of the keys.
+3. The backward pass moves only the gradient of the query, in one all-reduce.
 
     python examples/03_gradient.py
 """
@@ -12,7 +12,8 @@ What one learns:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn import layouts
@@ -25,7 +26,7 @@ BOUND = 1e-5
 
 
 def main() -> None:
-    """Compares the gradients, then counts."""
+    """Compare the gradients, then count collectives."""
     fake_devices(DEVICES)
     rng = np.random.default_rng(0)
     shapes = [(QUERIES, HEADS), (KEYS, KV_HEADS), (KEYS, KV_HEADS)]
@@ -41,10 +42,10 @@ def main() -> None:
         out = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
         return ((out - target) ** 2).mean()
 
-    # Under Auto axes a traced array does not tell how it is sharded, so the call says it.
+    # Inside jit an array with Auto axes does not tell how it is sharded, so the call does.
     mesh = jax.make_mesh((DEVICES,), ("kv",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_keys = NamedSharding(mesh, PartitionSpec(None, "kv"))
+    replicated = NamedSharding(mesh, P())
+    by_keys = NamedSharding(mesh, P(None, "kv"))
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         out = distattn.dot_product_attention(
@@ -63,33 +64,33 @@ def main() -> None:
 
     expected, expected_gradients = jax.value_and_grad(expected_loss, (0, 1, 2))(query, key, value)
     scattered = (
-        jax.device_put(query, everywhere),
+        jax.device_put(query, replicated),
         jax.device_put(layouts.reorder(key, order), by_keys),
         jax.device_put(layouts.reorder(value, order), by_keys),
     )
     forward = jax.jit(loss).lower(*scattered).compile()
     both = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*scattered).compile()
-    found, gradients = both(*scattered)
-    print(f"loss           {float(found):.7f}, by jax.nn {float(expected):.7f}")
-    assert abs(float(found) - float(expected)) < BOUND
+    loss_value, gradients = both(*scattered)
+    print(f"loss           {float(loss_value):.7f}, by jax.nn {float(expected):.7f}")
+    assert abs(float(loss_value) - float(expected)) < BOUND
 
-    print(f"{'gradient of':<14} {'lies':<28} from jax.nn")
+    print(f"{'gradient of':<14} {'stored':<28} from jax.nn")
     names = ("query", "key", "value")
     for name, x, by_jax in zip(names, gradients, expected_gradients, strict=True):
         in_order = x if name == "query" else layouts.restore(x, order)
         error = float(np.abs(np.asarray(in_order) - by_jax).max() / np.abs(by_jax).max())
-        lies = "on every device" if x.sharding.is_fully_replicated else "where its keys lie"
-        print(f"{name:<14} {lies:<28} {error:.1e}")
-        assert x.sharding.is_equivalent_to(everywhere if name == "query" else by_keys, x.ndim)
+        stored = "on every device" if x.sharding.is_fully_replicated else "with its keys"
+        print(f"{name:<14} {stored:<28} {error:.1e}")
+        assert x.sharding.is_equivalent_to(replicated if name == "query" else by_keys, x.ndim)
         assert error < BOUND
 
-    there, in_all = collectives(forward.as_text()), collectives(both.as_text())
-    back = in_all - there
-    print(f"\nforward moves  {dict(there)}")
-    print(f"backward moves {dict(back)}: the gradient of the query")
-    assert there == {"collective-permute": 3}
-    assert back == {"all-reduce": 1}
-    assert in_all == there + back
+    of_forward, of_both = collectives(forward.as_text()), collectives(both.as_text())
+    of_backward = of_both - of_forward
+    print(f"\nforward moves  {dict(of_forward)}")
+    print(f"backward moves {dict(of_backward)}: the gradient of the query")
+    assert of_forward == {"collective-permute": 3}
+    assert of_backward == {"all-reduce": 1}
+    assert of_both == of_forward + of_backward
     print("The gradients are those of jax.nn, and no key, value or gradient of them moved.")
 
 

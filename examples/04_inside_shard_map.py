@@ -1,12 +1,12 @@
-"""Attention inside a `jax.shard_map` of one's own, where each device sees its own keys alone.
+"""Attention inside your own `jax.shard_map`, where each device sees only its own keys.
 
-What one learns:
+It shows:
 
-1. `distattn.sharded_attention` takes this device's keys and values and, by itself, talks to the
-   others. Around it there may be anything: here, the projections of a layer.
-2. With a query that all devices have, and with one that is sharded too (`query_sharded=True`).
-3. It is right, gradients included, with `check_vma` True (JAX checks what is equal on all devices)
-   and False.
+1. `distattn.sharded_attention` takes this device's keys and values, and exchanges states with the other
+   devices. Any code can be around it: here, the projections of a layer.
+2. The query is replicated, or sharded too (`query_sharded=True`).
+3. Results and gradients are right with `check_vma=True` (JAX checks what is equal on all devices) and
+   False.
 
     python examples/04_inside_shard_map.py
 """
@@ -16,7 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.testing import fake_devices
@@ -24,20 +25,19 @@ from distattn.testing import fake_devices
 DEVICES = 8
 TOKENS, MODEL = 256, 24
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
-LAST = np.array([254, 255], np.int32)  # the tokens that all devices have: their queries
+LAST = np.array([254, 255], np.int32)  # tokens whose queries are replicated
 BOUND = 1e-5
-HERE, EVERYWHERE = PartitionSpec("seq"), PartitionSpec()
 
 Weights = dict[str, jax.Array]  # each [M, heads, width]
 
 
 def project(tokens: jax.Array, weights: Weights, name: str) -> jax.Array:
-    """[1, S, heads, width] of tokens [S, M]."""
+    """Project tokens [S, M] to [1, S, heads, width]."""
     return jnp.einsum("sm,mnh->snh", tokens, weights[name])[None]
 
 
 def decode(weights: Weights, tokens: jax.Array, positions: jax.Array, last: jax.Array) -> jax.Array:
-    """One device: its tokens, in whatever order they lie, and the last ones, which all have."""
+    """Attend from the replicated last tokens to the tokens of all devices, in any order."""
     return distattn.sharded_attention(
         project(last, weights, "query"),
         project(tokens, weights, "key"),
@@ -50,7 +50,7 @@ def decode(weights: Weights, tokens: jax.Array, positions: jax.Array, last: jax.
 
 
 def self_attention(weights: Weights, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """One device: each of its tokens attends to those before it, wherever these lie."""
+    """Attend from each of this device's tokens to the tokens before it, on any device."""
     return distattn.sharded_attention(
         project(tokens, weights, "query"),
         project(tokens, weights, "key"),
@@ -64,7 +64,7 @@ def self_attention(weights: Weights, tokens: jax.Array, positions: jax.Array) ->
 
 
 def expected_decode(weights: Weights, tokens: jax.Array) -> jax.Array:
-    """The same on one device, tokens in order."""
+    """Compute `decode` on one device, tokens in order."""
     query = project(tokens[LAST], weights, "query")
     key, value = (project(tokens, weights, name) for name in ("key", "value"))
     mask = np.arange(TOKENS) <= LAST[:, None]
@@ -72,13 +72,13 @@ def expected_decode(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 
 def expected_self_attention(weights: Weights, tokens: jax.Array) -> jax.Array:
-    """The same on one device, tokens in order."""
+    """Compute `self_attention` on one device, tokens in order."""
     arrays = [project(tokens, weights, name) for name in ("query", "key", "value")]
     return jax.nn.dot_product_attention(*arrays, is_causal=True)
 
 
 def difference(actual: dict | jax.Array, expected: dict | jax.Array) -> float:
-    """The largest error in any array, relative to its largest expected number."""
+    """Return the largest error of any array, relative to its largest expected value."""
 
     def one(a: jax.Array, b: jax.Array) -> float:
         return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max())
@@ -87,42 +87,42 @@ def difference(actual: dict | jax.Array, expected: dict | jax.Array) -> float:
 
 
 def run(mesh: Mesh, check_vma: bool, weights: Weights, tokens: jax.Array) -> None:
-    """Both forms in a shard_map of this kind, with the gradients of the weights."""
+    """Compare both functions and their gradients in a shard_map of this kind."""
     order = np.random.default_rng(1).permutation(TOKENS).astype(np.int32)
     shard_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
-    decoded = shard_map(decode, in_specs=(EVERYWHERE, HERE, HERE, EVERYWHERE), out_specs=EVERYWHERE)
+    decoded = shard_map(decode, in_specs=(P(), P("seq"), P("seq"), P()), out_specs=P())
     attended = shard_map(
-        self_attention, in_specs=(EVERYWHERE, HERE, HERE), out_specs=PartitionSpec(None, "seq")
+        self_attention, in_specs=(P(), P("seq"), P("seq")), out_specs=P(None, "seq")
     )
     shuffled = tokens[order]
-    for name, mine, theirs in (
+    for name, sharded, one_device in (
         (
-            "a query that all have",
+            "replicated query",
             lambda weights: decoded(weights, shuffled, order, tokens[LAST]),
             lambda weights: expected_decode(weights, tokens),
         ),
         (
-            "a query that is sharded",
+            "sharded query",
             lambda weights: attended(weights, shuffled, order),
             lambda weights: expected_self_attention(weights, tokens)[:, order],
         ),
     ):
 
-        def loss(weights: Weights, f=mine) -> tuple[jax.Array, jax.Array]:
+        def loss(weights: Weights, f=sharded) -> tuple[jax.Array, jax.Array]:
             out = f(weights)
             return (out**3).mean(), out
 
         gradients, out = jax.jit(jax.grad(loss, has_aux=True))(weights)
-        expected_gradients, expected = jax.grad(functools.partial(loss, f=theirs), has_aux=True)(
-            weights
-        )
+        expected_gradients, expected = jax.grad(
+            functools.partial(loss, f=one_device), has_aux=True
+        )(weights)
         errors = difference(out, expected), difference(gradients, expected_gradients)
         print(f"  {name:<24} out {errors[0]:.1e}  gradients of the weights {errors[1]:.1e}")
         assert max(errors) < BOUND
 
 
 def main() -> None:
-    """Runs both kinds of shard_map."""
+    """Run both kinds of shard_map."""
     fake_devices(DEVICES)
     mesh = jax.make_mesh((DEVICES,), ("seq",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def main() -> None:
     for check_vma in (True, False):
         print(f"jax.shard_map(..., check_vma={check_vma}), largest differences from jax.nn:")
         run(mesh, check_vma, weights, tokens)
-    print("Inside one's own shard_map it is the same attention, forward and backward.")
+    print("Inside your own shard_map attention is the same, forward and backward.")
 
 
 if __name__ == "__main__":

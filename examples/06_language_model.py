@@ -1,11 +1,12 @@
-"""A pretrained language model whose keys and values lie on eight devices in a random order.
+"""A pretrained language model whose keys and values are on eight devices in a random order.
 
 SmolLM2-135M-Instruct reads a page of the Python documentation and answers twice: first on one device, with
 `jax.nn.dot_product_attention` and its keys in order, then on eight fake CPU devices. It shows:
 
-1. The keys and values of every layer lie in a `distattn.KVCache`. Each token is stored on a device that is
+1. A `distattn.KVCache` holds the keys and values of every layer. Each token is stored on a device that is
    drawn at random, and never leaves it.
-2. Both answers have the same tokens. The exit code is 1 if they do not, and 2 if the model is not installed.
+2. Both answers have the same tokens. The exit code is 1 if they do not, and 2 if the model is not
+   installed.
 3. The bytes that a token moves, counted in the compiled step, against those of gathering the cache.
 
     pip install -e '.[demo]'
@@ -24,7 +25,8 @@ from collections import Counter
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from distattn import KVCache
 from distattn.testing import collective_bytes, collectives
@@ -40,12 +42,12 @@ QUESTION = "\n\nSummarize the text above."
 
 
 def one_device(config: llama.Config, slots: int) -> PlainCache:
-    """A cache on one device, in order."""
+    """Return a cache on one device, in order."""
     return PlainCache.create(1, slots, config.kv_heads, config.head_dim, layers=config.layers)
 
 
 def many_devices(config: llama.Config, slots: int, mesh: Mesh) -> KVCache:
-    """A cache whose slots are sharded over the mesh."""
+    """Return a cache whose slots are sharded over the mesh."""
     return llama.new_cache(config, 1, slots, mesh=mesh)
 
 
@@ -67,7 +69,7 @@ class Answer:
     cache: KVCache | PlainCache
     prefill_s: float
     token_s: float  # median
-    hlo: str  # of the decode step
+    hlo: str  # compiled decode step
 
 
 def answer(
@@ -82,13 +84,14 @@ def answer(
 ) -> Answer:
     """Read the prompt, then choose and print the most likely token `count` times.
 
-    The end token is never chosen, so the answer has `count` tokens. `owners` has the device of each position.
+    The end token is never chosen, so the answer has `count` tokens. `owners` has the device of each
+    position.
     """
     config, weights, tokenizer = model
     weights = llama.shard_weights(weights, mesh)
     run = functools.partial(llama.forward, config=config, mesh=mesh, strategy=strategy)
     run = jax.jit(run, donate_argnums=1)
-    replicated = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    replicated = jax.devices()[0] if mesh is None else NamedSharding(mesh, P())
 
     def fed(tokens: np.ndarray, start: int) -> dict[str, jax.Array]:
         feed = {"tokens": tokens[None]}
@@ -224,7 +227,7 @@ Time                           one device  {DEVICES} fake devices
 def main(arguments: list[str] | None = None) -> int:
     """Run both, compare them, and return the exit code."""
     parser = argparse.ArgumentParser(
-        description="A language model whose keys and values lie on eight devices in random order.",
+        description="A language model whose keys and values are on eight devices in random order.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

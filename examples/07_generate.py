@@ -1,4 +1,4 @@
-"""Many prompts at once on one cache that lies on eight devices: continuous batching, drafts, sampling.
+"""Many prompts at once on one cache on eight devices: continuous batching, drafts, sampling.
 
 SmolLM2-135M-Instruct answers one prompt of 2048 tokens, a page of the Python documentation, and three short
 ones, on two rows of a `distattn.KVCache`. It shows:
@@ -48,7 +48,7 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "floa
 
 
 def make_prompts(tokenizer: Any, context: int) -> list[list[int]]:
-    """A prompt of exactly `context` tokens, and the short ones."""
+    """Return a prompt of exactly `context` tokens, and the short ones."""
     long = document_prompt(tokenizer, LONG_QUESTION, context)
     short = [chat_prompt(tokenizer, question) for question in QUESTIONS]
     return [short[0], long, *short[1:]]
@@ -195,7 +195,7 @@ def requests_of(
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison, or answer the user's prompts; return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Many prompts at once on one cache that lies on eight devices.",
+        description="Many prompts at once on one cache on eight devices.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     argument = parser.add_argument

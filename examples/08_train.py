@@ -1,19 +1,19 @@
-r"""Train a transformer on bytes of text, with its sequence split over devices from end to end.
+r"""Train a transformer on bytes of text, with its sequence sharded over devices from end to end.
 
-What one learns:
+It shows:
 
-1. What makes a model sequence-parallel: the batch lies on the mesh, and attention is distattn's. The
-   model, in `byte_transformer.py`, is the one that runs on one device, and every array in it, from
-   tokens to losses, keeps its part of the sequence. Only attention moves some, counted in the program.
-2. Load balance: tokens, labels and positions are put in an order (`distattn.layouts`) in which all
-   devices have the same work under a causal mask. Once, on the host; nothing is ever put back.
-3. Memory: what a step takes on each device, and what it would take on one with dense attention.
-4. Checkpoints do not depend on the mesh: half of the steps is saved with orbax, restored on a mesh of
-   another shape and trained to the end. The losses are those of the run that was not interrupted.
-5. A job of several processes that may die: `--save-every` saves as it goes, and on SIGTERM, and `--resume`
-   goes on, curve and all, from the last checkpoint, on as many processes and devices as there are then.
-6. Bits that do not depend on the mesh: `--reproducible`. `order_free.py` says what that takes besides
-   attention. Then what was resumed on another mesh is not close to the run that was not, but equal to it.
+1. A model is sequence-parallel if its batch is sharded and its attention is distattn's. The model, in
+   `byte_transformer.py`, is the one that runs on one device. Every array in it, from tokens to losses,
+   stays sharded. Only attention moves shards, which is counted in the program.
+2. Load balance: tokens, labels and positions are reordered (`distattn.layouts`) so that all devices have
+   equal work under a causal mask. This happens once, on the host, and is never undone.
+3. Memory of a step on each device, and on one device with dense attention.
+4. Checkpoints do not depend on the mesh: half of the steps are saved with orbax, restored on a mesh of
+   another shape and trained to the end. The losses are those of the uninterrupted run.
+5. A job of several processes that may die: `--save-every` saves every N steps, and on SIGTERM. `--resume`
+   continues from the last checkpoint, on any number of processes and devices.
+6. Bitwise reproducible training on any mesh: `--reproducible`. `reproducible_layers.py` says what it needs
+   besides attention. The losses after resuming on another mesh then equal those of the uninterrupted run.
 
     pip install -e '.[train]'
     python examples/08_train.py
@@ -37,7 +37,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import distattn
 from byte_transformer import Attention, Config, Job, byte_entropy, train_step
@@ -47,19 +48,19 @@ from training_checkpoints import disturb, listen, restore, save
 from training_options import LAYOUTS, name_of, parse
 from training_report import difference, listed, moved, plot, progress, say, show
 
-DEVICE_MIB = 4096  # the memory of the one device, to compare with
+DEVICE_MIB = 4096  # memory of one device, for comparison
 AfterStep = Callable[[list[float], nnx.State], bool]
-BOUND = 1e-3  # of differences between losses, relative: rounding, which training amplifies
+BOUND = 1e-3  # largest relative difference between losses: rounding, which training amplifies
 
 
 # ------------------------------------------------------------------------ the mesh
 
 
 def make_mesh(sizes: tuple[int, ...]) -> Mesh:
-    """Axes 'data' and 'sequence', or with three sizes 'data', 'across' and 'within'.
+    """Make a mesh of axes 'data' and 'sequence', or with three sizes 'data', 'across' and 'within'.
 
-    The axes are Explicit: the type of each array then says how it is sharded, and an operation that
-    would need another device's part of the sequence is an error instead of a silent gather.
+    The axes are Explicit, so the type of each array says how it is sharded, and an operation that needs
+    another device's shard of the sequence is an error instead of a silent gather.
     """
     names = ("data", "sequence") if len(sizes) == 2 else ("data", "across", "within")
     devices = jax.devices()[: math.prod(sizes)]
@@ -68,17 +69,17 @@ def make_mesh(sizes: tuple[int, ...]) -> Mesh:
 
 
 def sequence_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that split the sequence: all but the first."""
+    """Return the axes that shard the sequence: all but the first."""
     return mesh.axis_names[1:]
 
 
 def one_device(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array) -> jax.Array:
-    """What everybody uses; it knows no positions, so the sequence must be in order."""
+    """Attend on one device; `jax.nn` has no positions, so the sequence must be in order."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
 def many_devices(mesh: Mesh, strategy: str, reproducible: bool = False) -> Attention:
-    """Attention over a sequence that is split over the mesh, in the order that positions tell."""
+    """Return attention over a sequence that is sharded over the mesh, in the order of `positions`."""
 
     def attend(*arrays: jax.Array) -> jax.Array:
         query, key, value, positions = arrays
@@ -104,7 +105,7 @@ def many_devices(mesh: Mesh, strategy: str, reproducible: bool = False) -> Atten
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A job on a mesh, compiled."""
+    """A compiled job on a mesh."""
 
     job: Job
     order: np.ndarray  # int32[T], the position at each slot
@@ -121,42 +122,42 @@ class Trainer:
         strategy: str = "auto",
         compiler_options: dict | None = None,
     ) -> "Trainer":
-        """Compiles for the mesh; without one for one device, with dense attention, in order."""
+        """Compile for the mesh; without a mesh for one device, with dense attention, in order."""
         if mesh is None:
             attend, shards = one_device, 1
-            whole = split = by_slot = SingleDeviceSharding(jax.devices()[0])
+            replicated = by_row = by_slot = SingleDeviceSharding(jax.devices()[0])
         else:
             axes = sequence_axes(mesh)
             attend = many_devices(mesh, strategy, job.config.reproducible)
             shards = math.prod(mesh.shape[a] for a in axes)
-            specs = (PartitionSpec(), PartitionSpec("data", axes), PartitionSpec(axes))
-            whole, split, by_slot = (NamedSharding(mesh, spec) for spec in specs)
-        batch_sharding = {"tokens": split, "labels": split, "positions": by_slot}
+            specs = P(), P("data", axes), P(axes)
+            replicated, by_row, by_slot = (NamedSharding(mesh, spec) for spec in specs)
+        batch_sharding = {"tokens": by_row, "labels": by_row, "positions": by_slot}
         rows = (job.batch, job.length)
         shapes = {"tokens": rows, "labels": rows, "positions": rows[1:]}
         batch_like = {
             name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding[name])
             for name, shape in shapes.items()
         }
-        # Parameters and optimizer lie whole on every device; XLA sums their gradients over all.
+        # Parameters and optimizer state are replicated; XLA sums their gradients over all devices.
         graphdef, state_like = nnx.split(nnx.eval_shape(job.create))
         state_like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state_like
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state_like
         )
-        step = jax.jit(train_step(graphdef, attend), donate_argnums=0, out_shardings=whole)
+        step = jax.jit(train_step(graphdef, attend), donate_argnums=0, out_shardings=replicated)
         order = LAYOUTS[layout](job.length, shards)
         program = step.lower(state_like, batch_like).compile(compiler_options)
         return cls(job, order, state_like, batch_sharding, program)
 
     def start(self) -> nnx.State:
-        """Random parameters, made where they will lie, and an optimizer that has seen nothing."""
+        """Create random parameters and a new optimizer state, directly on their devices."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_like)
         return jax.jit(lambda: nnx.state(self.job.create()), out_shardings=shardings)()
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch of a step in the order of the slots, each device's part on that device.
+        """Return the sharded batch of a step, in the order of the slots.
 
-        Each process reads the whole batch, and takes from it what its devices need.
+        Each process reads the whole batch and takes the shards of its devices.
         """
         rows = self.job.read(step)
         slots = {name: x[:, self.order] for name, x in rows.items()} | {"positions": self.order}
@@ -168,9 +169,9 @@ class Trainer:
     def train(
         self, state: nnx.State, steps: range, after: AfterStep | None = None
     ) -> tuple[nnx.State, list[float]]:
-        """The state behind the steps, and the loss of each. `state` itself is used up.
+        """Return the state after the steps, and the loss of each step. `state` is donated.
 
-        `after(losses, state)` is called behind each step; where it is True, that was the last.
+        `after(losses, state)` is called after each step. If it returns True, training stops.
         """
         losses = []
         for i in steps:
@@ -185,7 +186,7 @@ class Trainer:
 
     @property
     def temp_mib(self) -> float:
-        """What a step takes on each device besides its arguments, says the compiler."""
+        """Memory of a step on each device besides its arguments, from the compiler."""
         return self.step.memory_analysis().temp_size_in_bytes / 2**20
 
 
@@ -193,29 +194,29 @@ class Trainer:
 
 
 def train_on(options: argparse.Namespace, job: Job) -> None:
-    """Trains from the last checkpoint on, if there is one, and saves; in all processes there are."""
-    here, directory = name_of(options.mesh), options.out.resolve() / "checkpoints"
+    """Train from the last checkpoint, if there is one, and save, in all processes of the job."""
+    mesh_name, directory = name_of(options.mesh), options.out.resolve() / "checkpoints"
     if math.prod(options.mesh) != len(jax.devices()):
         raise ValueError(
-            f"--mesh {here} has {math.prod(options.mesh)} devices, and there are {len(jax.devices())}, "
-            f"in {jax.process_count()} process(es); pass a mesh of all of them"
+            f"--mesh {mesh_name} has {math.prod(options.mesh)} devices, and there are "
+            f"{len(jax.devices())}, in {jax.process_count()} process(es); pass a mesh of all of them"
         )
     trainer = Trainer.compile(job, make_mesh(options.mesh), options.layout, options.strategy)
     report(trainer)
     saved = restore(directory, job, trainer.state_like) if options.resume else None
     before, state = saved or ([], trainer.start())
-    how = f"going on behind step {len(before)} of" if before else "training"
-    where = f"on {here} devices, processes: {jax.process_count()}"
-    say(f"{how} {job.steps} steps of {job.batch} x {job.length} bytes, {where}")
-    told = listen()
+    verb = f"continuing after step {len(before)} of" if before else "training"
+    devices = f"on {mesh_name} devices, processes: {jax.process_count()}"
+    say(f"{verb} {job.steps} steps of {job.batch} x {job.length} bytes, {devices}")
+    told_to_end = listen()
 
     def after(losses: list[float], state: nnx.State) -> bool:
         done = len(before) + len(losses)
-        last = told(done)
+        last = told_to_end(done)
         if last or done == job.steps or done % (options.save_every or job.steps) == 0:
             save(directory, job, before + losses, state)
         if last:
-            say(f"was told to end: saved behind step {done}, and ends")
+            say(f"told to end: saved after step {done}")
         disturb(done, options.at, options.signal)
         return last
 
@@ -224,7 +225,7 @@ def train_on(options: argparse.Namespace, job: Job) -> None:
         return
     curves = {
         "saved before": (range(len(before)), before),
-        f"on {here} devices": (range(len(before), job.steps), losses),
+        f"on {mesh_name} devices": (range(len(before), job.steps), losses),
     }
     if jax.process_index() == 0:
         plot(options.out / "loss.png", {k: v for k, v in curves.items() if v[1]}, byte_entropy())
@@ -235,43 +236,43 @@ def train_on(options: argparse.Namespace, job: Job) -> None:
 
 
 def report(many: Trainer, one: Trainer | None = None) -> None:
-    """What moves in a step, and what it takes; on one device too, if that is known."""
-    inside, elsewhere = moved(many.step.as_text())
+    """Show the collectives and the memory of a step, and its memory on one device."""
+    inside, outside = moved(many.step.as_text())
     show(f"""
 Collectives of a step, counted in the program
   attention, layers: {many.job.config.layers}           {listed(inside)}
-  all the rest                   {listed(elsewhere)}: the gradients, and the loss""")
-    assert set(elsewhere) <= {"all-reduce"}
+  outside attention              {listed(outside)}: the gradients, and the loss""")
+    assert set(outside) <= {"all-reduce"}
     show(f"Memory of a step, compiled at {many.job.length} bytes")
     if one is not None:
         verdict = "more than" if one.temp_mib > DEVICE_MIB else "within"
-        dense = f"{one.temp_mib:.0f} MiB: {verdict} the {DEVICE_MIB} MiB of our device"
+        dense = f"{one.temp_mib:.0f} MiB: {verdict} the {DEVICE_MIB} MiB of a device"
         show(f"  one device, dense attention    {dense}")
-    show(f"  here, on each                  {many.temp_mib:.0f} MiB\n")
+    show(f"  each device of the mesh        {many.temp_mib:.0f} MiB\n")
 
 
-def conclude(losses: list[float], out: Path, apart: dict[str, float] | None = None) -> None:
-    """Where the loss began and ended, and how far the losses of other runs are apart."""
+def conclude(losses: list[float], out: Path, differences: dict[str, float] | None = None) -> None:
+    """Show the first and the last loss, and the differences from the losses of other runs."""
     first, last, bytewise = losses[0], losses[-1], byte_entropy()
     show(f"""
-Loss, nats a byte                {first:.4f} at first, {last:.4f} in the end
+Loss, nats per byte               first {first:.4f}, last {last:.4f}
   byte frequencies alone give    {bytewise:.4f}, which is {"more" if bytewise > last else "less"}""")
-    if apart:
+    if differences:
         show("Largest relative difference of losses")
-    for name, apart_by in (apart or {}).items():
-        show(f"  {name:<30} {apart_by:.1e}")
-        assert apart_by < BOUND
+    for name, largest in (differences or {}).items():
+        show(f"  {name:<30} {largest:.1e}")
+        assert largest < BOUND
     assert last < first
     show(f"The curve is in {out / 'loss.png'}")
 
 
 def train_twice(options: argparse.Namespace, job: Job) -> None:
-    """Trains, resumes half of it on another mesh, and compares."""
-    how = {"layout": options.layout, "strategy": options.strategy}
-    here, there = name_of(options.mesh), name_of(options.resume_mesh)
-    say(f"compiling for {here}, {there} and one, {options.layout}, strategy={options.strategy!r}")
-    many = Trainer.compile(job, make_mesh(options.mesh), **how)
-    other = Trainer.compile(job, make_mesh(options.resume_mesh), **how)
+    """Train, resume from half of the steps on another mesh, and compare."""
+    settings = {"layout": options.layout, "strategy": options.strategy}
+    first, second = name_of(options.mesh), name_of(options.resume_mesh)
+    say(f"compiling for {first}, {second} and one, {options.layout}, strategy={options.strategy!r}")
+    many = Trainer.compile(job, make_mesh(options.mesh), **settings)
+    other = Trainer.compile(job, make_mesh(options.resume_mesh), **settings)
     one = Trainer.compile(job)
     report(many, one)
 
@@ -284,35 +285,37 @@ def train_twice(options: argparse.Namespace, job: Job) -> None:
 
     say(f"training {job.steps} steps of {job.batch} x {job.length} bytes, saving after step {half}")
     _, losses = many.train(many.start(), range(job.steps), save_half)
-    curves = {f"on {here} devices": (range(job.steps), losses)}
+    curves = {f"on {first} devices": (range(job.steps), losses)}
 
-    say(f"resuming behind step {half} on {there} devices")
+    say(f"resuming after step {half} on {second} devices")
     before, state = restore(directory, job, other.state_like)
     assert before == losses[:half]
     _, tail = other.train(state, range(half, job.steps))
-    curves[f"resumed on {there} devices"] = (range(half, job.steps), tail)
-    apart = {"resumed from uninterrupted": difference(tail, losses[half:])}
+    curves[f"resumed on {second} devices"] = (range(half, job.steps), tail)
+    differences = {"resumed from uninterrupted": difference(tail, losses[half:])}
     if job.config.reproducible:
         assert tail == losses[half:]
 
     if options.compare:
-        say("the same on one device, with jax.nn.dot_product_attention")
+        say("training on one device, with jax.nn.dot_product_attention")
         _, expected = one.train(one.start(), range(job.steps))
         curves["on one device"] = (range(job.steps), expected)
-        apart["many devices from one"] = difference(losses, expected)
+        differences["many devices from one"] = difference(losses, expected)
 
     plot(options.out / "loss.png", curves, byte_entropy())
-    conclude(losses, options.out, apart)
-    print("It learns, and where it does so cannot be told from the losses.")
+    conclude(losses, options.out, differences)
+    print("It learns, and its losses do not depend on the mesh.")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """One of the processes of a job, or the only one."""
-    options = parse(arguments)  # before the others are there, so that --out is as they all found it
+    """Run one process of a job, or the only one."""
+    options = parse(
+        arguments
+    )  # before other processes start, so that all of them see --out as it was
     distributed.initialize()
     if not jax.distributed.is_initialized():
-        others = () if options.as_job else options.resume_mesh
-        fake_devices(max(math.prod(options.mesh), math.prod(others)))
+        resume_mesh = () if options.as_job else options.resume_mesh
+        fake_devices(max(math.prod(options.mesh), math.prod(resume_mesh)))
     elif not options.as_job:
         raise ValueError("several processes only train; pass --save-every N and --out DIRECTORY")
     model = {name: getattr(options, name) for name in ("dim", "layers", "remat", "reproducible")}

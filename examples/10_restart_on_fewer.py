@@ -1,15 +1,15 @@
-"""A job that dies is started again on fewer machines, and says what it would have said.
+"""A job that dies is restarted on fewer machines, and its answer does not change.
 
-A language model (small, of random weights: this is about processes) answers on four processes of two
-devices, and saves its cache, and what it has said so far, every few tokens. Then things go wrong. What one
-learns:
+A small language model with random weights answers on four processes of two devices, and saves its cache and
+its tokens every few tokens. Then it is disturbed:
 
-1. One of the processes is killed (SIGKILL). `distattn launch` says which and ends the others.
-2. The job is started again on two processes of two devices: each device reads its share of the last save.
-   One of the two gets a SIGTERM, the notice that its machine will be taken away: all of them save, and end.
-3. It is started again on one process of three devices, and is done.
+1. One of the processes is killed (SIGKILL). `distattn launch` names it and ends the others.
+2. The job restarts on two processes of two devices, and each device reads its share of the last save.
+   One of the two processes gets a SIGTERM, the notice that its machine will be taken away. Both save
+   and end.
+3. The job restarts on one process of three devices, and completes.
 
-What was saved is never lost, and the tokens are those of the run that nobody disturbed.
+Saved tokens are never lost, and the answer is that of the undisturbed run.
 
     pip install -e '.[checkpoint]'
     python examples/10_restart_on_fewer.py
@@ -35,17 +35,17 @@ PROMPT = "it was a dark and stormy night, and the rain fell in torrents, except 
 ANSWER, SAVED_EVERY = 24, 5  # tokens
 
 
-# ------------------------------------------------------------------------ what each process does
+# ------------------------------------------------------------------------ each process
 
 
 def begin(directory: Path, mesh: jax.sharding.Mesh) -> tuple[KVCache, list[int]]:
-    """The cache, and the tokens that have been said: of the last save if there is one."""
+    """Return the cache and the tokens of the last save, or an empty cache and no tokens."""
     where = {"mesh": mesh, "axis_name": mesh.axis_names}
-    said = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
-    if said:
-        cache = KVCache.restore(directory, max(said), **where)
-        tokens = json.loads((directory / f"said-{max(said)}.json").read_text())
-        say(f" - goes on behind {len(tokens)} tokens, on {mesh.size} devices")
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
+    if steps:
+        cache = KVCache.restore(directory, max(steps), **where)
+        tokens = json.loads((directory / f"tokens-{max(steps)}.json").read_text())
+        say(f" - continues after {len(tokens)} tokens, on {mesh.size} devices")
         return cache, tokens
     room = len(PROMPT) + ANSWER
     heads = (CONFIG.kv_heads, CONFIG.head_dim)
@@ -53,14 +53,14 @@ def begin(directory: Path, mesh: jax.sharding.Mesh) -> tuple[KVCache, list[int]]
 
 
 def save(directory: Path, cache: KVCache, tokens: list[int]) -> None:
-    """A step: first what was said, then the cache, with which the step is there."""
+    """Save the tokens, then the cache, which completes the step."""
     if jax.process_index() == 0:
-        (directory / f"said-{len(tokens)}.json").write_text(json.dumps(tokens))
+        (directory / f"tokens-{len(tokens)}.json").write_text(json.dumps(tokens))
     cache.save(directory, len(tokens))
 
 
 def answer(directory: Path, victim: int, at: int | None, by: signal.Signals) -> list[int] | None:
-    """The tokens of the answer; None if the job is to end before."""
+    """Return the tokens of the answer, or None if the job is told to end."""
     mesh = distributed.make_mesh()
     weights = replicate(make_weights(), mesh)
     cache, tokens = begin(directory, mesh)
@@ -71,22 +71,24 @@ def answer(directory: Path, victim: int, at: int | None, by: signal.Signals) -> 
         unread = tokens[-1:] or encode(PROMPT)
         token, cache = step(weights, cache, np.array([unread], np.int32))
         tokens.append(int(token[0]))
-        # True in all processes at the same token, some time after one of them got the signal.
-        noticed = reached_preemption_sync_point(len(tokens)) if jax.process_count() > 1 else False
-        if noticed or len(tokens) >= saved + SAVED_EVERY:
+        # True in all processes after the same token, some time after one of them got the signal.
+        told_to_end = (
+            reached_preemption_sync_point(len(tokens)) if jax.process_count() > 1 else False
+        )
+        if told_to_end or len(tokens) >= saved + SAVED_EVERY:
             save(directory, cache, tokens)
             saved = len(tokens)
-        if noticed:
-            say(" - was told to end: saved, and ends")
+        if told_to_end:
+            say(" - told to end: saved")
             return None
         if at is not None and by == signal.SIGTERM and len(tokens) > at:
-            distributed.barrier("slowly")  # so that the notice comes before the end
+            distributed.barrier("slowly")  # so that the notice comes before the last token
             time.sleep(0.3)
     return tokens
 
 
 def run_process(options: argparse.Namespace) -> None:
-    """One of the processes that `distattn launch` starts."""
+    """Run one of the processes that `distattn launch` starts."""
     distributed.initialize()
     by = signal.Signals[options.signal]
     tokens = answer(Path(options.directory), jax.process_count() // 2, options.at, by)
@@ -94,13 +96,13 @@ def run_process(options: argparse.Namespace) -> None:
         say(f"answer {decode(tokens)!r}")
 
 
-# ------------------------------------------------------------------------ what the user starts
+# ------------------------------------------------------------------------ the command
 
 
 def run(
     directory: str, processes: int, devices: int, at: int | None = None, by: str = "SIGKILL"
 ) -> tuple[int, str]:
-    """The exit code of so many processes, and the last that they said."""
+    """Run a job; return its exit code and the last line that it said."""
     program = [__file__, "--directory", directory, "--signal", by]
     if at is not None:
         program += ["--at", str(at)]
@@ -108,7 +110,7 @@ def run(
 
 
 def main() -> None:
-    """The runs, and their comparison."""
+    """Run the jobs and compare their answers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     parser.add_argument("--at", type=int, help=argparse.SUPPRESS)
@@ -125,11 +127,11 @@ def main() -> None:
         assert code == 128 + signal.SIGKILL
         print("2 processes of 2 devices, of which one gets a SIGTERM:")
         code, last = run(directory, 2, 2, at=12, by="SIGTERM")
-        assert (code, "saved, and ends" in last) == (0, True)
+        assert (code, "told to end: saved" in last) == (0, True)
         print("1 process of 3 devices:")
         code, last = run(directory, 1, 3)
         assert (code, last) == (0, expected)
-    print("Killed, preempted and moved, it said what the undisturbed one said.")
+    print("Killed, preempted and moved, the job gave the undisturbed answer.")
 
 
 if __name__ == "__main__":

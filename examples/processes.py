@@ -1,4 +1,4 @@
-"""What examples of several processes share: what one of them says, and how all of them are started."""
+"""Starting the processes of an example, and printing from one of them."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import jax
 
 
 def say(*words: object) -> None:
-    """What the first process prints: they all know the same."""
+    """Print in the first process."""
     if jax.process_index() == 0:
         print(*words, flush=True)
 
@@ -17,10 +17,10 @@ def say(*words: object) -> None:
 def launch(
     processes: int, devices: int, program: Sequence[str], *, may_fail: int = 0
 ) -> tuple[int, str]:
-    """Runs a Python program as a job, and prints what it says; the exit code, and the last that it said."""
+    """Run a Python program as a job; return its exit code and the last line that it said."""
     command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes), "--timeout", "120"]
     command += ["--devices-per-process", str(devices), "--may-fail", str(may_fail)]
-    # Programs this small are compiled longer than they run, and each process compiles its own.
+    # Small programs take longer to compile than to run, and each process compiles them.
     quick = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")}
     done = subprocess.run(
         [*command, "--", sys.executable, *program],
@@ -33,6 +33,6 @@ def launch(
     said = [line for line in first if line.startswith((" - ", "answer"))]
     launcher = [x for x in done.stderr.splitlines() if x.startswith("distattn launch: rank")]
     print(*said, *launcher, sep="\n")
-    if done.returncode not in (0, 137):  # 137: one of them was killed
+    if done.returncode not in (0, 137):  # 137: a process was killed
         raise SystemExit(f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done.returncode, said[-1] if said else ""

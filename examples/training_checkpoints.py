@@ -1,4 +1,4 @@
-"""A training run (example 08) on disk, for any mesh and number of processes, and the notice to end."""
+"""Checkpoints of a training run (example 08) for any mesh and number of processes, and SIGTERM."""
 
 import dataclasses
 import os
@@ -16,14 +16,14 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from byte_transformer import Job
 
-KEPT = 3  # checkpoints, the latest
+KEPT = 3  # latest checkpoints
 
 
 def save(directory: Path, job: Job, losses: list[float], state: nnx.State) -> None:
-    """Writes a checkpoint behind `len(losses)` steps, with all processes, and waits for it.
+    """Write a checkpoint after `len(losses)` steps, with all processes, and wait for it.
 
-    It has to wait: the next step takes the memory of the state. The losses are in the checkpoint (the
-    first process writes them), so what is there is there as a whole: Orbax renames it when it is.
+    It waits because the next step takes the memory of the state. The losses are in the checkpoint, and
+    Orbax renames it when it is complete.
     """
     record = {"job": _settings(job), "losses": losses}
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
@@ -35,9 +35,9 @@ def save(directory: Path, job: Job, losses: list[float], state: nnx.State) -> No
 def restore(
     directory: Path, job: Job, state_like: nnx.State
 ) -> tuple[list[float], nnx.State] | None:
-    """The latest checkpoint: the losses up to it, and the state, laid out as `state_like` says.
+    """Return the losses and the state of the latest checkpoint, sharded like `state_like`.
 
-    None where there is no checkpoint. One of another job is an error.
+    Return None if there is no checkpoint, and raise ValueError if it belongs to another job.
     """
     with _manager(directory) as manager:
         step = manager.latest_step()
@@ -51,12 +51,12 @@ def restore(
 
 
 def listen() -> Callable[[int], bool]:
-    """The function `told(steps done)`, to be called behind each step: is this the last one?
+    """Return told_to_end(steps done), to be called after each step.
 
-    True in all processes behind the same step, some time after one of them got a SIGTERM: the notice
-    that its machine will be taken away.
+    It returns True in all processes after the same step, some time after one of them got a SIGTERM, the
+    notice that its machine will be taken away.
     """
-    if jax.process_count() > 1:  # JAX has taken the signal, and lets the processes agree on a step
+    if jax.process_count() > 1:  # JAX handles the signal and lets the processes agree on a step
         return reached_preemption_sync_point
     noticed = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: noticed.set())
@@ -64,7 +64,7 @@ def listen() -> Callable[[int], bool]:
 
 
 def disturb(done: int, at: int | None, by: str) -> None:
-    """What may happen to one of the processes, for tests: a signal behind step `at`."""
+    """Send a signal to one of the processes after step `at`, for tests."""
     if at is None or done < at:
         return
     if done == at and jax.process_index() == jax.process_count() // 2:
@@ -74,13 +74,13 @@ def disturb(done: int, at: int | None, by: str) -> None:
 
 
 def _manager(directory: Path) -> ocp.CheckpointManager:
-    """Orbax's; what a save that was interrupted has left behind it removes."""
+    """Return Orbax's manager, which removes the files of an interrupted save."""
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory, options=options)
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What the losses depend on, but for rounding."""
+    """Return the settings on which the losses depend, except by rounding."""
     settings = dataclasses.asdict(job)
     settings |= settings.pop("config")
     del settings["remat"], settings["reproducible"]
@@ -96,5 +96,5 @@ def _check_same(directory: Path, saved: dict[str, Any], given: dict[str, Any]) -
     if different:
         raise ValueError(
             f"the checkpoint in {directory} is of another run: {', '.join(different)}; "
-            "pass the same, or a new directory"
+            "pass the same settings, or a new directory"
         )

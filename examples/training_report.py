@@ -1,4 +1,4 @@
-"""What a training run (example 08) shows: its progress, what its program sends, the curve of its loss."""
+"""Output of a training run (example 08): progress, collectives, and the curve of the loss."""
 
 import re
 import sys
@@ -11,54 +11,54 @@ from matplotlib.figure import Figure
 
 from distattn.testing import collectives
 
-SCOPE = re.compile(r'op_name="[^"]*\battention\b')  # of the model, in the metadata of HLO
+SCOPE = re.compile(r'op_name="[^"]*\battention\b')  # scope of the model in the metadata of HLO
 STARTED = time.perf_counter()
 
 
 def show(text: str) -> None:
-    """Prints; of several processes the first does, as they all know the same."""
+    """Print in the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def say(text: str) -> None:
-    """A line of progress, with the time since the start."""
+    """Show a line of progress with the time since the start."""
     show(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
 
 
 def progress(done: int, steps: int, loss: float, tokens_per_s: float) -> None:
-    """A bar that is drawn again and again on one line of the terminal, or of several processes a line."""
+    """Redraw the progress bar; in a job of several processes, print it on a line of its own."""
     bar = ("=" * (24 * done // steps)).ljust(24)
     text = f"[{bar}] step {done}/{steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s "
-    if jax.process_count() > 1:  # what starts them passes on whole lines
+    if jax.process_count() > 1:  # the launcher passes on whole lines only
         show(text)
         return
     print(f"\r{text}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
 
 
 def moved(hlo: str) -> tuple[Counter[str], Counter[str]]:
-    """The collectives that one run of a compiled step makes: those of attention, and all others.
+    """Count the collectives of one run of a compiled step: those of attention, and all others.
 
-    Where an operation comes from is in its metadata, and the model names the scope of attention. How
-    often a loop runs is in there too, so the lines of loops stay.
+    The metadata of an operation has its scope, and the model names the scope of attention. Loops have their
+    trip counts there too, so their lines stay.
     """
-    rest = [x for x in hlo.splitlines() if " while(" in x or not SCOPE.search(x)]
-    elsewhere = collectives("\n".join(rest), executed=True)
-    return collectives(hlo, executed=True) - elsewhere, elsewhere
+    lines = [x for x in hlo.splitlines() if " while(" in x or not SCOPE.search(x)]
+    outside = collectives("\n".join(lines), executed=True)
+    return collectives(hlo, executed=True) - outside, outside
 
 
 def listed(counts: Counter[str]) -> str:
-    """A counter in words."""
+    """Return a counter as text."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
 
 
 def difference(losses: list[float], others: list[float]) -> float:
-    """The largest between two runs, relative to the loss."""
+    """Return the largest relative difference between the losses of two runs."""
     return max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
 
 
 def plot(path: Path, curves: dict[str, tuple[range, list[float]]], bound: float) -> None:
-    """The loss of each run by its steps as a picture, and a line at the bound."""
+    """Plot the loss of each run over its steps, and a line at the bound."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a byte")
     for i, (name, (steps, losses)) in enumerate(curves.items()):

@@ -41,7 +41,7 @@ class Request:
             raise ValueError(f"max_tokens is {self.max_tokens}; ask for at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature is {self.temperature}; pass 0, for the most likely token, or a positive number"
+                f"temperature is {self.temperature}; pass 0, for the most likely token, or more"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1], and 1 keeps all tokens")
@@ -103,9 +103,9 @@ def step(
 ) -> tuple[dict[str, jax.Array], KVCache]:
     """Run the next tokens of every row through the model, and choose the tokens after them.
 
-    The last `drafted` tokens of a row are drafts. The token after each draft is chosen as if the draft were
-    right. Tokens up to the first wrong draft are exactly those that would be chosen one by one. Later tokens
-    are taken out of the cache again.
+    The last `drafted` tokens of a row are drafts. The token after each draft is chosen as if the draft
+    were right. Tokens up to the first wrong draft are exactly those that would be chosen one by one.
+    Later tokens are taken out of the cache again.
 
     Args:
       weights: for `forward`.

@@ -1,7 +1,7 @@
 """The layers of a llama beside attention, their weights sharded over a mesh of one axis.
 
 `FastLayers` is what XLA makes fast: its results depend on the number of devices in the last bits.
-`ReproducibleLayers` returns the same bits on any number of devices, in up to twice the time.
+`ReproducibleLayers` is bitwise equal on any number of devices, and takes up to twice the time.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class FastLayers:
     mesh: Mesh | None  # one axis of Auto type; None: one device
 
     def shard(self, weights: Tree) -> Tree:
-        """Put weights [.., O, I] on the devices; raise ValueError if the mesh does not divide a dimension."""
+        """Put weights [.., O, I] on the devices; raise ValueError if these do not divide them."""
         specs = self._specs()
         if self.mesh is not None:
             sizes = jax.tree.map(
@@ -59,18 +59,18 @@ class FastLayers:
         return put(self.mesh, weights, specs)
 
     def embed(self, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
-        """[B, T, E] of tokens int32[B, T]."""
+        """Return [B, T, E] of tokens int32[B, T]."""
         return constrain(self.mesh, embedding[tokens])
 
     def norm(self, x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-        """x [B, T, E] divided by its root mean square, times weight [E]."""
+        """Divide x [B, T, E] by its root mean square, and multiply by weight [E]."""
         scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
         return x * scale * weight[None, None]
 
     def rotate(
         self, x: jax.Array, positions: jax.Array, base: float, max_context: int
     ) -> jax.Array:
-        """Rotary embedding of x [B, T, N, H], in pairs (i, i + H/2), at positions int32[B, T]."""
+        """Apply a rotary embedding to x [B, T, N, H], in pairs (i, i + H/2), at positions int32[B, T]."""
         del max_context
         half = x.shape[-1] // 2
         frequency = (base ** (-np.arange(half) / half)).astype(np.float32)[None, None, None]
@@ -79,17 +79,17 @@ class FastLayers:
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
-        """[B, T, O], replicated, from x [B, T, I]; `outputs` is O."""
+        """Return [B, T, O], replicated, of x [B, T, I]; `outputs` is O."""
         del outputs
         return constrain(self.mesh, self._matmul(x, weight))
 
     def logits(self, x: jax.Array, embedding: jax.Array, vocabulary: int) -> jax.Array:
-        """[B, T, A] from x [B, T, E]; `vocabulary` is A."""
+        """Return [B, T, A] of x [B, T, E]; `vocabulary` is A."""
         del vocabulary
         return self._matmul(x, embedding)
 
     def swiglu(self, x: jax.Array, weights: Tree) -> jax.Array:
-        """[B, T, E] from x [B, T, E]: the feed-forward layer of the weights gate, up and down."""
+        """Apply the feed-forward layer of the weights gate, up and down to x [B, T, E]."""
         y = jax.nn.silu(self._matmul(x, weights["gate"])) * self._matmul(x, weights["up"])
         return constrain(self.mesh, jnp.einsum("bti,oi->bto", y, weights["down"]))
 
@@ -102,7 +102,7 @@ class FastLayers:
         return constrain(self.mesh, jnp.einsum("bti,oi->bto", x, weight), None, None, self._axis)
 
     def _specs(self) -> Tree:
-        """The sharded dimension of each weight.
+        """Return the sharded dimension of each weight.
 
         Weights are sharded and not replicated, because fake devices share a machine, and each of them would
         compute with a replicated weight again. By outputs, except `down`, whose inputs come sharded. Never
@@ -117,11 +117,13 @@ class FastLayers:
 
 @dataclasses.dataclass(frozen=True)
 class ReproducibleLayers:
-    """Layers that return the same bits on any number of devices. They differ from `FastLayers` in three points.
+    """Layers that are bitwise equal on any number of devices.
 
-    1. Each weight is cut into `BLOCKS` blocks of outputs, `down` of inputs, and each block has a matmul of
-       one shape, on any mesh. Weights are [.., n, O/n, I], `down` is [L, n, O, I/n], sharded along n. If the
-       devices do not divide the blocks, some devices get blocks of zeros.
+    They differ from `FastLayers` in three points.
+
+    1. Each weight is cut into `BLOCKS` blocks of outputs, `down` of inputs, and each block has a matmul
+       of one shape, on any mesh. Weights are [.., n, O/n, I], `down` is [L, n, O, I/n], sharded along
+       n. If the devices do not divide the blocks, some devices get blocks of zeros.
     2. Sums over blocks of inputs and over squares are `distattn.reproducible_sum`.
     3. Elementwise functions are those of `distattn.algebra.deterministic_math`, which round identically on
        every compilation.
@@ -151,12 +153,12 @@ class ReproducibleLayers:
         return put(self.mesh, blocks, specs)
 
     def embed(self, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
-        """[B, T, E] of tokens int32[B, T]."""
+        """Return [B, T, E] of tokens int32[B, T]."""
         width = embedding.shape[1]
         return constrain(self.mesh, embedding[tokens // width, tokens % width])
 
     def norm(self, x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-        """x [B, T, E] divided by its root mean square, times weight [E]."""
+        """Divide x [B, T, E] by its root mean square, and multiply by weight [E]."""
         total = reproducible_sum(x * x, axis=-1, keepdims=True)
         mean = deterministic_math.prevent_fma(total * np.float32(1 / x.shape[-1]))
         # Divided by a rounded root: XLA rewrites a quotient by a root otherwise.
@@ -165,9 +167,9 @@ class ReproducibleLayers:
     def rotate(
         self, x: jax.Array, positions: jax.Array, base: float, max_context: int
     ) -> jax.Array:
-        """Rotary embedding of x [B, T, N, H], in pairs (i, i + H/2), at positions below max_context.
+        """Apply a rotary embedding to x [B, T, N, H], in pairs (i, i + H/2).
 
-        Cosines and sines are a table that numpy computes.
+        Cosines and sines are a table, computed by numpy, of positions below max_context.
         """
         half = x.shape[-1] // 2
         angle = np.arange(max_context)[:, None] * base ** (-np.arange(half) / half)
@@ -178,24 +180,24 @@ class ReproducibleLayers:
         return jnp.concatenate(halves, axis=-1)
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
-        """[B, T, O], replicated, from x [B, T, I]; `outputs` is O, without the padding of the blocks."""
+        """Return [B, T, O], replicated, of x [B, T, I]; `outputs` is O, without padding."""
         y = jnp.moveaxis(constrain(self.mesh, self._by_blocks(x, weight)), 0, 2)
         return y.reshape(*x.shape[:2], -1)[..., :outputs]
 
     logits = linear
 
     def swiglu(self, x: jax.Array, weights: Tree) -> jax.Array:
-        """[B, T, E] from x [B, T, E]: the feed-forward layer of the weights gate, up and down."""
+        """Apply the feed-forward layer of the weights gate, up and down to x [B, T, E]."""
         gate, up = self._by_blocks(x, weights["gate"]), self._by_blocks(x, weights["up"])
         y = gate * deterministic_math.sigmoid(gate) * up
         return constrain(self.mesh, reproducible_sum(self._matmuls(y, weights["down"]), axis=0))
 
     def _by_blocks(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """[n, B, T, O/n] from x [B, T, I]."""
+        """Return [n, B, T, O/n] of x [B, T, I]."""
         return self._matmuls(jnp.broadcast_to(x, (weight.shape[0], *x.shape)), weight)
 
     def _matmuls(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """[n, B, T, o] from x [n, B, T, i] and weight [n, o, i], one matmul for each block."""
+        """Return [n, B, T, o] of x [n, B, T, i] and weight [n, o, i], one matmul for each block."""
         return constrain(self.mesh, jnp.einsum("nbti,noi->nbto", x, weight), *self._axes)
 
     @property

@@ -59,7 +59,7 @@ def _layers(mesh: Mesh | None, reproducible: bool) -> FastLayers | ReproducibleL
 def new_cache(
     config: Config, batch: int, capacity: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> KVCache:
-    """An empty cache of `batch` sequences, each of at least `capacity` slots, sharded over the mesh."""
+    """Return an empty cache of at least `capacity` slots a sequence, sharded over the mesh."""
     return KVCache.create(
         batch,
         capacity,
@@ -99,8 +99,8 @@ def forward(
       positions: int32[B, T]. Pass them to compute what a cache has lost again (`KVCache.recover`). A
         negative position marks no token. Default: the positions that follow those in the cache.
       strategy: as in `KVCache.attend`.
-      reproducible: return the same bits on any number of devices and for any placement, if the prompt is
-        read in the same chunks. The weights must be sharded with reproducible=True.
+      reproducible: bitwise equal on any number of devices and for any placement, if the prompt is read in
+        equal chunks. The weights must be sharded with reproducible=True.
 
     Returns:
       Logits f32[B, W, A] of the tokens that come next, and the new cache.

@@ -1,12 +1,12 @@
-"""Are they right? Sequence-parallel attention of other packages for JAX, beside `jax.nn` on one device.
+"""Errors of sequence-parallel attention of other JAX packages, against `jax.nn` on one device.
 
-    pip install ringattention==0.1.2 ejkernel==0.0.80.3    # either, or both, or none
+    pip install ringattention==0.1.2 ejkernel==0.0.80.3    # one, both or neither
     python scripts/bench/alternatives.py
 
-Query, keys and values sharded along T = S over four fake devices, float32. Printed is the largest error of
-the output, and of the gradients of query, key and value, relative to the largest number of `jax.nn`'s; 1e-6
-is rounding, 1 is another function. Of ringattention and ejkernel their XLA forms are called, the first with
-what it misses in JAX put back (`training.repaired_ringattention`).
+Query, keys and values are sharded along T = S over four fake devices, float32. It prints the largest
+error of the output, and of the gradients of query, key and value, relative to the largest value of
+`jax.nn`: 1e-6 is rounding, 1 is another function. ringattention and ejkernel run their XLA forms, and
+ringattention gets back the JAX module that its import needs (`training.repaired_ringattention`).
 """
 
 import functools
@@ -25,7 +25,7 @@ from distattn.testing import fake_devices
 
 DEVICES, TOKENS, HEADS, WIDTH, CHUNK = 4, 256, 8, 64, 64
 ROWS = P(None, "kv")
-# name: key/value heads, causal, whether tokens lie in a random order
+# name: key/value heads, causal, whether tokens are in a random order
 CASES = {
     "no mask": (8, False, False),
     "causal": (8, True, False),
@@ -71,7 +71,7 @@ def ringattention(query, key, value, order, *, is_causal):
 
 
 def errors(one_device, kv_heads, is_causal, shuffled):
-    """Of the output, and the worst of the gradients."""
+    """Return the error of the output, and the largest of the gradients."""
     rng = np.random.default_rng(0)
     shapes = [(1, TOKENS, heads, WIDTH) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
     *arrays, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -85,7 +85,7 @@ def errors(one_device, kv_heads, is_causal, shuffled):
         check_vma=False,
     )
 
-    def theirs(*arrays):
+    def actual(*arrays):
         return sharded(*(x[:, order] for x in arrays), order)
 
     def expected(*arrays):
@@ -97,7 +97,7 @@ def errors(one_device, kv_heads, is_causal, shuffled):
 
         return jax.jit(f)(*arrays), jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
 
-    (out, gradients), (right, right_gradients) = both(theirs), both(expected)
+    (out, gradients), (right, right_gradients) = both(actual), both(expected)
     pairs = zip(gradients, right_gradients, strict=True)
     return relative(out, right), max(relative(x, y) for x, y in pairs)
 
@@ -107,7 +107,7 @@ def relative(actual, expected):
 
 
 def main() -> None:
-    """A line for each package and case."""
+    """Print a line for each package and case."""
     fake_devices(DEVICES)
     print(f"{'':16}{'':32}{'forward':>10}{'gradient':>10}   jax {jax.__version__}")
     for one_device in (ours, ringattention, ejkernel):

@@ -1,13 +1,13 @@
-"""Time, memory and compile time of attention on this machine's CPU, beside jax.nn's.
+"""Time, memory and compile time of attention on this machine's CPU, against jax.nn.
 
     python scripts/bench/attention.py speed     # ratios of medians, contenders interleaved
     python scripts/bench/attention.py memory    # temp bytes of the compiled program
     python scripts/bench/attention.py compile   # seconds to trace and compile, eight devices
-    python scripts/bench/attention.py devices   # eight fake devices, beside XLA's partitioning
-    python scripts/bench/attention.py reproducible  # the same bits beside the ordinary ones, eight devices
-    python scripts/bench/attention.py reproducible_compile  # seconds to compile these, medians by turns
+    python scripts/bench/attention.py devices   # eight fake devices, against XLA's partitioning
+    python scripts/bench/attention.py reproducible  # reproducible=True against False, eight devices
+    python scripts/bench/attention.py reproducible_compile  # seconds to compile these, interleaved medians
 
-PyTorch's scaled_dot_product_attention takes part in `speed` where it is installed.
+`speed` includes PyTorch's scaled_dot_product_attention if it is installed.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def gradient(f):
 
 
 def torch_call(arrays, causal, with_gradient):
-    """The same in PyTorch, or None where it is not installed."""
+    """Return a function that runs PyTorch's attention, or None if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -80,9 +80,9 @@ def torch_call(arrays, causal, with_gradient):
 
 
 def medians(contenders, repeats):
-    """Seconds of each, in turn, each after one untimed run of its own.
+    """Return the median seconds of each contender, interleaved, each after one untimed run.
 
-    Without that run, the pages that one contender gives back slow down whoever comes next.
+    Without the untimed run, memory pages that one contender frees slow down the next one.
     """
     times = {name: [] for name in contenders}
     for _ in range(repeats + 1):
@@ -123,7 +123,7 @@ def speed(repeats):
 
 
 def memory():
-    """One head, H = 64, T = S, as Rabe & Staats' tables 2 and 3."""
+    """Print temp memory for one head, H = 64, T = S, as in Rabe & Staats' tables 2 and 3."""
     print(f"{'T = S':>8}{'forward MiB':>14}{'jax.nn':>10}{'with gradient':>16}{'jax.nn':>10}")
     for power in range(12, 17):
         x = jax.ShapeDtypeStruct((1, 2**power, 1, 64), jnp.float32)
@@ -159,7 +159,7 @@ def compile_time():
 
 
 def devices(repeats):
-    """T = 1 over eight fake devices: our strategies, and XLA's own partitioning of jax.nn."""
+    """Time T = 1 on eight fake devices: our strategies, and XLA's partitioning of jax.nn."""
     mesh = on_mesh()
     for name in ("decode f32", "decode bf16"):
         *shape, dtype, causal, _ = SPEED[name]
@@ -192,7 +192,7 @@ REPRODUCIBLE = {
 
 
 def reproducible(repeats):
-    """reproducible=True over eight fake devices: time, temp memory and collectives beside the ordinary."""
+    """Compare reproducible=True with False on eight fake devices: time, temp memory, collectives."""
     mesh = on_mesh()
     print(f"{'':26}{'ratio':>7}{'ms':>9}{'ordinary ms':>13}   temp MiB (ordinary)")
     for name, (*shape, dtype, causal, with_gradient, strategy) in REPRODUCIBLE.items():
@@ -226,7 +226,7 @@ def reproducible(repeats):
 
 
 def reproducible_compile(repeats):
-    """Seconds to trace and compile a gradient, T = S = 1024, on eight fake devices, by turns."""
+    """Time tracing and compiling a gradient, T = S = 1024, on eight fake devices, interleaved."""
     mesh = on_mesh()
     print(f"{'gradient, T = S = 1024':26}{'ratio':>7}{'s':>9}{'ordinary s':>13}")
     for strategy in ("psum", "gather_kv", "ring"):
@@ -237,7 +237,7 @@ def reproducible_compile(repeats):
             jax.device_put(x, NamedSharding(mesh, spec))
             for x, spec in zip(inputs(1, 1024, 1024, 8, 2, 64, "float32"), specs, strict=True)
         ]
-        for turn in range(repeats + 1):  # the first of each imports and sets up: it does not count
+        for repeat in range(repeats + 1):  # the first one imports and sets up, and does not count
             for exact, seconds in times.items():
                 f = functools.partial(
                     ours(True),
@@ -250,7 +250,7 @@ def reproducible_compile(repeats):
                 jax.clear_caches()
                 start = time.perf_counter()
                 jax.jit(gradient(f)).lower(*arrays).compile()
-                if turn:
+                if repeat:
                     seconds.append(time.perf_counter() - start)
         exact, ordinary = (statistics.median(times[name]) for name in (True, False))
         print(f"{strategy:26}{exact / ordinary:7.2f}{exact:9.2f}{ordinary:13.2f}", flush=True)

@@ -1,15 +1,15 @@
-"""The look that the figures of the benchmarks share. Needs matplotlib, and no JAX."""
+"""Style of the figures of the benchmarks; needs matplotlib and no JAX."""
 
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 BLACK, GREEN, SKY, BLUE = "#000000", "#009E73", "#56B4E9", "#0072B2"
 ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
 
 
 def start(name: str) -> Any:
-    """matplotlib's pyplot, set so that the same numbers give the same file."""
+    """Return matplotlib's pyplot, configured so that equal numbers give equal files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -35,12 +35,12 @@ def start(name: str) -> Any:
 
 
 def weight(*, ours: bool) -> dict[str, float]:
-    """Width of a line and size of its markers."""
+    """Return the width of a line and the size of its markers."""
     return {"linewidth": 3.0, "markersize": 8} if ours else {"linewidth": 1.6, "markersize": 6}
 
 
 def powers_of_two(ax: Any, ticks: Any) -> None:
-    """A logarithmic x axis, with these numbers written out on it."""
+    """Make the x axis logarithmic, and label these values."""
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     ax.set_xscale("log", base=2)
@@ -50,14 +50,14 @@ def powers_of_two(ax: Any, ticks: Any) -> None:
 
 
 def plain(axis: Any) -> None:
-    """Numbers on a logarithmic axis as one reads them: 1,000 and not a power of ten."""
+    """Label a logarithmic axis with 1,000 and not with powers of ten."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes it, without the date."""
+    """Write the figure without the date."""
     from matplotlib import pyplot as plt
 
     undated = {"Date": None} if path.suffix == ".svg" else None

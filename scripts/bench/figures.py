@@ -1,9 +1,9 @@
-"""Draws the figures of the README and the site again, from what is saved in scripts/bench/results.
+"""Draw the figures of the README and the site from the results in scripts/bench/results.
 
     python scripts/bench/figures.py
 
-Measures nothing, needs matplotlib alone. The numbers come from `scripts/bench/cluster --repeats 9 --json
-FILE` and `python scripts/bench/pods.py scaling --json FILE`.
+It measures nothing, and needs only matplotlib. The numbers come from `scripts/bench/cluster --repeats 9
+--json FILE` and `python scripts/bench/pods.py scaling --json FILE`.
 """
 
 import json
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def draw(folder: Path) -> list[Path]:
-    """Writes them all to the folder."""
+    """Write all figures to the folder."""
     cluster = cluster_report.load(RESULTS / "cluster.json")
     pods = json.loads((RESULTS / "pods.json").read_text(encoding="utf-8"))
     drawn = []

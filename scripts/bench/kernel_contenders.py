@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from samples import by_turns
+from samples import interleaved_medians
 
 import distattn
 from distattn.local.inputs import KERNELS
@@ -140,7 +140,7 @@ def time_all(repeats: int, out: str | None, *, tiny: bool) -> None:
                 absent[contender] = " ".join(str(error).split())[:120]
             else:
                 programs[contender] = program
-        seconds, least = by_turns(programs, arrays, repeats), least_s(case, device)
+        seconds, least = interleaved_medians(programs, arrays, repeats), least_s(case, device)
         print(f"\n{name}: {case}")
         print(f"{'':24}{'us':>12}{'ratio to distattn':>20}{'of roofline':>14}")
         for contender, median in sorted(seconds.items(), key=lambda x: x[1]):

@@ -14,7 +14,7 @@ import os
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from samples import array, by_turns, hand_in, samples_of
+from samples import array, interleaved_medians, print_samples, samples_of
 
 import distattn
 from distattn.planning import cost
@@ -60,7 +60,7 @@ def measure(mesh, processes, repeats):
                 strategy=name,
             )
             programs[name] = jax.jit(f).lower(query, key, key).compile()
-        medians = by_turns(programs, (query, key, key), repeats)
+        medians = interleaved_medians(programs, (query, key, key), repeats)
         found.append(((b, t, s, n, k, h, sharded), choice, medians))
     return found
 
@@ -77,7 +77,7 @@ def main():
     if options.rank:
         distattn.distributed.initialize()
         mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
-        hand_in(measure(mesh, jax.process_count(), options.repeats))
+        print_samples(measure(mesh, jax.process_count(), options.repeats))
         return
     if options.processes:
         processes, devices = map(int, options.processes.split("x"))

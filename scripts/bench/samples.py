@@ -1,4 +1,4 @@
-"""What benchmarks of one process and of several share: arrays, times by turns, samples of jobs."""
+"""Arrays, interleaved times, and samples of jobs, for benchmarks of one or more processes."""
 
 import json
 import statistics
@@ -14,16 +14,16 @@ MARK = "samples "
 
 
 def array(shape, mesh, spec):
-    """Random float32, the same on any mesh; each process makes its part."""
+    """Return a random float32 array, equal on any mesh; each process makes its shards."""
 
-    def part(index):
+    def shard(index):
         return np.random.default_rng(0).normal(size=shape).astype(np.float32)[index]
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), shard)
 
 
-def by_turns(programs, arrays, repeats):
-    """The median seconds of each program, of which all run once in each turn; two turns warm up."""
+def interleaved_medians(programs, arrays, repeats):
+    """Return the median seconds of each program; each repeat runs all of them, and two warm up."""
     times = {name: [] for name in programs}
     for _ in range(repeats + 2):
         for name, program in programs.items():
@@ -33,14 +33,14 @@ def by_turns(programs, arrays, repeats):
     return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
 
 
-def hand_in(samples):
-    """From one process of a job; the first speaks for all."""
+def print_samples(samples):
+    """Print the samples of the first process of a job, for `samples_of`."""
     if jax.process_index() == 0:
         print(MARK + json.dumps(samples), flush=True)
 
 
 def samples_of(script, processes, devices, repeats):
-    """What a job of that script has handed in."""
+    """Run the script as a job and return its samples."""
     command = [sys.executable, "-m", "distattn", "launch", "-n", str(processes)]
     command += ["--devices-per-process", str(devices), "--", sys.executable, script]
     command += ["--rank", "--repeats", str(repeats)]

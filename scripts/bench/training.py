@@ -1,14 +1,14 @@
-"""Time and memory of attention forward and backward with query, keys and values sharded along T = S.
+"""Time and memory of attention, forward and backward, with query and keys sharded along T = S.
 
-    python scripts/bench/training.py speed     # medians, contenders interleaved, beside XLA's partitioning
-    python scripts/bench/training.py memory    # temp bytes a device of the compiled program
-    python scripts/bench/training.py work      # what each device has to do, by layout, under a causal mask
-    python scripts/bench/training.py skipping  # time under masks that leave little to do
+    python scripts/bench/training.py speed     # medians, interleaved, against XLA's partitioning
+    python scripts/bench/training.py memory    # temp bytes per device of the compiled program
+    python scripts/bench/training.py work      # work of each device, by layout, under a causal mask
+    python scripts/bench/training.py skipping  # time under masks that leave little work
 
-Causal, float32, 8 query and 2 key/value heads of 64, on eight fake devices of this machine's CPU, which
-share its cores: what a step costs here is arithmetic, and hardly what it sends. XLA:
-`jax.nn.dot_product_attention`, partitioned by the compiler. ringattention: the PyPI package of that name,
-version 0.1.2, where it is installed; it has no grouped heads, so its keys and values are repeated.
+Causal, float32, 8 query and 2 key/value heads of 64, on eight fake devices of this machine's CPU. They
+share its cores, so a step costs arithmetic here and hardly any communication. XLA:
+`jax.nn.dot_product_attention`, partitioned by the compiler. ringattention: the PyPI package of that
+name, version 0.1.2, if it is installed. It has no grouped heads, so its keys and values are repeated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from distattn.testing import fake_devices
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 LENGTHS = (2048, 8192, 32768)
 MESHES = {"kv": ((8,), ("kv",)), "host, chip": ((2, 4), ("host", "chip"))}
-# On eight fake devices all temp memory comes out of one machine's.
+# Temp memory of all fake devices together, because it is that of one machine.
 LIMIT_BYTES = 12 * 2**30
 
 # name: (strategy, mesh, layout)
@@ -54,7 +54,7 @@ OURS = {
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An attention of (query, key, value), and the mesh that they are sharded over along T."""
+    """An attention of (query, key, value), and the mesh over which they are sharded along T."""
 
     attention: Callable
     mesh: jax.sharding.Mesh
@@ -65,7 +65,7 @@ class Contender:
         return jax.device_put(arrays, sharding)
 
     def compiled(self, length):
-        """A function that runs forward and backward, and its temp bytes on each device."""
+        """Return a function that runs forward and backward, and its temp bytes on each device."""
         return compiled_runner(gradient(self.attention), self.arrays(length))
 
 
@@ -90,12 +90,12 @@ def ours(length, strategy, mesh, layout):
 
 
 def repaired_ringattention(chunk, causal_block_size):
-    """The package's attention, with what its import looks for in JAX put where it was; or None."""
+    """Return the package's attention, or None; restore the JAX module that its import needs."""
     if importlib.util.find_spec("ringattention") is None:
         return None
     from jax.extend.backend import get_backend
 
-    if not hasattr(jax.lib, "xla_bridge"):  # gone since JAX 0.8
+    if not hasattr(jax.lib, "xla_bridge"):  # removed in JAX 0.8
         jax.lib.xla_bridge = types.SimpleNamespace(get_backend=get_backend)
     from ringattention import ringattention_jax
 
@@ -136,7 +136,7 @@ def ringattention(length, mesh):
 
 
 def contenders(length):
-    """Each by name; None: not here."""
+    """Return all contenders by name; None: not installed."""
     xla = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     return {
         "XLA": Contender(xla, mesh_of("kv")),
@@ -149,7 +149,7 @@ def contenders(length):
 
 
 def speed(lengths, repeats):
-    print(f"a time is '-' where eight devices would need more than {LIMIT_BYTES / 2**30:.0f} GiB")
+    print(f"a time is '-' if eight devices would need more than {LIMIT_BYTES / 2**30:.0f} GiB")
     print(f"{'':24}{'T = S':>8}{'ms':>10}{'ratio to XLA':>14}{'temp MiB':>12}")
     for length in lengths:
         runs, temps = {}, {}
@@ -168,7 +168,7 @@ def speed(lengths, repeats):
 
 
 def once(run):
-    """Seconds of the first run: what a long sequence leaves time for."""
+    """Return the seconds of the first run, for long sequences."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -185,8 +185,8 @@ def memory(lengths):
         print(f"{name:24}{''.join(cells)}", flush=True)
 
 
-def parts(length, layout):
-    """The arguments of the attention of each device's rows to all keys, by itself on one device."""
+def shards(length, layout):
+    """Yield the arguments of the attention of each device's queries to all keys."""
     order = layout(length, 8)
     query, key, value = inputs(1, length, length, HEADS, KV_HEADS, WIDTH, "float32")
     for rows in np.split(np.arange(length), 8):
@@ -194,8 +194,8 @@ def parts(length, layout):
 
 
 def pairs(query, key, value, query_positions, key_positions):
-    """How many pairs of a query and a key are in blocks that are visited."""
-    operands = make_inputs(
+    """Return the number of (query, key) pairs in visited blocks."""
+    attention_inputs = make_inputs(
         query,
         key,
         value,
@@ -210,13 +210,13 @@ def pairs(query, key, value, query_positions, key_positions):
         query_segment_ids=None,
         key_value_segment_ids=None,
     )
-    tiling = choose_tiling(operands, Machine("cpu"), backward=True)
-    table = Tiles(operands, tiling).block_sparsity.table(Span(0, 1))
+    tiling = choose_tiling(attention_inputs, Machine("cpu"), backward=True)
+    table = Tiles(attention_inputs, tiling).block_sparsity.table(Span(0, 1))
     return int(table.sum()) * tiling.query * tiling.key
 
 
 def work(lengths, repeats):
-    """Of each device, alone: pairs in the blocks that it visits, and time forward and backward."""
+    """Print for each device alone: pairs in visited blocks, and time forward and backward."""
 
     def attention(query, key, value, query_positions, key_positions):
         return distattn.dot_product_attention(
@@ -232,9 +232,9 @@ def work(lengths, repeats):
         busiest = {}
         for layout in (layouts.contiguous, layouts.zigzag, layouts.striped):
             name = layout.__name__
-            devices = list(parts(length, layout))
+            devices = list(shards(length, layout))
             visited = [pairs(*arrays) for arrays in devices]
-            # Hop by hop of a ring, all wait for whoever has most to do in it.
+            # In each hop of a ring, all devices wait for the one with most work.
             order = np.split(layout(length, 8), 8)
             hops = [
                 max(
@@ -257,7 +257,7 @@ def work(lengths, repeats):
             print(f"T = S = {length}, {name}")
             print("  million pairs visited " + "".join(f"{n / 1e6:8.2f}" for n in visited))
             print("  ms, with gradient     " + "".join(f"{s[i] * 1e3:8.1f}" for i in range(8)))
-        print("contiguous over zigzag, striped; the busiest device's work")
+        print("work of the busiest device, contiguous over zigzag and striped")
         for index, what in enumerate(("pairs", "pairs, hop by hop of a ring", "time")):
             ratios = [
                 busiest["contiguous"][index] / busiest[name][index]
@@ -271,14 +271,16 @@ def ready(run, arrays):
 
 
 def skipping(lengths, repeats):
-    """One device, forward and backward: the time of masks by which most blocks are empty."""
+    """Time masks under which most blocks are empty, on one device, forward and backward."""
     print(f"{'':10}{'mask':34}{'pairs allowed':>14}{'time':>8}{'ms':>9}   ratios to no mask")
     for length in lengths:
         arrays = inputs(1, length, length, HEADS, KV_HEADS, WIDTH, "float32")
         documents = np.arange(length, dtype=np.int32) // (length // 16)
         shuffled = np.random.default_rng(0).permutation(length // 512)
-        places = np.arange(length, dtype=np.int32).reshape(-1, 512)[shuffled].reshape(-1)
-        positions = {"query_positions": places, "key_positions": places}
+        shuffled_positions = (
+            np.arange(length, dtype=np.int32).reshape(-1, 512)[shuffled].reshape(-1)
+        )
+        positions = dict.fromkeys(("query_positions", "key_positions"), shuffled_positions)
         packed = {"query_segment_ids": documents, "key_value_segment_ids": documents}
         window = {"is_causal": True, "local_window_size": 256}
         causal = 0.5 * (1 + 1 / length)
@@ -288,7 +290,7 @@ def skipping(lengths, repeats):
             "causal": ({"is_causal": True}, causal),
             "16 packed documents": (packed, 1 / 16),
             "window of 256, causal": (window, near),
-            "the same, runs of 512 shuffled": (window | positions, near),
+            "window, runs of 512 shuffled": (window | positions, near),
         }
         runs = {
             name: compiled_runner(

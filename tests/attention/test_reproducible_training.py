@@ -85,18 +85,18 @@ def test_thirty_steps_are_equal_bit_for_bit(run, expected, sizes, strategy, layo
 
 def test_parts_do_not_depend_on_the_rows(example):
     """At sizes at which the compiler takes other loops for all rows than for those of one device."""
-    order_free = importlib.import_module("order_free")
+    layers = importlib.import_module("reproducible_layers")
     rows, width = 2048, 256
     random = np.random.default_rng(0)
     x, d = random.normal(size=(2, 2, rows, width)).astype(np.float32)
     kernel = random.normal(size=(width, width)).astype(np.float32)
     labels = np.eye(width, dtype=np.float32)[random.integers(0, width, (2, rows))]
     parts = {
-        "normed": lambda x, _: order_free.normed(x, 1e-6),
-        "silu": lambda x, _: order_free.silu(x) * x,
-        "turn": lambda x, y: order_free.turn(x, y, jax.numpy.cos(y), jax.numpy.sin(y))[0],
-        "linear": lambda x, _: order_free.linear(x, kernel),
-        "cross_entropy": order_free.cross_entropy,
+        "normed": lambda x, _: layers.normed(x, 1e-6),
+        "silu": lambda x, _: layers.silu(x) * x,
+        "rotate_pair": lambda x, y: layers.rotate_pair(x, y, jax.numpy.cos(y), jax.numpy.sin(y))[0],
+        "linear": lambda x, _: layers.linear(x, kernel),
+        "cross_entropy": layers.cross_entropy,
     }
     for name, part in parts.items():
 

@@ -1,19 +1,18 @@
-"""The parts of a model, such that its bits do not depend on how many devices share the tokens.
+"""Layers that are bitwise reproducible on any number of devices that share the tokens.
 
-Attention does that by `reproducible=True`. Elsewhere four things depend on the devices:
+Attention needs only `reproducible=True`. In the other layers four things depend on the devices:
 
-1. Sums over tokens: the loss, and the gradients of weights, which belong to all tokens. They are made by
-   `distattn.reproducible_sum`, which adds integers; so the order does not count. For a matrix, its
-   terms are products over blocks of `BLOCK` tokens, of one shape wherever they are made.
-2. Products with a weight. XLA:CPU chooses its loops by the shape; of whole blocks of rows, few or many,
-   the bits are the same (measured, not promised). So each device must have whole blocks.
-3. Sums in one token, whose order a compiler chooses by the number of rows: they are made by halves.
-4. Roundings in one token. A compiler may round a product before it is added, or not (fused multiply-add),
-   and has one exponential for the vectors of a loop and another for its rest. It decides for each program.
-   So a product that is added is `prevent_fma` first; gradients, which would be such sums as well, are written
-   out; and exp and log are those that attention uses.
+1. Sums over tokens: the loss, and the gradients of weights. `distattn.reproducible_sum` adds integers,
+   so the order does not matter. The terms of a matrix are matmuls over blocks of `BLOCK` tokens, of one
+   shape on any mesh.
+2. Matmuls with a weight. XLA:CPU chooses its loops by the shape. For whole blocks of rows the bits do not
+   depend on their number (measured, not promised), so each device must have whole blocks.
+3. Sums in one token, whose order the compiler chooses by the number of rows: they are written as a tree.
+4. Rounding in one token. For each program the compiler decides whether a multiply and an add are fused,
+   and it has two exponentials, for the vectors of a loop and for its remainder. Therefore `prevent_fma`
+   rounds a multiply before an add, gradients are written out, and exp and log are those of attention.
 
-The optimizer needs nothing: weights lie whole on every device, and are the same there.
+The optimizer needs nothing, because weights are replicated.
 """
 
 import functools
@@ -29,9 +28,9 @@ from distattn.algebra.deterministic_math import exp, log, ordered_sum, prevent_f
 BLOCK = 64  # tokens
 
 
-def total(products: jax.Array) -> jax.Array:
-    """The sum over the last axis, which stays with size 1, in one order, however many rows there are."""
-    return ordered_sum(prevent_fma(products), -1)[..., None]
+def row_sum(terms: jax.Array) -> jax.Array:
+    """Sum over the last axis, kept with size 1, in an order that does not depend on the number of rows."""
+    return ordered_sum(prevent_fma(terms), -1)[..., None]
 
 
 # ------------------------------------------------------------------------ weights
@@ -39,7 +38,7 @@ def total(products: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, T, E] @ [E, F]; T must be a multiple of `BLOCK`."""
+    """Return x [B, T, E] @ kernel [E, F]; T must be a multiple of `BLOCK`."""
     return x @ kernel
 
 
@@ -54,14 +53,14 @@ linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_gradie
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **_: Any) -> jax.Array:
-    """`linear`, as `nnx.Linear` calls it."""
+    """Call `linear` with the arguments that `nnx.Linear` passes."""
     assert dimensions == (((2,), (0,)), ((), ())), dimensions
     return linear(x, kernel)
 
 
 @jax.custom_vjp
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """[B, T, E] * [E]."""
+    """Return x [B, T, E] * scale [E]."""
     return x * scale[None, None]
 
 
@@ -73,24 +72,24 @@ def _scaled_gradients(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple
 scaled.defvjp(lambda x, scale: (scaled(x, scale), (x, scale)), _scaled_gradients)
 
 
-# ------------------------------------------------------------------------ each token alone
+# ------------------------------------------------------------------------ within a token
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normed(x: jax.Array, epsilon: float) -> jax.Array:
-    """[B, T, E] over the root of the mean square of E."""
+    """Divide x [B, T, E] by its root mean square over E."""
     return _normed(x, epsilon)[0]
 
 
 def _normed(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    inverse = lax.rsqrt(total(x * x) / x.shape[-1] + epsilon)
+    inverse = lax.rsqrt(row_sum(x * x) / x.shape[-1] + epsilon)
     normed = x * inverse
     return normed, (normed, inverse)
 
 
 def _normed_gradient(_: float, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple:
     normed, inverse = saved
-    along = total(d * normed) / d.shape[-1]
+    along = row_sum(d * normed) / d.shape[-1]
     return (prevent_fma(inverse * (d - prevent_fma(normed * along))),)
 
 
@@ -98,16 +97,16 @@ normed.defvjp(_normed, _normed_gradient)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`nnx.RMSNorm` of [B, T, E] over E."""
+    """An `nnx.RMSNorm` of [B, T, E] over E."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, E]."""
+        """Map [B, T, E] to [B, T, E]."""
         return scaled(normed(x, self.epsilon), self.scale[...])
 
 
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
-    """x / (1 + exp(-x))."""
+    """Return x / (1 + exp(-x))."""
     return x * _sigmoid(x)
 
 
@@ -124,20 +123,24 @@ silu.defvjp(lambda x: (silu(x), x), _silu_gradient)
 
 
 @jax.custom_vjp
-def turn(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
-    """The point (first, second), turned by an angle."""
+def rotate_pair(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
+    """Rotate the point (first, second) by an angle."""
     return (
         prevent_fma(first * cos) - prevent_fma(second * sin),
         prevent_fma(second * cos) + prevent_fma(first * sin),
     )
 
 
-def _turn_gradients(saved: tuple[jax.Array, jax.Array], d: tuple) -> tuple:
+def _rotate_pair_gradients(saved: tuple[jax.Array, jax.Array], d: tuple) -> tuple:
     cos, sin = saved
-    return *turn(*d, cos, -sin), None, None  # angles go with positions, and these are data
+    return (
+        *rotate_pair(*d, cos, -sin),
+        None,
+        None,
+    )  # angles depend on positions only, which are data
 
 
-turn.defvjp(lambda *x: (turn(*x), x[2:]), _turn_gradients)
+rotate_pair.defvjp(lambda *x: (rotate_pair(*x), x[2:]), _rotate_pair_gradients)
 
 
 # ------------------------------------------------------------------------ the loss
@@ -145,13 +148,13 @@ turn.defvjp(lambda *x: (turn(*x), x[2:]), _turn_gradients)
 
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """f32[B, T], in nats, from logits and labels [B, T, F], which are 1 in one place and 0 elsewhere."""
+    """Return f32[B, T], in nats, of logits and one-hot labels [B, T, F]."""
     return _cross_entropy(logits, labels)[0]
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple]:
     high = logits.max(axis=-1, keepdims=True)
-    lse = log(total(exp(logits - high))) + high
+    lse = log(row_sum(exp(logits - high))) + high
     return (lse - (logits * labels).sum(axis=-1, keepdims=True))[..., 0], (logits, labels, lse)
 
 
@@ -164,6 +167,6 @@ cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradients)
 
 
 def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean of `cross_entropy` over all tokens."""
+    """Return the mean of `cross_entropy` over all tokens."""
     losses = cross_entropy(logits, labels)
     return distattn.reproducible_sum(losses) / losses.size
