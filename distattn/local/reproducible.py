@@ -348,11 +348,11 @@ def fold(
     tiles = Tiles(inputs, _tiling(inputs, machine, reproducible_blocks, backward=False))
     tiling, scale = tiles.tiling, reproducible_blocks.by_keys
 
-    def empty(*rows: int) -> FixedPointState:
+    def empty_state(*rows: int) -> FixedPointState:
         widths = 1, tiles.value_width
         return FixedPointState(*(fixed_point.zero((x, *rows), scale, tiles.axes) for x in widths))
 
-    whole = empty(tiles.batch, tiles.kv_heads * tiles.groups, tiles.queries)
+    whole = empty_state(tiles.batch, tiles.kv_heads * tiles.groups, tiles.queries)
     if tiles.is_empty:
         return whole
     columns = _columns(tiles, reproducible_blocks)
@@ -371,7 +371,7 @@ def fold(
             return _add_step(state, step, reproducible_blocks)
 
         rows = tiling.batch, tiling.heads, columns.count
-        first = empty(*rows)
+        first = empty_state(*rows)
         if reproducible_blocks.keys == 1:
             first = empty(rows, tiles.value_width, scale, tiles.axes)
         state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, first)
