@@ -52,6 +52,17 @@ def amount_at_least(least: int) -> Callable[[str], int]:
     return amount
 
 
+def seconds(text: str) -> float:
+    """Parse a number of seconds above 0: a `type` of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        refuse(text, "a number of seconds above 0")
+    return value
+
+
 def axis_names(value: str) -> tuple[str, ...]:
     """Names of mesh axes, of text as data,fsdp: a `type` of argparse."""
     names = tuple(value.split(","))

@@ -1,57 +1,47 @@
-"""The processes that `distattn launch` starts, as the first thing that runs in them.
+"""Supervisor of a rank: runs a command, and ends its session if `distattn launch` ends first.
 
-Started by its path, with nothing but the standard library: it must not take the second that JAX takes.
+    python child.py DIRECTORY COMMAND ...
 
-  child.py rank LAUNCHER COMMAND...   becomes COMMAND, which the kernel ends when the launcher ends
-  child.py guard                      reads `group NUMBER` and `directory PATH` from the launcher; if the
-                                      launcher ends without having said `done`, ends and removes these.
+The launcher holds the other end of standard input and closes it to end the rank; it is also closed if the
+launcher is killed. Then the supervisor removes DIRECTORY and kills its session. It runs without JAX.
 """
 
-import ctypes
 import os
 import shutil
 import signal
+import subprocess
 import sys
-
-PR_SET_PDEATHSIG = 1
-
-
-def main() -> None:
-    """Does what its arguments say."""
-    role, *rest = sys.argv[1:]
-    if role == "guard":
-        _guard()
-    else:
-        _become(int(rest[0]), rest[1:])
+import threading
 
 
-def _become(launcher: int, command: list[str]) -> None:
-    if sys.platform == "linux":  # elsewhere the guard alone must do
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != launcher:  # it ended before it could be watched
-        os._exit(1)
+def main(directory: str, *command: str) -> int:
+    """Run the command; return its exit code, or minus the number of the signal that ended it."""
+    ending = threading.Event()
+
+    def await_end() -> None:
+        os.read(0, 1)
+        ending.set()
+        process.kill()
+
     try:
-        os.execvp(command[0], command)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
-        os._exit(127)
-
-
-def _guard() -> None:
-    groups, directories = [], []
-    for line in sys.stdin:  # until the launcher closes it, or ends
-        word, _, rest = line.rstrip("\n").partition(" ")
-        if word == "done":
-            return
-        (groups if word == "group" else directories).append(rest)
-    for group in groups:
-        try:
-            os.killpg(int(group), signal.SIGKILL)
-        except OSError:
-            continue  # it is empty
-    for directory in directories:
+        return 127
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    threading.Thread(target=await_end, daemon=True).start()
+    code = process.wait()
+    if ending.is_set():
         shutil.rmtree(directory, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    code = main(*sys.argv[1:])
+    sys.stderr.flush()
+    if code < 0:  # end in the same way
+        if code not in (-signal.SIGKILL, -signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)

@@ -1,221 +1,258 @@
-"""`distattn launch`: the processes of a job on this machine, for simulation and tests."""
+"""`distattn launch`: a job of several processes on this machine, for simulation and tests."""
 
 import argparse
+import collections
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from typing import IO
 
-from distattn.cli.arguments import CommandError, Subparsers, at_least
-from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
+from distattn.cli import child
+from distattn.cli.arguments import CommandError, Subparsers, at_least, seconds
 from distattn.distributed.agreement import ranks as ranks_text
-from distattn.distributed.start import Launched
+from distattn.distributed.start import JobPlace
 
 POLL_S = 0.05
-# After the first failure: how long others that fail may turn out to be the cause; and how long, where
-# all that failed so far say only that another process did.
-SETTLE_S, SETTLE_SECONDARY_S = 0.3, 1.0
-TIMED_OUT, TERMINATED = 124, 143  # exit codes, as of timeout(1) and of a shell
-EXAMPLE = "distattn launch -n 4 --devices-per-process 2 -- python script.py"
+SETTLE_S, SETTLE_SECONDARY_S = (
+    0.3,
+    1.0,
+)  # wait for the cause after a failure that is secondary or not
+DRAIN_S, LAST_DRAIN_S = 0.3, 2.0  # wait for the last lines of a rank; and at the very end
+LINES = 20  # last lines kept per rank
+TIMED_OUT, TERMINATED = 124, 143  # exit codes of timeout(1) and of a shell
+# Lines of ranks that fail because another did: first those that waited for it, then those that JAX's
+# coordination service ended, unless it refused this rank (a number out of range, or taken).
+SECONDARY = (
+    re.compile(
+        r"[Gg]loo.*(failed|[Ee]rror|imed out)|Connection (reset|closed) by peer|did not come to"
+    ),
+    re.compile(r"detected fatal errors(?!.*(INVALID_ARGUMENT|ALREADY_EXISTS))|heartbeat timeout"),
+)
+# Gloo greets each connection, on a screen full of lines that threads may tear to pieces.
+_PIECES = r"\[Gloo\] Rank | peer ranks\. Expected number of connected peer ranks is : "
+GREETING = re.compile(rf"(?=.*({_PIECES}))({_PIECES}| is connected to |\d)+")
 
-
-class Terminated(SystemExit):
-    """The launcher has got a SIGTERM."""
+_output = threading.Lock()  # keeps the lines of different ranks apart
 
 
 def add(subparsers: Subparsers) -> None:
-    """The command and its arguments."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "launch",
-        help="runs a script as several processes on this machine, each with its own CPU devices",
-        usage="distattn launch [-h] -n N [--devices-per-process N] [--may-fail N] [--timeout S] "
-        "[--grace S] [--log-dir DIR] [--show-gloo] -- COMMAND ...",
-        description="Starts a command N times, as the ranks of one job. A script that calls "
-        "distattn.distributed.initialize() without arguments becomes one of N processes of a JAX program. "
-        "What the ranks print comes out line by line as [rank] line. When a rank fails the others are "
-        "ended, and the rank, its exit code and its last lines are printed.",
+        help="run a script as several processes on this machine, each with its own CPU devices",
+        usage="distattn launch [options] -n N -- COMMAND ...",
+        description="Start a command N times, as the ranks of one job: distattn.distributed.initialize() "
+        "needs no arguments in it. Each line that a rank prints appears as [rank] line. If a rank fails, "
+        "the others are ended, and the rank, its exit code and its last lines are printed.",
     )
     whole, argument = at_least(1), parser.add_argument
-    argument("-n", "--processes", type=whole, required=True, metavar="N", help="how many ranks")
-    argument(
-        "--devices-per-process",
-        type=whole,
-        default=1,
-        metavar="N",
-        help="CPU devices of each (default %(default)s)",
-    )
-    argument(
-        "--may-fail",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="so many ranks may fail, but not rank 0, and the others go on (default %(default)s)",
-    )
-    argument(
-        "--grace",
-        type=_seconds,
-        default=5.0,
-        metavar="S",
-        help="on SIGTERM the ranks get one, and so many seconds to save and end (default %(default)s)",
-    )
-    argument("--timeout", type=_seconds, metavar="S", help="end the job after so many seconds")
-    argument("--log-dir", metavar="DIR", help="also write what each rank prints to DIR/rank-N.log")
-    argument(
-        "--show-gloo",
-        action="store_true",
-        help="also show the lines in which Gloo says that a device is connected to its peers; without it "
-        "they are in the files of --log-dir alone",
-    )
-    argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each rank runs")
+    argument("-n", "--processes", type=whole, required=True, metavar="N", help="number of ranks")
+    text = "CPU devices per rank (default 1)"
+    argument("--devices-per-process", type=whole, default=1, metavar="N", help=text)
+    text = "number of ranks, without rank 0, that may fail while the others go on (default 0)"
+    argument("--may-fail", type=at_least(0), default=0, metavar="N", help=text)
+    text = "seconds that the ranks get to save after a SIGTERM (default 5)"
+    argument("--grace", type=seconds, default=5.0, metavar="S", help=text)
+    argument("--timeout", type=seconds, metavar="S", help="seconds after which the job is ended")
+    argument("--log-dir", metavar="DIR", help="also write each rank's output to DIR/rank-N.log")
+    text = "also show Gloo's greetings for new connections, which the logs always have"
+    argument("--show-gloo", action="store_true", help=text)
+    argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of each rank")
     parser.set_defaults(run=_run)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
 
 
 def _run(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
-        raise CommandError(f"nothing to run; put the command behind --, as in: {EXAMPLE}")
+        example = "distattn launch -n 4 -- python script.py"
+        raise CommandError(f"nothing to run; put the command behind --, as in: {example}")
     if shutil.which(command[0]) is None:
         raise CommandError(f"the command {command[0]!r} is not found, or may not be run")
-    log_dir = _make(options.log_dir)
+    try:
+        Path(options.log_dir or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        path = shlex.quote(options.log_dir)
+        raise CommandError(f"--log-dir {path}: {error.strerror}") from None
     began = time.monotonic()
     ranks: list[Rank] = []
-    with free_port() as port, Guard() as guard, _roll_call(guard) as roll_call, _terminable():
-        try:
-            for number in range(options.processes):
-                place = Launched(
-                    coordinator_address=f"127.0.0.1:{port}",
-                    num_processes=options.processes,
-                    process_id=number,
-                    cpu_devices=options.devices_per_process,
-                    roll_call=roll_call,
-                )
-                rank = start(place, command, log_dir, guard, show_gloo=options.show_gloo)
-                ranks.append(rank)
-            failed = _watch(ranks, options.may_fail, options.timeout and began + options.timeout)
-        except Terminated:
-            _give_notice(ranks, options.grace)
-            raise
-        finally:
-            running = [rank.number for rank in ranks if rank.code() is None]
-            for rank in ranks:
-                rank.end()
-    seconds = time.monotonic() - began
+    notices: list[int] = []  # numbers of signals
+    previous = signal.signal(signal.SIGTERM, lambda number, _: notices.append(number))
+    try:
+        with held_port() as port, _directory() as roll_call:
+            try:
+                address, count = "{}:{}".format(*port.getsockname()), options.processes
+                for number in range(count):
+                    devices = options.devices_per_process
+                    place = JobPlace(address, count, number, devices, roll_call)
+                    log = Path(options.log_dir, f"rank-{number}.log") if options.log_dir else None
+                    ranks.append(Rank(place, command, log, options.show_gloo))
+                failed = _watch(ranks, options, began, notices)
+            finally:
+                running = [rank for rank in ranks if rank.code() is None]
+                for rank in ranks:
+                    rank.end()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if notices:
+        return TERMINATED
     if failed:
-        return _report(first_cause(failed), running, seconds)
-    if running:
-        _say(f"not done after {options.timeout:g} s, ended; still running: {ranks_text(running)}")
-        for rank in ranks:
-            if rank.number in running:
-                _say(f"the last lines of rank {rank.number}:{rank.last_lines(5)}")
-        return TIMED_OUT
-    return 0
+        return _report(min(failed, key=Rank.order), running, time.monotonic() - began)
+    for rank in running:
+        _say(f"rank {rank.number} is not done after {options.timeout:g} s:{rank.last_lines(5)}")
+    return TIMED_OUT if running else 0
 
 
-def _watch(ranks: list[Rank], may_fail: int, deadline: float | None) -> list[Rank]:
-    """Waits for the ranks: until all are done, too many have failed, or it is too late.
-
-    Returns:
-      Those that failed; none where they were not too many.
-    """
-    settled = None
-    said: set[int] = set()
-    while True:
-        codes = [rank.code() for rank in ranks]
-        failed = [rank for rank, code in zip(ranks, codes, strict=True) if code]
-        now = time.monotonic()
-        if len(failed) <= may_fail and not ranks[0].code():
-            for rank in failed:
-                if rank.number not in said:
-                    _say(f"rank {rank.number} {rank.what()}; the others go on")
-            said |= {rank.number for rank in failed}
-            failed = []
-        if failed:
-            secondary = all(rank.remoteness() for rank in failed)
-            first = min(rank.ended for rank in failed)
-            settled = first + (SETTLE_SECONDARY_S if secondary else SETTLE_S)
-        if None not in codes or (settled and now > settled) or (deadline and now > deadline):
-            return failed
-        time.sleep(POLL_S)
-
-
-def _give_notice(ranks: list[Rank], grace_s: float) -> None:
-    """Tells the ranks that they will be ended, and waits for those that end by themselves."""
-    for rank in ranks:
-        rank.notify()
-    deadline = time.monotonic() + grace_s
-    while None in [rank.code() for rank in ranks] and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-
-
-def _report(cause: Rank, running: list[int], seconds: float) -> int:
-    rest = f"; ended with it: {ranks_text(running)}" if running else ""
-    seen = ", because another process failed, as it says" if cause.remoteness() else ""
-    _say(f"rank {cause.number} {cause.what()} after {seconds:.1f} s{seen}{rest}")
-    above = cause.just_shown() and _one_screen()
-    _say("its last lines are above" if above else f"its last lines:{cause.last_lines()}")
+def _report(cause: "Rank", running: Sequence["Rank"], seconds: float) -> int:
+    blames = ", because another process failed, as it says" if cause.secondary() else ""
+    rest = f"; ended with it: {ranks_text(rank.number for rank in running)}" if running else ""
+    _say(f"rank {cause.number} {cause.ending()} after {seconds:.1f} s{blames}{rest}")
+    _say(f"its last lines:{cause.last_lines()}")
     if cause.log is not None:
         _say(f"all of them: {cause.log}")
     code = cause.code() or 1
     return code if code > 0 else 128 - code
 
 
-def _one_screen() -> bool:
-    """Whether what is said here and what the ranks print go to the same place."""
-    try:
-        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    except (OSError, ValueError):  # a stream that is no file, or is closed
-        return False
+def _watch(
+    ranks: Sequence["Rank"], options: argparse.Namespace, began: float, notices: Sequence[int]
+) -> list["Rank"]:
+    """Wait until all ranks are done, too many have failed, or it is too late; return those that failed."""
+    deadline = began + (options.timeout or float("inf"))
+    settled, announced = float("inf"), set[Rank]()
+    while True:
+        codes = [rank.code() for rank in ranks]
+        failed = [rank for rank, code in zip(ranks, codes, strict=True) if code]
+        if len(failed) <= options.may_fail and not codes[0]:
+            for rank in {*failed} - announced:
+                _say(f"rank {rank.number} {rank.ending()}; the others go on")
+            announced |= {*failed}
+            failed = []
+        elif failed:
+            wait = SETTLE_SECONDARY_S if all(rank.secondary() for rank in failed) else SETTLE_S
+            settled = min(rank.ended for rank in failed) + wait
+        if None not in codes or notices or time.monotonic() > min(settled, deadline):
+            break
+        time.sleep(POLL_S)
+    if notices:
+        _say(f"ended by {signal.Signals(notices[0]).name}")
+        for rank in ranks:
+            rank.notify()
+        deadline = time.monotonic() + options.grace
+        while None in [rank.code() for rank in ranks] and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    return failed
+
+
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="distattn-", ignore_cleanup_errors=True)
 
 
 def _say(text: str) -> None:
     print(f"distattn launch: {text}", file=sys.stderr, flush=True)
 
 
-def _make(log_dir: str | None) -> Path | None:
-    if log_dir is None:
-        return None
-    path = Path(log_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--log-dir {shlex.quote(log_dir)}: {error.strerror}") from None
-    return path
+def held_port() -> socket.socket:
+    """Return a socket that holds a free port for the job.
+
+    It is bound and does not listen: JAX's coordinator of the same user shares it (SO_REUSEPORT), and other
+    programs find the port taken.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
-@contextlib.contextmanager
-def _roll_call(guard: Guard) -> Generator[str, None, None]:
-    with tempfile.TemporaryDirectory(prefix="distattn-", ignore_cleanup_errors=True) as directory:
-        guard.tell(f"directory {directory}")
-        yield directory
+class Rank:
+    """Process of the job, in its own session; its output is shown, and its last lines are kept."""
 
+    def __init__(
+        self, place: JobPlace, command: Sequence[str], log: Path | None, show_gloo: bool
+    ) -> None:
+        self.number: int = place.process_id or 0
+        self.log: Path | None = log
+        self.ended: float = 0.0  # when its end was noticed, by time.monotonic
+        # The session ends with its supervisor's standard input, which ends with this process.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", child.__file__, place.roll_call or "", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | place.variables(),
+        )
+        self._tail: collections.deque[str] = collections.deque(maxlen=LINES)
+        output = (self._process.stdout, show_gloo)
+        self._reader = threading.Thread(target=self._read, args=output, daemon=True)
+        self._reader.start()
 
-@contextlib.contextmanager
-def _terminable() -> Generator[None, None, None]:
-    """SIGTERM ends the launcher by an exception, so that it can end the ranks."""
+    def _read(self, pipe: IO[bytes], show_gloo: bool) -> None:
+        with pipe, open(self.log or os.devnull, "wb", buffering=0) as log:
+            for raw in pipe:
+                log.write(raw)
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                greeting = GREETING.fullmatch(line) is not None
+                if not greeting:
+                    self._tail.append(line)
+                if show_gloo or not greeting:
+                    with _output, contextlib.suppress(BrokenPipeError):  # from `| head`
+                        print(f"[{self.number}] {line}", flush=True)
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        _say(f"ended by {signal.Signals(number).name}")
-        raise Terminated(TERMINATED)
+    def code(self) -> int | None:
+        """Return its exit code, minus the number of the signal that ended it, or None while it runs."""
+        before, code = self._process.returncode, self._process.poll()
+        if before is None and code is not None:
+            self.ended = time.monotonic()
+            self._kill()  # processes that it left behind
+            self._reader.join(DRAIN_S)
+        return code
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def notify(self) -> None:
+        """Send it a SIGTERM if it runs."""
+        if self.code() is None:
+            self._process.terminate()
+
+    def end(self) -> None:
+        """Kill its session if it runs."""
+        self._process.stdin.close()  # JAX takes a SIGTERM for a notice
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_DRAIN_S)
+        self._kill()
+        self._process.wait()
+        self._reader.join(LAST_DRAIN_S)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the session is empty
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def order(self) -> tuple[int, bool, float, int]:
+        """Return a key by which the cause comes first: those that blame others last, signals first."""
+        return self.secondary(), (self.code() or 0) >= 0, self.ended, self.number
+
+    def secondary(self) -> int:
+        """Return 0 if its last lines blame no other process, else 1 + the index in `SECONDARY`."""
+        patterns = enumerate(SECONDARY, start=1)
+        return max((i for i, p in patterns if any(map(p.search, self._tail))), default=0)
+
+    def ending(self) -> str:
+        """Return how it ended, as text."""
+        code, names = self._process.returncode, {x.value: x.name for x in signal.Signals}
+        if code >= 0:
+            return f"ended with exit code {code}"
+        return f"was killed by {names.get(-code, f'signal {-code}')}"
+
+    def last_lines(self, count: int = LINES) -> str:
+        """Return its last lines, indented."""
+        lines = [f"\n  [{self.number}] {line}" for line in list(self._tail)[-count:]]
+        return "".join(lines) or " it has printed nothing"

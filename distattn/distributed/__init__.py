@@ -1,7 +1,7 @@
-"""Many processes: start-up, meshes, arrays from what each process has, telling who differs or is missing.
+"""Many processes: start, meshes, arrays from the data of each process, agreement, failover.
 
-JAX's own distributed runtime does the work: its cluster detection, its coordination service, its
-collectives. A rank is a process, by its number.
+JAX's distributed runtime does the work: cluster detection, coordination service, collectives. A rank is the
+number of a process.
 """
 
 from distattn.distributed.agreement import assert_same, barrier

@@ -1,8 +1,8 @@
-"""Processes that wait for each other, and are told which of them differ or do not come.
+"""Barriers, comparisons and errors that all processes share.
 
-All goes through the key-value store of JAX's coordination service, not through collectives: no device
-waits, shapes need not agree, and a time-out is an exception. The processes meet in numbered rounds, each
-under a name: they must come to the same places in the same order, and are told where they do not.
+They go through the key-value store of JAX's coordination service. Collectives hang or return uninitialised
+memory if the programs differ; here a difference raises an error that names the ranks. The processes meet in
+numbered rounds, and must reach the same places in the same order.
 """
 
 import contextlib
@@ -19,42 +19,37 @@ from jax.sharding import Mesh
 
 from distattn._compat import coordination
 
-ROUNDS = "distattn/rounds"  # of the keys in the store
 TIMEOUT_S = 60.0
-KNOWN_S = 10  # for all to read what all have handed in
+ACKNOWLEDGE_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass
 class _Progress:
-    """How often this process has met the others: the same everywhere while the programs agree."""
+    """Rounds of this process so far; equal in all processes while their programs agree."""
 
     rounds: int = 0  # since the last loss
-    lost: frozenset[int] = frozenset()  # the ranks that are waited for no more
+    lost: frozenset[int] = frozenset()  # ranks
 
-    def next_folder(self) -> str:
-        """Of the next round, in the store."""
-        self.rounds += 1
-        return self.folder(self.rounds)
-
-    def folder(self, number: int) -> str:
-        return f"{ROUNDS}/{len(self.lost)}/{number}"
+    def folder(self) -> str:
+        """Return the folder of the current round in the store."""
+        return f"distattn/rounds/{len(self.lost)}/{self.rounds}"
 
 
 _progress = _Progress()
 
 
 def barrier(name: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Waits until every process has come here.
+    """Wait until every process has reached this place.
 
     Args:
-      name: of the place, the same in every process.
+      name: name of the place, equal in every process.
       timeout_s: seconds to wait.
 
     Raises:
-      TimeoutError: some have not come; says which.
-      RuntimeError: some are at another place, or have failed; says which.
+      TimeoutError: some ranks did not come; the error names them.
+      RuntimeError: some ranks are at another place or have failed; the error names them.
 
-    Example:
+    Examples:
       >>> import distattn
       >>> distattn.distributed.barrier("weights are loaded", timeout_s=60)
     """
@@ -62,81 +57,104 @@ def barrier(name: str, timeout_s: float = TIMEOUT_S) -> None:
 
 
 def assert_same(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> None:
-    """Checks that every process has the same value, and tells all of them which differ in what.
+    """Raise an error in every process if their values differ.
 
-    Every process calls it. Where collectives are to follow, hand in what they depend on: shapes, the mesh,
-    `jax.jit(f).lower(...)`. Processes that disagree in these hang, or read what was never written.
+    Call it in every process. Before collectives, compare what they depend on: shapes, the mesh,
+    `jax.jit(f).lower(...)`. Processes that disagree about these hang or read uninitialised memory.
 
     Args:
-      name: of the place, the same in every process.
+      name: name of the place, equal in every process.
       value: a pytree. Numbers, text and numpy arrays are compared by value; JAX arrays and
-        `ShapeDtypeStruct` by shape, dtype and PartitionSpec; meshes by axes and the order of their devices;
-        what has an `as_text` (a lowered or compiled program) by a hash of that; functions by name.
+        `ShapeDtypeStruct` by shape, dtype and PartitionSpec; meshes by axes and device order;
+        lowered and compiled programs by a hash of their text; functions by name.
       timeout_s: seconds to wait for the others.
 
     Raises:
-      RuntimeError: a difference, by rank; or as `barrier`.
-      TimeoutError: as `barrier`.
+      RuntimeError: the values differ (the error lists the ranks of each value), or as in `barrier`.
+      TimeoutError: as in `barrier`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, distattn
       >>> step = jax.jit(lambda x: 2 * x).lower(jnp.ones(8))
       >>> distattn.distributed.assert_same("before the first step", {"step": step, "batch": 8})
     """
     texts = meet(name, json.dumps(describe(value)), timeout_s=timeout_s)
-    if len(set(texts.values())) > 1:
-        facts = {rank: json.loads(text) for rank, text in texts.items()}
-        fail_together(
-            RuntimeError(f"assert_same({name!r}): the processes differ{differences(facts)}")
-        )
+    facts = {rank: json.loads(text) for rank, text in texts.items()}
+    if different := differences(facts):
+        fail_together(RuntimeError(f"assert_same({name!r}): the processes differ{different}"))
 
 
 def meet(name: str, text: str, *, timeout_s: float) -> dict[int, str]:
-    """What each process hands in, by rank, when all have come.
+    """Wait for every process and return each rank's text.
 
     Args:
-      name: of the place, the same in every process.
-      text: of any length; it is read once by each process that handed in another.
+      name: name of the place, equal in every process.
+      text: text of any length; each process reads each distinct text once.
       timeout_s: seconds to wait for the others.
 
     Raises:
-      TimeoutError: some have not come; says which.
-      RuntimeError: some are at another place, or have failed; says which.
+      TimeoutError: some ranks did not come; the error names them.
+      RuntimeError: some ranks are at another place or have failed; the error names them.
     """
     client, rank, _ = coordination()
     if client is None:
         return {0: text}
-    folder, digest = _progress.next_folder(), hashlib.sha256(text.encode()).hexdigest()
+    previous = _progress.folder()
+    _progress.rounds += 1
+    folder, digest = _progress.folder(), hashlib.sha256(text.encode()).hexdigest()
     client.key_value_set(f"{folder}/texts/{digest}", text, allow_overwrite=True)
     client.key_value_set(f"{folder}/ranks/{rank}", json.dumps([name, digest]))
+    failure = None
     try:
         _wait(client, folder, timeout_s)
     except jax.errors.JaxRuntimeError as error:
-        raise _failure(error, name, timeout_s, _posted(client, folder)) from None
-    came = _posted(client, folder)
-    if rank == 0:  # all are past the round before: nobody reads that any more
-        client.key_value_delete(f"{_progress.folder(_progress.rounds - 1)}/")
-    if elsewhere := _places(came):
-        fail_together(
-            RuntimeError(f"the processes are at different places of the program{elsewhere}")
-        )
+        failure = error
+    posted = {
+        int(key.rpartition("/")[2]): json.loads(entry)
+        for key, entry in client.key_value_dir_get(f"{folder}/ranks/")
+    }
+    places = differences({other: {"place": repr(posted[other][0])} for other in sorted(posted)})
+    if failure is not None:
+        missing = [other for other in present() if other not in posted]
+        raise _barrier_error(failure, name, timeout_s, missing, places)
+    if rank == 0:  # every process has left the previous round
+        client.key_value_delete(f"{previous}/")
+    if places:
+        fail_together(RuntimeError(f"the processes are at different places of the program{places}"))
     texts = {digest: text}
-    for other in {other for _, other in came.values()} - {digest}:
+    for other in {other for _, other in posted.values()} - {digest}:
         texts[other] = client.key_value_try_get(f"{folder}/texts/{other}")
-    return {other: texts[came[other][1]] for other in sorted(came)}
+    return {other: texts[posted[other][1]] for other in sorted(posted)}
+
+
+def _barrier_error(
+    error: Exception, name: str, timeout_s: float, missing: list[int], places: str
+) -> Exception:
+    """Return the error that the user sees if JAX's barrier fails."""
+    if not str(error).startswith("DEADLINE_EXCEEDED"):
+        reason = str(error).partition("\n")[0]
+        absent = f"; {ranks(missing)} had not come" if missing else ""
+        return RuntimeError(f"waiting at {name!r}: a process has failed{absent}: {reason}")
+    if not missing:
+        return TimeoutError(
+            f"some processes came to {name!r} later than within {timeout_s:g} s{places}"
+        )
+    return TimeoutError(
+        f"{ranks(missing)} of {len(present())} did not come to {name!r} within {timeout_s:g} s{places}"
+    )
 
 
 def from_first(name: str, work: Callable[[], Any], *, timeout_s: float) -> Any:
-    """What work() gives in the first process that is there, in all of them; its error too.
+    """Call `work` in the first present process; return its result, or raise its error, in all of them.
 
     Args:
-      name: of the place, the same in every process.
-      work: gives what JSON can say; done by the first process alone.
-      timeout_s: seconds to wait for it, and for the others.
+      name: name of the place, equal in every process.
+      work: function whose result JSON can hold.
+      timeout_s: seconds to wait for `work` and for the others.
 
     Raises:
-      ValueError, OSError: what work() raises.
-      RuntimeError, TimeoutError: as `barrier`.
+      ValueError, OSError: raised by `work`.
+      RuntimeError, TimeoutError: as in `barrier`.
     """
     client, rank, _ = coordination()
     if client is None:
@@ -156,31 +174,38 @@ def from_first(name: str, work: Callable[[], Any], *, timeout_s: float) -> Any:
 
 
 def fail_together(error: Exception) -> NoReturn:
-    """Raises what all processes raise, when all of them know it.
+    """Raise an error that every process raises, after all of them know it.
 
-    With rank 0 ends the service from which the others learn it, and JAX ends them before they can say it.
+    If rank 0 ended first, JAX would end the others before they can print the error.
     """
     client, _, _ = coordination()
     if client is not None:
+        _progress.rounds += 1
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _wait(client, _progress.next_folder(), KNOWN_S)
+            _wait(client, _progress.folder(), ACKNOWLEDGE_TIMEOUT_S)
     raise error
 
 
+def _wait(client: Any, folder: str, timeout_s: float) -> None:
+    """Wait at JAX's barrier for all processes that are not lost."""
+    among = present() if _progress.lost else None
+    client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)), among)
+
+
 def present() -> list[int]:
-    """The ranks that are waited for."""
+    """Return the ranks that are not lost."""
     _, _, count = coordination()
     return [rank for rank in range(count) if rank not in _progress.lost]
 
 
-def go_on_without(lost: Iterable[int]) -> None:
-    """Waits for these ranks no more. All others call it at the same place: they count anew from there."""
+def exclude(lost: Iterable[int]) -> None:
+    """Stop waiting for these ranks. All other processes call it at the same place."""
     _progress.lost |= set(lost)
     _progress.rounds = 0
 
 
 def differences(facts: Mapping[int, dict[str, str]]) -> str:
-    """In what the ranks differ: a line for each name, with the ranks of each value, most first."""
+    """Return a line for each fact that differs, with the ranks of each value; empty if none does."""
     lines = []
     for name in dict.fromkeys(itertools.chain.from_iterable(facts.values())):
         by_value: dict[str, list[int]] = {}
@@ -193,7 +218,7 @@ def differences(facts: Mapping[int, dict[str, str]]) -> str:
 
 
 def ranks(numbers: Iterable[int]) -> str:
-    """'rank 3', or 'ranks 0, 2-5'."""
+    """Return 'rank 3' or 'ranks 0, 2-5'."""
     numbers = sorted(numbers)
     runs: list[list[int]] = []
     for number in numbers:
@@ -201,17 +226,17 @@ def ranks(numbers: Iterable[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    parts = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"rank{'s' * (len(numbers) != 1)} {', '.join(parts)}"
+    texts = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank{'s' * (len(numbers) != 1)} {', '.join(texts)}"
 
 
 def describe(value: Any) -> dict[str, str]:
-    """Each leaf of a tree, by its path, as text that is the same where the leaf is."""
+    """Return a text for each leaf of a pytree, by path; equal leaves have equal texts."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda leaf: leaf is None)
-    return {jax.tree_util.keystr(path) or "value": _describe(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path) or "value": _describe_leaf(leaf) for path, leaf in leaves}
 
 
-def _describe(leaf: Any) -> str:
+def _describe_leaf(leaf: Any) -> str:
     match leaf:
         case Mesh():
             kinds = (str(kind).rpartition(".")[2] for kind in leaf.axis_types)
@@ -220,17 +245,15 @@ def _describe(leaf: Any) -> str:
             return f"mesh {', '.join(axes)} of devices {order}"
         case jax.Array() | jax.ShapeDtypeStruct():
             spec = getattr(leaf.sharding, "spec", None)
-            where = "" if spec is None else f" {tuple(spec)}"
-            return f"{leaf.dtype}{list(leaf.shape)}{where}"
+            return f"{leaf.dtype}{list(leaf.shape)}" + ("" if spec is None else f" {tuple(spec)}")
         case np.ndarray() | np.generic():
-            if leaf.size == 1:
-                return f"{leaf.dtype}{list(leaf.shape)} {leaf.item()!r}"
-            return f"{leaf.dtype}{list(leaf.shape)} with hash {_hash(leaf.tobytes())}"
+            content = repr(leaf.item()) if leaf.size == 1 else f"with hash {_hash(leaf.tobytes())}"
+            return f"{leaf.dtype}{list(leaf.shape)} {content}"
     if hasattr(leaf, "as_text"):
         text = leaf.as_text()
         return f"a program of {len(text)} characters with hash {_hash(text.encode())}"
     text = repr(leaf)
-    if " at 0x" in text:  # an address: of this process alone
+    if " at 0x" in text:  # an address differs between processes
         kind = leaf if callable(leaf) and hasattr(leaf, "__qualname__") else type(leaf)
         return f"{kind.__module__}.{kind.__qualname__}"
     return text
@@ -238,37 +261,3 @@ def _describe(leaf: Any) -> str:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _wait(client: Any, folder: str, timeout_s: float) -> None:
-    """JAX's barrier: of all processes that it knows of, unless some are lost."""
-    among = present() if _progress.lost else None
-    client.wait_at_barrier(folder, max(1, round(1000 * timeout_s)), among)
-
-
-def _posted(client: Any, folder: str) -> dict[int, list[str]]:
-    posted = client.key_value_dir_get(f"{folder}/ranks/")
-    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in posted}
-
-
-def _places(came: dict[int, list[str]]) -> str:
-    return differences({rank: {"place": repr(came[rank][0])} for rank in sorted(came)})
-
-
-def _failure(
-    error: Exception, name: str, timeout_s: float, came: dict[int, list[str]]
-) -> Exception:
-    """What a barrier that fails is for the user."""
-    count = len(present())
-    missing = [rank for rank in present() if rank not in came]
-    if not str(error).startswith("DEADLINE_EXCEEDED"):
-        reason = str(error).partition("\n")[0]
-        absent = f"; {ranks(missing)} had not come" if missing else ""
-        return RuntimeError(f"waiting at {name!r}: a process has failed{absent}: {reason}")
-    if not missing:
-        return TimeoutError(
-            f"some processes came to {name!r} later than within {timeout_s:g} s{_places(came)}"
-        )
-    return TimeoutError(
-        f"{ranks(missing)} of {count} did not come to {name!r} within {timeout_s:g} s{_places(came)}"
-    )

@@ -1,7 +1,7 @@
-"""Going on in place when processes are lost: who is left agrees on what counts.
+"""Failover: the processes that are left agree on which steps count, and go on.
 
-JAX finds out who is alive (`jax.experimental.multihost_utils.live_devices`, of which its documentation
-says that it may still change), and makes all of them wait for the same answer.
+JAX finds out who is alive (`jax.experimental.multihost_utils.live_devices`, documented as unstable), and
+gives all of them the same answer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from jax.sharding import Mesh
 
 from distattn._compat import coordination
 from distattn.collectives.mesh import check_mesh
-from distattn.distributed.agreement import go_on_without, ranks
+from distattn.distributed.agreement import exclude, ranks
 from distattn.distributed.arrays import without
 
 
 class HostsLost(RuntimeError):
-    """Processes have ended. What was computed meanwhile counts nowhere; the others can go on without them.
+    """Processes have died; the step under way counts nowhere, and the others can go on.
 
     Attributes:
-      ranks: of the processes that ended.
+      ranks: ranks that died.
 
-    Example:
+    Examples:
       >>> import distattn
       >>> lost = distattn.distributed.HostsLost(distattn.distributed.make_mesh(), {2, 3})
       >>> lost.ranks, str(lost).partition(";")[0]
@@ -36,32 +36,31 @@ class HostsLost(RuntimeError):
 
     def __init__(self, mesh: Mesh, lost: Collection[int]):
         super().__init__(
-            f"lost {ranks(lost)}; what was computed meanwhile does not count, in any process: go on from "
-            "what was there before, on the mesh of this error (KVCache.recover)"
+            f"lost {ranks(lost)}; the step under way does not count, in any process: go on from the state "
+            "before it, on the mesh of this error (KVCache.recover)"
         )
         self.ranks = tuple(sorted(lost))
         self._mesh = mesh
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the block without their devices; ValueError where no mesh is left of it."""
+        """Mesh without the devices of the lost ranks; ValueError if the rest is not a mesh."""
         return without(self._mesh, self.ranks)
 
 
 @contextlib.contextmanager
 def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
-    """What is computed in the block counts in all processes or in none, even where some of them end.
+    """Make the block count in all processes or in none, even if some die in it.
 
-    The process needs to have been started with `initialize(recoverable=True)`. Every process of the mesh
-    enters the block, and leaves it together with the others. Where one has ended meanwhile all of them get
-    `HostsLost`, even those that had all their results. So keep what was there before until the block is
-    over: donate nothing of it in the first call of the block.
+    Start the processes with `initialize(recoverable=True)`. Every process of the mesh enters the block and
+    leaves it together with the others. If one has died, all others get `HostsLost`, even if they have all
+    their results. So keep the state from before until the block is over, and donate none of it:
 
         while len(answer) < wanted:
             try:
                 with all_or_none(mesh):
                     token, new = step(weights, cache, answer[-1])  # cache is not donated
-                    token = int(token)  # what is not waited for may fail after the block
+                    token = int(token)  # wait for it: it could still fail after the block
             except HostsLost as lost:
                 mesh = lost.mesh
                 cache, _ = cache.recover(mesh)
@@ -69,20 +68,20 @@ def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
                 cache = new
                 answer.append(token)
 
-    A block costs two messages to rank 0 and back. Rank 0 itself cannot be lost: it is the one that knows.
-    In a process that is alone the block is what it is without.
+    A block costs two messages to rank 0 and back. The job ends if rank 0 dies, because it keeps the list of
+    processes. In a process that is alone the block does nothing.
 
     Args:
-      mesh: of the devices that compute.
+      mesh: mesh of the devices that compute.
 
     Returns:
-      A context manager, of nothing.
+      A context manager that yields None.
 
     Raises:
-      ValueError: a mesh that is none.
-      HostsLost: processes have ended. It takes up to `heartbeat_timeout_s` until that is known.
+      ValueError: `mesh` is not a mesh of devices.
+      HostsLost: processes have died. This is known after up to `heartbeat_timeout_s`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> with distattn.distributed.all_or_none(distattn.distributed.make_mesh()):
       ...     total = int(jnp.arange(4).sum())
@@ -96,7 +95,7 @@ def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
     devices = list(mesh.devices.flat)
     try:
         with multihost_utils.live_devices(devices) as alive:
-            _check(mesh, alive)
+            _check_lost(mesh, alive)
             yield
     except HostsLost:
         raise
@@ -104,14 +103,14 @@ def all_or_none(mesh: Mesh) -> Generator[None, None, None]:
         with multihost_utils.live_devices(devices) as alive:
             pass
         try:
-            _check(mesh, alive)
+            _check_lost(mesh, alive)
         except HostsLost as lost:
             raise lost from error
         raise
 
 
-def _check(mesh: Mesh, alive: Collection[Any]) -> None:
+def _check_lost(mesh: Mesh, alive: Collection[Any]) -> None:
     lost = {d.process_index for d in mesh.devices.flat} - {d.process_index for d in alive}
     if lost:
-        go_on_without(lost)
+        exclude(lost)
         raise HostsLost(mesh, lost)

@@ -57,12 +57,13 @@ def run(
 ) -> str:
     """One process of the job, which starts here; what it saw. None is left to JAX, or the launcher."""
     distattn.distributed.initialize(coordinator, processes, rank, cpu_devices=cpu_devices)
-    mesh = distattn.distributed.make_mesh()  # ("host", "device")
+    mesh = distattn.distributed.make_mesh()
+    sharding = jax.NamedSharding(mesh, jax.P(None, ("host", "device")))  # of [B, S, K, H]
     query, key, value = sequence()
     positions = dealt(jax.process_count())
     mine = positions[jax.process_index()]
     keys, values, key_positions = distattn.distributed.from_process_local(
-        key[:, mine], value[:, mine], mine, mesh=mesh
+        key[:, mine], value[:, mine], mine, sharding
     )
 
     @jax.jit

@@ -183,7 +183,7 @@ def round_trip_ms(first: str) -> float:
 
 def main() -> None:
     path, plan = sys.argv[1], Plan(**json.loads(sys.argv[2]))
-    place = start.read(os.environ)
+    place = start.JobPlace.from_environment(os.environ)
     rank, first = place.process_id, place.coordinator_address.partition(":")[0]
     bench = Bench(path, rank)
     bench.meet("the start")  # whoever is late is named: in what follows all wait for it

@@ -105,7 +105,7 @@ CASES = {
     "coordinator": Case(
         "wrong `coordinator_address`",
         "300 (60 under the launcher): `initialization_timeout_s`",
-        r"(TimeoutError: rank 1: nobody answers at coordinator_address=.* after 5 s).*",
+        r"(TimeoutError: rank 1: no answer at coordinator_address=.* after 5 s).*",
         lambda rank: {**WAITS, "coordinator_address": "127.0.0.1:9"} if rank else {},
     ),
     "port": Case(

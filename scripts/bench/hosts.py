@@ -4,9 +4,8 @@
     host-0: tap0 -- its switch ======================= central switch ==== host-1, host-2, ...
 
 A host is a process in namespaces without a name (of the network, the host's name and /etc/hosts): they
-end with the last process in them, so that to end the processes is to take the hosts down. Whatever
-becomes of this process, nothing stays: the switches and wires end with their standard input, all of
-them when their parent ends, and a guard ends the rest.
+end with the last process in them, so that to end the processes is to take the hosts down. Nothing stays
+if this process is killed: switches and wires end with their standard input, hosts with their supervisor.
 """
 
 import contextlib
@@ -17,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distattn.cli.ranks import Guard, Rank, first_cause, free_port, start
+from distattn.cli.launch import Rank, held_port
 from distattn.distributed.agreement import ranks as ranks_text
-from distattn.distributed.start import Launched
+from distattn.distributed.start import JobPlace
 
 MAX_HOSTS = 64
 PORT = 4711  # of rank 0's coordinator: nobody else is in its network
@@ -127,7 +126,6 @@ class Hosts:
 
     def __enter__(self) -> "Hosts":
         with contextlib.ExitStack() as stack:
-            self._guard = stack.enter_context(Guard())
             self.directory = Path(
                 stack.enter_context(
                     tempfile.TemporaryDirectory(
@@ -135,11 +133,10 @@ class Hosts:
                     )
                 )
             )
-            self._guard.tell(f"directory {self.directory}")
-            # Should a second Ctrl-C break it off, the guard does the rest.
             stack.callback(self._end)
             if self._loopback:
-                self._coordinator = f"127.0.0.1:{stack.enter_context(free_port())}"
+                port = stack.enter_context(held_port())
+                self._coordinator = "{}:{}".format(*port.getsockname())
             else:
                 self._coordinator = f"{address(0)}:{PORT}"
                 self._connect()
@@ -153,7 +150,7 @@ class Hosts:
     def run(self, command: Sequence[str]) -> None:
         """Starts the hosts: each runs the command, as a rank of one job."""
         for number in range(self.count):
-            place = Launched(
+            place = JobPlace(
                 coordinator_address=self._coordinator,
                 num_processes=self.count,
                 process_id=number,
@@ -161,7 +158,7 @@ class Hosts:
                 roll_call=str(self.directory / "roll-call"),
             )
             becoming = command if self._loopback else host_command(self.directory, number, command)
-            self._ranks.append(start(place, becoming, None, self._guard, show_gloo=False))
+            self._ranks.append(Rank(place, becoming, None, False))
 
     def delay(self, delay_ms: int) -> None:
         """Sets the one-way delay between any two hosts."""
@@ -177,9 +174,9 @@ class Hosts:
             while time.monotonic() < deadline:
                 ended = [rank for rank in self._ranks if rank.code() is not None]
                 time.sleep(0.05)
-            cause = first_cause(ended)
+            cause = min(ended, key=Rank.order)
             raise HostError(
-                f"host {cause.number} {cause.what()}; its last lines:{cause.last_lines()}"
+                f"host {cause.number} {cause.ending()}; its last lines:{cause.last_lines()}"
             )
         for process in self._devices:
             if process.poll() is not None:
@@ -198,7 +195,9 @@ class Hosts:
     def _device(self, command: Sequence[str]) -> subprocess.Popen:
         """A switch or a wire: it reads commands, and ends when nobody is left to give any."""
         quiet = subprocess.DEVNULL
-        process = self._guard.spawn(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+        )
         self._devices.append(process)
         return process
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distattn.cli import main
-from distattn.distributed import start
+from distattn.distributed.start import JobPlace
 from tests.jobs import launcher
 
 LIMIT_S = 30
@@ -130,22 +130,23 @@ def test_the_command_keeps_its_arguments(capfd, separator):
 
 
 def test_the_variables_are_what_the_library_reads():
-    place = start.Launched("127.0.0.1:1234", 4, 3, 2, "/somewhere")
-    assert start.read(place.variables() | {"OTHER": "x"}) == place
-    assert start.read({"OTHER": "x"}) is None
+    place, read = JobPlace("127.0.0.1:1234", 4, 3, 2, "/somewhere"), JobPlace.from_environment
+    assert read(place.variables() | {"OTHER": "x"}) == place
+    assert read({"OTHER": "x"}) is None
     partial = place.variables()
     del partial["DISTATTN_CPU_DEVICES"]
     with pytest.raises(ValueError, match="lacks DISTATTN_CPU_DEVICES.*unset all"):
-        start.read(partial)
+        read(partial)
     with pytest.raises(ValueError, match="'x'.*unset all"):
-        start.read(place.variables() | {"DISTATTN_PROCESS_ID": "x"})
+        read(place.variables() | {"DISTATTN_PROCESS_ID": "x"})
 
 
 def test_the_roll_call_knows_who_has_come_and_who_has_not(tmp_path):
-    places = [start.Launched("h:1", 3, rank, 1, str(tmp_path)) for rank in range(3)]
-    assert places[2].answer({"jax": "1"}) == {2: {"jax": "1"}}
-    assert places[0].answer({"jax": "2"}) == {0: {"jax": "2"}, 2: {"jax": "1"}}
+    places = [JobPlace("h:1", 3, rank, 1, str(tmp_path)) for rank in range(3)]
+    places[2].arrive()
+    places[0].arrive()
     assert places[0].absent() == [1]
+    assert JobPlace().absent() == []
 
 
 def test_the_port_is_free_before_and_after(capfd):
@@ -283,8 +284,9 @@ def test_timeout(capfd):
     assert launch("-n", "3", "--timeout", "1", code=code) == 124
     assert time.monotonic() - began < 3
     captured = capfd.readouterr()
-    assert "not done after 1 s, ended; still running: ranks 0, 2\n" in captured.err
-    assert "the last lines of rank 2:\n  [2] pid" in captured.err
+    assert "rank 0 is not done after 1 s:\n  [0] pid" in captured.err
+    assert "rank 2 is not done after 1 s:\n  [2] pid" in captured.err
+    assert "rank 1" not in captured.err
     assert len(pids(captured.out)) == 6
     assert_all_end(pids(captured.out))
 
@@ -363,22 +365,3 @@ def test_the_end_of_the_launcher_is_the_end_of_all(number, code):
     finally:
         process.kill()
         process.communicate(timeout=LIMIT_S)
-
-
-@pytest.mark.parametrize("later", [False, True])
-def test_last_lines_are_shown_again_only_where_another_rank_came_after_them(later):
-    code = """
-    if rank == 0 and {later}:
-        time.sleep(1.5)
-        print("later")
-    if rank == 1:
-        time.sleep(0.5)
-        print("the reason")
-        time.sleep(2 * {later})
-        sys.exit(3)
-    time.sleep(100)
-    """.replace("{later}", str(later))
-    with launcher("-n", "2", *script(code)) as job:
-        out, _ = job.communicate(timeout=LIMIT_S)
-    assert out.count("[1] the reason") == (2 if later else 1)
-    assert ("its last lines are above" in out) != later

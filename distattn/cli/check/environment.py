@@ -3,14 +3,12 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
 
 from distattn.cli.check.examination import versions
-from distattn.distributed.start import NAMES
 
 # Read, where they are installed, from what the packages say of themselves: nothing is imported for it.
 PACKAGES = (
@@ -27,8 +25,6 @@ CONFIG = (
     "jax_disable_jit",
     "jax_compilation_cache_dir",
 )
-IMPORTED = ("TPU_SKIP_MDS_QUERY", "1")  # JAX sets it as it is imported, where there is no TPU
-STARTED_WITH = Path("/proc/self/environ")  # Linux keeps it; os.environ is what became of it
 
 
 def environment(mesh: Mesh) -> str:
@@ -61,43 +57,11 @@ def _lines(mesh: Mesh) -> Iterator[tuple[str, str]]:
     if len(slices) > 1:
         yield "slices", str(len(slices))
     yield "config", ", ".join(f"{name}={getattr(jax.config, name)}" for name in CONFIG)
-    yield from _variables(os.environ, _started_with())
-
-
-def _variables(
-    now: Mapping[str, str], before: Mapping[str, str] | None
-) -> Iterator[tuple[str, str]]:
-    """What the user has set, and apart from it what the launcher, JAX and distattn have."""
-    present = _known(now)
-    if before is None:
-        for name, value in present.items():
-            yield "set", f"{name}={value} (by whom, this system does not tell)"
-        return
-    first = _known(before)
-    if NAMES & first.keys():  # the launcher hands on what JAX has set in it
-        first = {name: x for name, x in first.items() if (name, x) != IMPORTED}
-    own = {name: value for name, value in first.items() if name not in NAMES}
-    for name, value in own.items():
-        yield "set by you", f"{name}={value}"
-    if not own:
-        yield "set by you", f"no variable that begins with {', '.join(VARIABLES)}"
-    for name in sorted(NAMES & first.keys()):
-        yield "set by distattn launch", f"{name}={first[name]}"
-    for name, value in present.items():
-        if first.get(name) != value:  # XLA_FLAGS in which something was there before are in both
-            yield "set by JAX or distattn", f"{name}={value}"
-
-
-def _known(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: x for name, x in sorted(variables.items()) if name.startswith(VARIABLES)}
-
-
-def _started_with() -> dict[str, str] | None:
-    """The variables with which the process began; None where the system does not keep them."""
-    if not STARTED_WITH.exists():
-        return None
-    entries = os.fsdecode(STARTED_WITH.read_bytes()).split("\0")
-    return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
+    found = {name: x for name, x in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    if not found:
+        yield "environment", f"no variable that begins with {', '.join(VARIABLES)}"
+    for name, value in found.items():
+        yield "environment", f"{name}={value}"
 
 
 def _version(package: str) -> str | None:
