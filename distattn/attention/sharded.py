@@ -32,7 +32,7 @@ from distattn.local.inputs import (
 )
 from distattn.local.reproducible import reproducible_blocks_of
 from distattn.local.tiling import Machine
-from distattn.planning.cost import Shape
+from distattn.planning.cost import Workload
 from distattn.planning.plan import Axes
 from distattn.planning.schedule import Schedule
 
@@ -231,7 +231,7 @@ def _by_cost(
     causal: bool,
 ) -> str:
     size, rows, keys = math.prod(sizes.values()), query.shape[-3], key.shape[-3]
-    shape = Shape(
+    shape = Workload(
         batch=query.shape[0] if query.ndim == 4 else 1,
         query_length=size * rows,
         key_length=size * keys,

@@ -11,7 +11,14 @@ from distattn.local.inputs import AttentionInputs
 from distattn.local.reproducible import ReproducibleBlocks
 from distattn.planning import cost
 from distattn.planning import cost as planner
-from distattn.planning.cost import HEADS_SHARDED, TWO_LEVELS, Shape, Topology, fits, gather_traffic
+from distattn.planning.cost import (
+    HEADS_SHARDED,
+    TWO_LEVELS,
+    Topology,
+    Workload,
+    fits,
+    gather_traffic,
+)
 from distattn.planning.cost import QUERY_SHARDED as SHARDED_FORMULAS
 from distattn.planning.plan import Axes
 from distattn.planning.schedule import Schedule
@@ -189,7 +196,7 @@ def movement_of(strategy: str, shared: Axes, sizes: dict[str, int], heads: int) 
 
 
 def choose_sharded(
-    shape: Shape, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
+    shape: Workload, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
 ) -> planner.Choice:
     """The cheapest strategy for a sharded query.
 
@@ -246,13 +253,13 @@ def _by_cost(
     ).strategy
 
 
-def _shape(placement: Placement, inputs: AttentionInputs) -> Shape:
+def _shape(placement: Placement, inputs: AttentionInputs) -> Workload:
     """Sizes on one group of devices along the axes of the keys."""
     batch, rows, heads, width = inputs.query.shape
     keys, kv_heads, value_width = inputs.value.shape[-3:]
     head_shards = placement.size(placement.heads)
     extra = tuple(axis for axis in placement.query if axis not in placement.key)
-    return Shape(
+    return Workload(
         batch=max(batch // placement.size(placement.batch), 1),
         query_length=max(rows // placement.size(extra), 1),
         key_length=keys,

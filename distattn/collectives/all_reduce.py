@@ -26,7 +26,7 @@ from distattn.collectives.mesh import (
 )
 from distattn.experimental.fused import hooks
 from distattn.planning import cost
-from distattn.planning.cost import Shape
+from distattn.planning.cost import Workload
 from distattn.planning.schedule import Pairs, Schedule, hierarchical
 
 ALL_REDUCES = ("butterfly", "psum", "all_gather")
@@ -140,7 +140,7 @@ def choose_all_reduce(state: State, axes: tuple[str, ...]) -> str:
     rows = math.prod(rows_of(state))
     packed = jax.eval_shape(monoid_of(state).pack, state)
     width = packed.size // max(rows, 1) - 2  # V of a SoftmaxState of equal size
-    shape = Shape(1, rows, 0, 1, 1, width, width, packed.dtype.itemsize)
+    shape = Workload(1, rows, 0, 1, 1, width, width, packed.dtype.itemsize)
     # A schedule's result cannot be typed as replicated without one more collective.
     candidates = ("psum", "all_gather") if typed_as_varying(axes) else ALL_REDUCES
     topology = topology_of(axes)

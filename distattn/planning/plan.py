@@ -1,210 +1,37 @@
-"""What is to be computed: one step of a model's attention, over all of its layers.
-
-What each axis of a mesh divides: keys, sequences or heads.
-
-The seconds of attention itself on one device: what it reads from memory, or what it multiplies.
-
-The memory of a device that attention takes, in whole bytes; and the largest context that fits.
-
-What would make a step fit that does not: less of one thing, or more devices, in numbers.
-
-What the backward pass of a strategy makes the busiest device send, by formula.
-
-A plan for a pod: does it fit, what does it send, what will it cost, which strategy, and why.
+"""A plan for a pod: whether a step fits, what it sends and costs, and which strategy to take.
 
 By formula: nothing is compiled, and no device is needed.
-
-Which axes of a mesh shard which dimension of a call's arrays.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from distattn.planning import cost
-from distattn.planning.chips import Chip, Link, block_sizes, even, is_flat
+from distattn.planning.chips import Link
 from distattn.planning.cost import (
+    HEADS_SHARDED,
+    QUERY_REPLICATED,
     QUERY_SHARDED,
     UNTIMED,
-    Shape,
     Topology,
-    Traffic,
+    Workload,
+    backward_traffic,
     choose,
-    gather_traffic,
-    sum_traffic,
+    time_s,
     traffic,
 )
 from distattn.planning.pods import Pod
 from distattn.planning.pods import pod as pod_of
-from distattn.planning.text import bytes_text, count_text, seconds_text
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """The attention of one step: a token decoded, a prompt read, or forward and backward of training.
-
-    Args:
-      context: keys of a sequence, over all devices.
-      queries: of a sequence: 1 for decoding, `context` for a prompt or training.
-      batch: sequences.
-      heads: of the query.
-      kv_heads: of key and value; `heads` is a multiple.
-      head_dim: of query and key.
-      value_dim: of value; None: head_dim.
-      layers: of the model.
-      dtype_bytes: of an item of query, key and value.
-      training: the backward pass too.
-      causal: each query attends to its own key and those before it, as in a language model; the queries
-        are the last of the sequence. Keys are supposed to lie so that all devices have the same work, as
-        `layouts.zigzag` has them. With T = S that is half of the products, and of one query it is all.
-    """
-
-    context: int
-    queries: int = 1
-    batch: int = 1
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    value_dim: int | None = None
-    layers: int = 1
-    dtype_bytes: int = 2
-    training: bool = False
-    causal: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if field.name in ("training", "causal") or size is None:
-                continue
-            if not (size == int(size) and size >= 1):
-                raise ValueError(
-                    f"{field.name} is {size!r}; it must be a whole number, 1 or more: pass what one "
-                    "step has"
-                )
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads is {self.heads} and kv_heads is {self.kv_heads}; heads must be a multiple: pass "
-                "the heads of the whole model, not of a device"
-            )
-
-    @property
-    def values(self) -> int:
-        """V."""
-        return self.value_dim or self.head_dim
-
-    @property
-    def shape(self) -> Shape:
-        """Of the call of one layer."""
-        return Shape(
-            batch=self.batch,
-            query_length=self.queries,
-            key_length=self.context,
-            num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.values,
-            itemsize=self.dtype_bytes,
-            causal=self.causal,
-        )
-
-    def of_group(self, batch: int, heads: int) -> "Workload":
-        """What is left for each group of devices where so many divide sequences, and so many heads.
-
-        Where heads of key and value do not divide, they are repeated until they do, as in a call.
-        """
-        return dataclasses.replace(
-            self,
-            batch=self.batch // batch,
-            heads=self.heads // heads,
-            kv_heads=math.lcm(self.kv_heads, heads) // heads,
-        )
-
-    def with_context(self, context: int) -> "Workload":
-        """The same over another context; where there are as many queries, those change with it."""
-        queries = context if self.queries == self.context > 1 else self.queries
-        return dataclasses.replace(self, context=context, queries=queries)
-
+from distattn.planning.text import bytes_text
 
 Axes = tuple[str, ...]
 AxisNames = str | tuple[str, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """The axes of a mesh, each in one of three parts, in the order of the mesh."""
-
-    axes: dict[str, int]  # all, slowest first
-    keys: Axes
-    batch: Axes
-    heads: Axes
-
-    def size(self, names: Axes) -> int:
-        """Devices along the axes."""
-        return math.prod(self.axes[name] for name in names)
-
-    def group(self, workload: Workload) -> Workload:
-        """What the devices along the axes of the keys have to share."""
-        return workload.of_group(self.size(self.batch), self.size(self.heads))
-
-
-def divide(
-    workload: Workload,
-    axes: Mapping[str, int],
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
-) -> Division:
-    """The axes of the keys are those that divide nothing else.
-
-    >>> divide(Workload(4096, batch=8), {"data": 4, "sp": 2}, "data").keys
-    ('sp',)
-
-    Args:
-      workload: of which B and N are to be divided.
-      axes: of the mesh, slowest first.
-      batch_axis_name: axes over which sequences are divided.
-      heads_axis_name: axes over which heads are, of query, key and value.
-
-    Raises:
-      ValueError: an axis that is not there, or is named twice; B or N that the devices do not divide.
-    """
-    named = {
-        "batch_axis_name": as_axes("batch_axis_name", batch_axis_name),
-        "heads_axis_name": as_axes("heads_axis_name", heads_axis_name),
-    }
-    seen: dict[str, str] = {}
-    for argument, names in named.items():
-        for name in names:
-            if name not in axes:
-                raise ValueError(
-                    f"{argument} is {names}, and {name!r} is no axis of the mesh {dict(axes)}; name one "
-                    "of these, or pass a mesh that has it"
-                )
-            if name in seen:
-                raise ValueError(
-                    f"{argument} is {names}, and {name!r} is in {seen[name]} already; an axis divides "
-                    "one thing: name it once"
-                )
-            seen[name] = argument
-    batch, heads = (tuple(x for x in axes if x in names) for names in named.values())
-    found = Division(dict(axes), tuple(x for x in axes if x not in seen), batch, heads)
-    for (argument, names), size in zip(
-        named.items(), (workload.batch, workload.heads), strict=True
-    ):
-        devices = found.size(names)
-        if size % devices:
-            what = "batch" if argument == "batch_axis_name" else "heads"
-            raise ValueError(
-                f"{argument} is {names}, {devices} devices, and {what} is {size}; they must divide it: "
-                f"pass a multiple of {devices}, or axes of fewer devices"
-            )
-    return found
-
-
 def as_axes(argument: str, axes: AxisNames) -> Axes:
-    """The axes that a caller names: one, several or none, as a tuple."""
+    """Return the axes that a caller names, one, several or none, as a tuple."""
     names = axes if isinstance(axes, tuple | list) else () if axes is None else (axes,)
     if not all(isinstance(name, str) for name in names):
         raise ValueError(
@@ -213,91 +40,113 @@ def as_axes(argument: str, axes: AxisNames) -> Axes:
     return tuple(names)
 
 
-# FlashAttention-2, arXiv 2307.08691, section 4.1: the backward pass has five products for two, so 2.5
-# times the operations.
+# ---------------------------------------------------------------- time and memory of a device
+
+# FlashAttention-2, arXiv 2307.08691, section 4.1: five matmuls in the backward pass for two in the forward
+# pass.
 BACKWARD = 2.5
 
 
-def local_s(
-    shape: Shape,
-    devices: int,
-    chip: Chip,
-    *,
-    query_sharded: bool = False,
-    processes: int = 1,
-    training: bool = False,
-) -> float:
-    """Seconds of a call's products and reads on each device: the longer of the two.
+def local_s(workload: Workload, topology: Topology, *, query_sharded: bool = False) -> float:
+    """Return the seconds of a layer's attention on each device: to read, or to multiply if that is longer.
 
-    Keys and values are read once, which holds for one query and, in blocks, nearly so for many; each
-    device multiplies its equal part of the pairs, which a causal mask halves where T = S. Memory at its
-    full bandwidth, products at the rate that attention attains. The backward pass multiplies 2.5 times as
-    much, and reads and writes twice.
+    Keys and values are read once at full bandwidth, and each device computes an equal part of the pairs at the
+    rate that attention attains. The backward pass multiplies 2.5 times as much, and reads and writes twice.
 
     Args:
-      shape: sizes over all of these devices.
-      devices: over which keys, or keys and queries, are sharded.
-      chip: what they are.
-      query_sharded: whether each reads its part of the queries, or all.
-      processes: of the job; the devices of one process on a CPU share its cores.
-      training: the backward pass too.
+      workload: sizes over all devices of the topology.
+      topology: the devices that the keys are sharded over.
+      query_sharded: whether each device reads its part of the queries, or all.
     """
-    rows_bytes = (shape.query_bytes + shape.out_bytes) / (devices if query_sharded else 1)
-    read_s = (shape.key_value_bytes / devices + rows_bytes) * chip.devices / chip.hbm_bytes_per_s
-    multiply_s = shape.flops / devices / chip.attained_flops_per_s
+    devices, chip = topology.size, topology.constants
+    rows_bytes = (workload.query_bytes + workload.out_bytes) / (devices if query_sharded else 1)
+    read_s = (workload.key_value_bytes / devices + rows_bytes) * chip.devices / chip.hbm_bytes_per_s
+    multiply_s = workload.flops / devices / chip.attained_flops_per_s
     seconds = max(read_s, multiply_s)
-    if training:
+    if workload.training:
         seconds += max(2 * read_s, BACKWARD * multiply_s)
-    return seconds * devices if chip.shared and processes == 1 else seconds
+    return seconds * devices if chip.shared else seconds
 
 
 def bytes_per_device(strategy: str, workload: Workload, sizes: tuple[int, ...]) -> int:
-    """Keys and values of all layers, and for one layer query, output, states and what is gathered.
+    """Return the bytes that attention holds: keys and values of all layers, and the arrays of one layer.
 
-    Weights and all other layers of the model are not in it. In training query, output and log-sum-exp of
-    all layers stay too, and one layer's gradients, in float32.
+    A layer has query, output, states, and what arrives from other devices. Training also keeps query,
+    output and log-sum-exp of all layers, and one layer's gradients in float32. Weights and other layers are
+    not included.
 
     Args:
-      strategy: by name.
+      strategy: its name.
       workload: one step.
-      sizes: of the mesh axes over which keys (and, as the strategy needs it, queries) are sharded.
+      sizes: the mesh axes that shard the keys and, if the strategy needs that, the queries.
     """
-    devices, w = math.prod(sizes), workload
-    keys = _shard(w, devices)
-    rows = -(-w.queries // devices) if strategy in QUERY_SHARDED else w.queries
-    each_row = w.batch * w.heads
-    row_bytes = each_row * (w.head_dim + w.values) * w.dtype_bytes  # query and output
-    total = key_value_bytes(w, sizes) + rows * row_bytes
-    total += _exchanged(strategy, w, sizes, keys, rows, w.dtype_bytes)
+    w, devices = workload, math.prod(sizes)
+    keys = -(-w.key_length // devices)  # padded to as many on each device
+    rows = -(-w.query_length // devices) if strategy in QUERY_SHARDED else w.query_length
+    rows *= w.batch * w.num_heads
+    items = rows * (w.head_dim + w.value_dim)  # of query and output
+    key_items = keys * w.batch * w.num_kv_heads * (w.head_dim + w.value_dim)
+    arriving = key_items * _arriving_shards(strategy, w, sizes)
+    total = key_value_bytes(w, sizes) + (items + arriving) * w.itemsize
+    total += _state_bytes(strategy, w, rows, devices)
+    if (
+        strategy in HEADS_SHARDED and devices > 1
+    ):  # rows of some heads, beside some rows of all heads
+        total += items * w.itemsize
     if w.training:
-        total += (w.layers - 1) * rows * row_bytes + w.layers * rows * each_row * 4
-        # What is held of keys and values, and of the rows, is held of their gradients.
-        total += keys * _key_bytes(w, 4) + rows * each_row * (w.head_dim + w.values) * 4
-        total += _keys_held(strategy, w, sizes, keys, 4)
+        total += (w.layers - 1) * items * w.itemsize + w.layers * rows * 4
+        total += (key_items + items + arriving) * 4  # a gradient of everything that is held
     return total
 
 
-def key_value_bytes(workload: Workload, sizes: tuple[int, ...], key_overhead: int = 0) -> int:
-    """Keys and values of all layers on a device, and so many bytes beside each: those of scales."""
+def key_value_bytes(workload: Workload, sizes: tuple[int, ...], scale_bytes: int = 0) -> int:
+    """Return the bytes of keys and values of all layers on a device, and of scales beside each key."""
     w = workload
-    each = _key_bytes(w, w.dtype_bytes) + w.batch * w.kv_heads * key_overhead
-    return w.layers * _shard(w, math.prod(sizes)) * each
+    per_key = w.batch * w.num_kv_heads * ((w.head_dim + w.value_dim) * w.itemsize + scale_bytes)
+    return w.layers * -(-w.key_length // math.prod(sizes)) * per_key
+
+
+def _state_bytes(strategy: str, w: Workload, rows: int, devices: int) -> int:
+    """Return the bytes of states, and of the queries of others for whom they are."""
+    state = max(4, w.itemsize) * rows * (w.value_dim + 2)
+    if devices == 1:
+        return state
+    if (
+        strategy == "reduce_scatter"
+    ):  # queries and states of all rows, of which half arrive at first
+        return devices * rows * w.head_dim * w.itemsize + devices * state + -(-devices * state // 2)
+    if strategy == "all_gather":
+        return (1 + devices) * state
+    return 2 * state if strategy in QUERY_REPLICATED | UNTIMED else state
+
+
+def _arriving_shards(strategy: str, w: Workload, sizes: tuple[int, ...]) -> int:
+    """Return how many shards of one layer's keys and values a device holds beside its own."""
+    devices = math.prod(sizes)
+    inner = devices if strategy == "ulysses" else sizes[-1] if sizes else 1
+    repeats = math.lcm(w.num_kv_heads, inner) // w.num_kv_heads  # heads are repeated to divide
+    shards = {
+        "gather_kv": devices,
+        "ring": 2,  # the shard of this hop and the one that arrives
+        "ulysses": repeats,
+        "ulysses_ring": 3 * repeats,
+        "ulysses_gather_kv": repeats * (1 + devices // inner),
+    }
+    return shards.get(strategy, 0) if devices > 1 else 0
 
 
 def largest_context(strategy: str, workload: Workload, sizes: tuple[int, ...], limit: int) -> int:
-    """The largest context with `bytes_per_device` of at most `limit`; 0 where not even one key fits.
+    """Return the largest number of keys with `bytes_per_device` of at most `limit`; 0 if not one key fits.
 
-    All else stays as it is, but for as many queries as keys, which grow with them.
+    As many queries as keys grow with them.
     """
-
-    def fits(context: int) -> bool:
-        return bytes_per_device(strategy, workload.with_context(context), sizes) <= limit
-
-    return largest(fits)
+    return _largest(
+        lambda keys: bytes_per_device(strategy, workload.with_keys(keys), sizes) <= limit
+    )
 
 
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number for which it holds, and 0 if not even for 1; it holds for all below that."""
+def _largest(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, or 0 if not even 1 does; all numbers below it fit."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -309,73 +158,23 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _shard(w: Workload, devices: int) -> int:
-    """Keys of a device, padded to as many on each."""
-    return -(-w.context // devices)
+# ---------------------------------------------------------------- remedies
 
-
-def _key_bytes(w: Workload, itemsize: int) -> int:
-    """Key and value of one position, for all sequences."""
-    return w.batch * w.kv_heads * (w.head_dim + w.values) * itemsize
-
-
-def _exchanged(
-    strategy: str, w: Workload, sizes: tuple[int, ...], keys: int, rows: int, itemsize: int
-) -> int:
-    """States, and what arrives from others."""
-    devices = math.prod(sizes)
-    state = max(4, w.dtype_bytes) * rows * w.batch * w.heads * (w.values + 2)
-    if devices == 1:
-        return state
-    if strategy in ("butterfly", "psum", "fused"):
-        return 2 * state  # one's own, and one that arrives or is summed
-    if strategy == "all_gather":
-        return (1 + devices) * state
-    # Of all rows: queries and states, of which half arrive at first.
-    if strategy == "reduce_scatter":
-        queries = devices * rows * w.batch * w.heads * w.head_dim * w.dtype_bytes
-        return queries + devices * state + -(-devices * state // 2)
-    held = state + _keys_held(strategy, w, sizes, keys, itemsize)
-    if strategy.startswith("ulysses"):  # rows of some heads, beside some rows of all heads
-        held += rows * w.batch * w.heads * (w.head_dim + w.values) * w.dtype_bytes
-    return held
-
-
-def _keys_held(strategy: str, w: Workload, sizes: tuple[int, ...], keys: int, itemsize: int) -> int:
-    """Keys and values of others, of one layer."""
-    devices = math.prod(sizes)
-    shard = keys * _key_bytes(w, itemsize)
-    if devices == 1 or strategy not in QUERY_SHARDED or strategy == "reduce_scatter":
-        return 0
-    if strategy == "gather_kv":
-        return devices * shard
-    if strategy == "ring":
-        return 2 * shard  # what is worked on, and what arrives
-    inner = devices if strategy == "ulysses" else sizes[-1]
-    own = shard * (math.lcm(w.kv_heads, inner) // w.kv_heads)  # heads are repeated to divide
-    if strategy == "ulysses_ring":
-        return 3 * own
-    if strategy == "ulysses_gather_kv":
-        return own + own * (devices // inner)
-    return own
-
-
-# More devices than this, times as many, are no advice.
-MOST_TIMES = 1 << 16
-SCALE_BYTES = 2 * 4  # of a quantised key and of its value, in float32
+MOST_TIMES = 1 << 16  # more devices than this, times as many, are no advice
+SCALE_BYTES = 2 * 4  # of a quantised key and its value, in float32
 
 
 def remedies(
     strategy: str, workload: Workload, sizes: tuple[int, ...], limit: int, groups: int = 1
 ) -> tuple[str, ...]:
-    """Each by itself lets `bytes_per_device` be at most `limit`, but for one that says that it does not.
+    """Return changes that each let `bytes_per_device` be at most `limit`, or say that they are not enough.
 
     Args:
-      strategy: by name.
-      workload: of the devices that share the keys: see `division`.
-      sizes: of the axes over which they are sharded.
+      strategy: its name.
+      workload: the share of the devices that the keys are sharded over.
+      sizes: the mesh axes that shard the keys.
       limit: bytes of a device.
-      groups: over which sequences are divided, each of the batch of `workload`.
+      groups: number of groups of devices that share the sequences, each with the batch of `workload`.
     """
     w, (*slow, fast) = workload, sizes or (1,)
 
@@ -383,9 +182,9 @@ def remedies(
         return bytes_per_device(strategy, step, sizes)
 
     def held_over(times: int) -> int:
-        """With so many times the devices, over which queries may be sharded then, or no longer."""
+        """Return the bytes with more devices, over which the queries are sharded if there are enough."""
         axes = (*slow, fast * times)
-        sharded, name = w.queries >= math.prod(axes), strategy
+        sharded, name = w.query_length >= math.prod(axes), strategy
         if sharded != (strategy in QUERY_SHARDED):
             name = "ring" if sharded else "butterfly"
         return bytes_per_device(name, w, axes)
@@ -399,44 +198,26 @@ def remedies(
     if times <= MOST_TIMES:
         each = bytes_text(held_over(times))
         found.append(f"{times} times as many devices for the keys, which then hold {each} each")
-    if w.layers > 1 and (layers := largest(lambda n: held(replace(w, layers=n)) <= limit)):
-        found.append(
-            f"at most {layers:,} of the {w.layers:,} layers, and the others on other devices"
-        )
-    if w.batch > 1 and (batch := largest(lambda n: held(replace(w, batch=n)) <= limit)):
+    if w.layers > 1 and (layers := _largest(lambda n: held(replace(w, layers=n)) <= limit)):
+        found.append(f"at most {layers:,} of the {w.layers:,} layers, the others on other devices")
+    if w.batch > 1 and (batch := _largest(lambda n: held(replace(w, batch=n)) <= limit)):
         found.append(f"a batch of at most {batch * groups:,}, not {w.batch * groups:,}")
-    if w.dtype_bytes > 1 and not w.training:
-        small = replace(w, dtype_bytes=1)
-        saved = key_value_bytes(w, sizes) - key_value_bytes(small, sizes, SCALE_BYTES)
-        enough = "" if held(w) - saved <= limit else ", which alone is not enough"
+    if w.itemsize > 1 and not w.training:
+        quantised = key_value_bytes(replace(w, itemsize=1), sizes, SCALE_BYTES)
+        left = held(w) - key_value_bytes(w, sizes) + quantised
+        enough = "" if left <= limit else ", which alone is not enough"
         found.append(
-            f"a KVCache of dtype int8, with which a device holds {bytes_text(held(w) - saved)}{enough}"
+            f"a KVCache of dtype int8, with which a device holds {bytes_text(left)}{enough}"
         )
     return tuple(found)
 
 
-def backward_traffic(strategy: str, shape: Shape, topology: Topology) -> Traffic:
-    """What the backward pass of a strategy exchanges: what the forward pass gathered, and gradients of it.
-
-    The gradient of a whole query is summed over the devices; those of keys and values stay where they
-    are, or go back by the way that these came, in float32.
-    """
-    if topology.size == 1:
-        return Traffic()
-    wide = dataclasses.replace(shape, itemsize=max(4, shape.itemsize))
-    if strategy not in QUERY_SHARDED:
-        names = ("psum", "butterfly")
-        sums = [sum_traffic(name, wide.query_bytes, topology) for name in names]
-        return min(sums, key=lambda x: cost.time_s(x, topology))
-    if strategy == "reduce_scatter":
-        rows = shape.query_bytes + wide.out_bytes  # queries, and cotangents of their results
-        return gather_traffic(rows, topology) + gather_traffic(wide.query_bytes, topology)
-    return traffic(strategy, shape, topology) + traffic(strategy, wide, topology)
+# ---------------------------------------------------------------- the plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """A strategy, and what it would cost."""
+    """A strategy, and what one step would cost with it."""
 
     strategy: str
     predicted_s: float  # one step: all layers
@@ -445,26 +226,24 @@ class Alternative:
     rounds: int  # messages of a layer's forward pass, one after another
     largest_context: int | None  # None: memory not known
     fits: bool
-    why: str = ""  # it is not taken
+    why: str = ""  # why it is not taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The strategy to take, or where none fits the one that holds least, and what one step costs with it."""
+    """The strategy to take, or the one that holds least if none fits, and what one step costs with it."""
 
     workload: Workload
     topology: str
     devices: int
-    axes: dict[str, int]  # of the mesh, slowest first
-    key_axes: tuple[str, ...]  # of these, over which keys are sharded; the exchange is along them
-    batch_axes: tuple[str, ...]
-    heads_axes: tuple[str, ...]
+    axes: dict[str, int]  # the mesh, slowest first
+    key_axes: Axes  # these shard the keys, and the exchange is along them
+    batch_axes: Axes
+    heads_axes: Axes
     query_sharded: bool  # over the axes of the keys
     links: dict[str, Link] | None  # measured; None: those of the table of chips
     reserved_bytes: int  # of a device's memory
     strategy: str
-    axis_order: tuple[str, ...]  # in which states are merged: the fastest axis first
-    block_size: int  # keys of a block on each device
     predicted_s: float  # one step, all layers: attention and exchange
     breakdown: dict[str, float]  # local_s, exchange_s: their sum is predicted_s
     bytes_per_device: int
@@ -474,109 +253,102 @@ class Plan:
     rounds: int  # messages of a layer's forward pass, one after another
     largest_context: int | None
     fits: bool
-    remedies: tuple[str, ...]  # where it does not fit, what would, each by itself
-    alternatives: tuple[Alternative, ...]  # the next best first, and last what does not fit
-    reason: str
+    remedies: tuple[str, ...]  # changes that would make it fit, each by itself
+    alternatives: tuple[Alternative, ...]  # the next best first, and last those that do not fit
+
+    @property
+    def axis_order(self) -> Axes:
+        """The order in which states are merged: the fastest axis first."""
+        return self.key_axes[::-1]
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return dataclasses.asdict(self)
+        """Return the plan as plain values."""
+        return dataclasses.asdict(self) | {"axis_order": self.axis_order}
 
 
 def plan(
     workload: Workload,
     pod: Pod | str,
     *,
-    sharding: Mapping[str, int] | None = None,
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
+    mesh: Mapping[str, int] | None = None,
+    batch_axes: AxisNames = None,
+    heads_axes: AxisNames = None,
     query_sharded: bool | None = None,
     strategy: str | None = None,
     links: Mapping[str, Link] | None = None,
     reserved_bytes: int = 0,
 ) -> Plan:
-    """The strategy with the least predicted time, of those that fit in memory.
+    """Return the strategy with the least predicted time, of those that fit in memory.
 
-    The exchange is what `planner.choose` predicts, as for `strategy='auto'`, here with the links of the
-    pod; the attention itself is `roofline.local_s`, the same for all. In training the backward pass is
-    added to both.
+    The exchange is what `cost.choose` predicts, as for `strategy='auto'`, here with the links of the pod.
+    The attention itself is `local_s`, the same for all. Training adds the backward pass to both.
 
-    >>> found = plan(Workload(131072, batch=16, layers=32), "v5e:16x16")
+    >>> step = Workload(16, 1, 131072, 32, 8, 128, 128, itemsize=2, layers=32)
+    >>> found = plan(step, "v5e:16x16")
     >>> found.strategy, found.fits
     ('psum', True)
-    >>> apart = plan(Workload(131072, batch=16, layers=32), "v5e:16x16", batch_axis_name="x")
+    >>> apart = plan(step, "v5e:16x16", batch_axes="x")
     >>> apart.key_axes, apart.bytes_sent_per_device < found.bytes_sent_per_device
     (('y',), True)
 
     Args:
       workload: one step.
       pod: the devices, or their name, as `pods.pod` takes it.
-      sharding: axes of the mesh, slowest first, by name; None: one for each dimension of the network.
-      batch_axis_name: those of the axes over which B is sharded, as in `dot_product_attention`. Keys are
-        sharded over the axes that shard nothing else, and devices exchange along these alone.
-      heads_axis_name: those over which N and K are sharded. Where they do not divide K, its heads are
-        repeated until they do.
-      query_sharded: whether queries are sharded like keys; None: where there is one or more for each
-        device along the axes of the keys.
-      strategy: to take this one whatever it costs. 'fused' counts as 'butterfly', whose messages it sends.
-      links: measured, by axis, for those of the keys: of `cost.links_from`.
-      reserved_bytes: of a device's memory, for weights and all else.
-
-    Returns:
-      Plan.
+      mesh: sizes of the mesh axes by name, slowest first; None: one for each dimension of the network.
+      batch_axes: mesh axes that shard B. The axes that shard nothing else shard the keys, and devices
+        exchange along these alone.
+      heads_axes: mesh axes that shard N and K. If they do not divide K, its heads are repeated until they
+        do.
+      query_sharded: whether queries are sharded like keys; None: if there is one or more for each device
+        along the axes of the keys.
+      strategy: a strategy to take whatever it costs. 'fused' counts as 'butterfly', whose messages it
+        sends.
+      links: measured links by axis, for the axes of the keys, as `cost.links_from` returns them.
+      reserved_bytes: bytes of a device's memory for weights and all else.
 
     Raises:
-      ValueError: axes that do not lie on the pod, are not in the mesh, or do not divide B or N; an axis
-        without a link; a strategy that does not fit how queries are sharded; more reserved than there is.
+      ValueError: sizes below 1, axes that are not on the pod or in the mesh, axes that do not divide B or
+        N, an axis without a link, a strategy that does not fit the query's sharding, or more reserved than
+        there is.
     """
     pod = pod_of(pod) if isinstance(pod, str) else pod
-    division = divide(
-        workload, pod.axes if sharding is None else sharding, batch_axis_name, heads_axis_name
-    )
-    topology = pod.topology(division.axes, links, division.keys)
-    sharded = workload.queries >= topology.size > 1 if query_sharded is None else query_sharded
-    group, sizes = division.group(workload), topology.sizes
-    shape = group.shape
-    choice = choose(shape, topology, query_sharded=sharded)
+    _check_sizes(workload)
+    mesh = dict(pod.axes if mesh is None else mesh)
+    batch, heads = _check_axes(workload, mesh, {"batch_axes": batch_axes, "heads_axes": heads_axes})
+    keys = tuple(x for x in mesh if x not in batch + heads)
+    topology = pod.topology(mesh, links, keys)
+    groups = math.prod(mesh[x] for x in batch)
+    group, sizes = workload.of_group(groups, math.prod(mesh[x] for x in heads)), topology.sizes
+    sharded = group.query_length >= topology.size > 1 if query_sharded is None else query_sharded
+    choice = choose(group, topology, query_sharded=sharded)
     forward_s = {choice.strategy: choice.predicted_s, **dict(choice.alternatives)}
     if strategy in UNTIMED and pod.chip.platform == "tpu" and not sharded:
-        forward_s[strategy] = cost.time_s(traffic(strategy, shape, topology), topology)
+        forward_s[strategy] = time_s(traffic(strategy, group, topology), topology)
     if strategy is not None and strategy not in forward_s:
         raise ValueError(
-            f"strategy is {strategy!r}; for {workload.queries} queries, "
+            f"strategy is {strategy!r}; for {workload.query_length} queries, "
             f"{'sharded like keys' if sharded else 'whole on each device'}, on axes "
-            f"{ {name: division.axes[name] for name in division.keys} } it must be one of "
-            f"{tuple(forward_s)}: name one, or pass query_sharded={not sharded}"
+            f"{ {name: mesh[name] for name in keys} } it must be one of {tuple(forward_s)}: name one, "
+            f"or pass query_sharded={not sharded}"
         )
-    # Where all devices share the cores of one process, each group waits for the others'.
-    groups = pod.devices // topology.size if topology.constants.shared else 1
-    local = (
-        workload.layers
-        * groups
-        * local_s(
-            shape,
-            topology.size,
-            pod.chip,
-            query_sharded=sharded,
-            processes=pod.hosts,
-            training=workload.training,
-        )
-    )
-    memory = _free(pod, reserved_bytes)
+    # If all devices share the cores of one process, each group waits for the others.
+    steps = workload.layers * (pod.devices // topology.size if topology.constants.shared else 1)
+    local = steps * local_s(group, topology, query_sharded=sharded)
+    memory = _free_bytes(pod, reserved_bytes)
 
     def priced(name: str) -> Alternative:
-        amounts, exchange_s = traffic(name, shape, topology), forward_s[name]
-        sent = amounts.bytes_sent
+        forward, exchange_s = traffic(name, group, topology), forward_s[name]
+        sent = forward.bytes_sent
         if workload.training:
-            back = backward_traffic(name, shape, topology)
-            exchange_s, sent = exchange_s + cost.time_s(back, topology), sent + back.bytes_sent
+            back = backward_traffic(name, group, topology)
+            exchange_s, sent = exchange_s + time_s(back, topology), sent + back.bytes_sent
         held = bytes_per_device(name, group, sizes)
         return Alternative(
             strategy=name,
-            predicted_s=local + workload.layers * groups * exchange_s,
+            predicted_s=local + steps * exchange_s,
             bytes_per_device=held,
             bytes_sent_per_device=workload.layers * sent,
-            rounds=amounts.messages,
+            rounds=forward.messages,
             largest_context=memory and largest_context(name, group, sizes, memory),
             fits=memory is None or held <= memory,
         )
@@ -584,43 +356,75 @@ def plan(
     def rank(x: Alternative) -> tuple[float, ...]:
         return (0, x.predicted_s) if x.fits else (1, x.bytes_per_device, x.predicted_s)
 
-    # Sorting is stable: of equals the first, as in `choose`.
+    # Sorting is stable: the first of equals, as in `choose`.
     ranking = sorted(map(priced, forward_s), key=rank)
     best = next(x for x in ranking if strategy in (None, x.strategy))
-    others = [dataclasses.replace(x, why=_why(x, best, memory)) for x in ranking if x is not best]
+    costs = {name: value for name, value in vars(best).items() if name != "why"}
     return Plan(
+        **costs,
         workload=workload,
         topology=pod.name,
         devices=pod.devices,
-        axes=division.axes,
-        key_axes=division.keys,
-        batch_axes=division.batch,
-        heads_axes=division.heads,
+        axes=mesh,
+        key_axes=keys,
+        batch_axes=batch,
+        heads_axes=heads,
         query_sharded=sharded,
         links=None if links is None else dict(links),
         reserved_bytes=reserved_bytes,
-        strategy=best.strategy,
-        axis_order=tuple(reversed(division.keys)),
-        block_size=_block_size(group, pod, topology.size, sharded),
-        predicted_s=best.predicted_s,
         breakdown={"local_s": local, "exchange_s": best.predicted_s - local},
-        bytes_per_device=best.bytes_per_device,
         key_value_bytes_per_device=key_value_bytes(group, sizes),
         memory_bytes=memory,
-        bytes_sent_per_device=best.bytes_sent_per_device,
-        rounds=best.rounds,
-        largest_context=best.largest_context,
-        fits=best.fits,
-        remedies=()
-        if best.fits
-        else remedies(best.strategy, group, sizes, memory or 0, division.size(division.batch)),
-        alternatives=tuple(others),
-        reason=_reason(best, others, local, memory, pod, named=strategy is not None),
+        remedies=() if best.fits else remedies(best.strategy, group, sizes, memory or 0, groups),
+        alternatives=tuple(replace(x, why=_why(x, best)) for x in ranking if x is not best),
     )
 
 
-def _free(pod: Pod, reserved_bytes: int) -> int | None:
-    """The memory of a device without what is reserved; None: not known."""
+def _check_sizes(w: Workload) -> None:
+    for field in dataclasses.fields(w):
+        size = getattr(w, field.name)
+        if not isinstance(size, bool) and not (size == int(size) and size >= 1):
+            raise ValueError(
+                f"{field.name} is {size!r}; it must be a whole number, 1 or more: pass the size of one step"
+            )
+    if w.num_heads % w.num_kv_heads:
+        raise ValueError(
+            f"num_heads is {w.num_heads} and num_kv_heads is {w.num_kv_heads}; num_heads must be a "
+            "multiple: pass the heads of the whole model, not of a device"
+        )
+
+
+def _check_axes(w: Workload, mesh: dict[str, int], named: dict[str, AxisNames]) -> tuple[Axes, ...]:
+    """Return the axes of batch and of heads, in the order of the mesh."""
+    seen: dict[str, str] = {}
+    found: list[Axes] = []
+    for (argument, given), size in zip(named.items(), (w.batch, w.num_heads), strict=True):
+        names = as_axes(argument, given)
+        for name in names:
+            if name not in mesh:
+                raise ValueError(
+                    f"{argument} is {names}, and {name!r} is no axis of the mesh {mesh}; "
+                    "name one of these, or pass a mesh that has it"
+                )
+            if name in seen:
+                raise ValueError(
+                    f"{argument} is {names}, and {name!r} is in {seen[name]} already; an axis shards "
+                    "one thing: name it once"
+                )
+            seen[name] = argument
+        devices = math.prod(mesh[name] for name in names)
+        if size % devices:
+            raise ValueError(
+                f"{argument} is {names}, {devices} devices, which must divide the {size} "
+                f"{'sequences' if argument == 'batch_axes' else 'heads'}: pass a multiple of {devices}, "
+                "or axes of fewer devices"
+            )
+        found.append(tuple(x for x in mesh if x in names))
+    return tuple(found)
+
+
+def _free_bytes(pod: Pod, reserved_bytes: int) -> int | None:
+    """Return the memory of a device without what is reserved, or None if it is not known."""
     whole = pod.hbm_bytes
     if reserved_bytes < 0 or (whole is not None and reserved_bytes >= whole):
         there = "" if whole is None else f" and a device of {pod.name} has {whole}"
@@ -631,81 +435,12 @@ def _free(pod: Pod, reserved_bytes: int) -> int | None:
     return None if whole is None else whole - reserved_bytes
 
 
-def _block_size(workload: Workload, pod: Pod, devices: int, query_sharded: bool) -> int:
-    keys = -(-workload.context // devices)
-    queries = -(-workload.queries // devices) if query_sharded else workload.queries
-    cpu = pod.chip.platform == "cpu"
-    flat = cpu and not workload.training and is_flat(workload.heads, workload.kv_heads, queries)
-    _, size = block_sizes(
-        queries,
-        (workload.heads, workload.kv_heads),
-        workload.head_dim,
-        flat=flat,
-        one_by_one=cpu,
-        smaller=workload.training,
-    )
-    return even(keys, size)
-
-
-def _why(other: Alternative, best: Alternative, memory: int | None) -> str:
-    if not other.fits:
-        return (
-            f"does not fit: needs {bytes_text(other.bytes_per_device)} of {bytes_text(memory or 0)}"
-        )
+def _why(other: Alternative, best: Alternative) -> str:
     ratio = other.predicted_s / best.predicted_s
+    if not other.fits:
+        return "does not fit"
     if not best.fits:
-        return "fits; it was not named"
+        return "fits; not named"
     if abs(ratio - 1) < 0.005:
         return "as fast, within 0.5 %"
-    if ratio < 1:
-        return f"faster, {ratio:.2f} of the time; it was not named"
-    more = other.bytes_sent_per_device - best.bytes_sent_per_device
-    rounds = other.rounds - best.rounds
-    causes = []
-    if more > 0:
-        causes.append(f"each device sends {bytes_text(more)} more")
-    if rounds > 0:
-        causes.append(f"{count_text(rounds, 'more message')} to wait for in a layer")
-    if "ring" in best.strategy and "ring" not in other.strategy:
-        causes.append("it sends nothing while attention is computed")
-    causes = causes or ["its launches, merges or hops take longer"]
-    return f"{ratio:.3g} times as long: {', '.join(causes)}"
-
-
-def _reason(
-    best: Alternative,
-    others: Sequence[Alternative],
-    local: float,
-    memory: int | None,
-    pod: Pod,
-    *,
-    named: bool,
-) -> str:
-    exchange = best.predicted_s - local
-    what = (
-        f"{best.strategy} on {pod.name}, {pod.devices} devices: {seconds_text(best.predicted_s)} a step, "
-        f"of which {seconds_text(local)} for attention itself and {seconds_text(exchange)} for the exchange"
-    )
-    fitting = [x for x in others if x.fits]
-    if not best.fits:
-        needs = f"needs {bytes_text(best.bytes_per_device)} a device of {bytes_text(memory or 0)}"
-        if fitting:
-            return f"does not fit: {best.strategy}, named by you, {needs}, and {fitting[0].strategy} fits"
-        least = (
-            "is the only candidate" if not others else "holds least" if not named else "was named"
-        )
-        longest = max(x.largest_context or 0 for x in (best, *others))
-        return (
-            f"does not fit, by no strategy: {best.strategy}, which {least}, {needs}; take more devices, or a "
-            f"context of at most {longest}"
-        )
-    taken = "named by you" if named else "the least time"
-    if not others:
-        return f"{what}; {taken}, the only candidate"
-    against = ", ".join(f"{x.strategy} {seconds_text(x.predicted_s)}" for x in fitting)
-    too_large = ", ".join(x.strategy for x in others if not x.fits)
-    parts = [
-        f"against {against}" if against else "",
-        f"{too_large} not fitting" if too_large else "",
-    ]
-    return f"{what}; {taken}, {'; '.join(part for part in parts if part)}"
+    return f"{ratio:.3g} times as long" if ratio > 1 else f"{ratio:.2f} of the time; not named"

@@ -1,4 +1,4 @@
-"""A pod by its name: chips, how they are wired, and the mesh axes that lie along them."""
+"""A pod by its name: chips, their network, and the mesh axes along it."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ BETWEEN_CHIPLETS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """So many chips of a kind, in a shape.
+    """Chips of one kind, in a shape.
 
     Args:
       chip: a row of `chips.CHIPS`.
-      shape: TPU: chips along each dimension of the torus of a slice; else (hosts, devices of each).
-      slices: of TPU, connected by the network of the data centre.
+      shape: TPU: chips along each dimension of the torus of a slice; otherwise (hosts, devices of each).
+      slices: TPU slices, connected by the network of the data centre.
     """
 
     chip: Chip
@@ -33,30 +33,25 @@ class Pod:
 
     @property
     def name(self) -> str:
-        """As `pod` takes it."""
+        """The name that `pod` takes."""
         slices = f"*{self.slices}" if self.slices > 1 else ""
-        # One host is not counted.
+        # A single host is left out.
         shape = self.shape[1:] if not self.torus and self.shape[0] == 1 else self.shape
         return f"{self.chip.name}:{'x'.join(map(str, shape))}{slices}"
 
     @property
-    def chips(self) -> int:
-        """In all slices."""
-        return math.prod(self.shape) * self.slices
-
-    @property
     def devices(self) -> int:
-        """Of JAX: two for a chip of tpu7x, else one."""
-        return self.chips * self.chip.devices
+        """Number of JAX devices: two per chip of tpu7x, otherwise one."""
+        return math.prod(self.shape) * self.slices * self.chip.devices
 
     @property
     def torus(self) -> tuple[int, ...]:
-        """Chips along each dimension of the torus of a slice; () where a switch connects them."""
+        """Chips along each dimension of the torus of a slice; () if a switch connects them."""
         return self.shape if self.chip.torus_rank else ()
 
     @property
     def hosts(self) -> int:
-        """Machines; of a CPU, processes."""
+        """Number of machines; on a CPU, of processes."""
         if not self.torus:
             return self.shape[0]
         return self.slices * math.ceil(math.prod(self.shape) / self.chip.per_host)
@@ -68,32 +63,27 @@ class Pod:
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """Of the network, slowest first, in the order of the devices."""
+        """The network, slowest dimension first, in the order of the devices."""
         chip = self.chip
         if not self.torus:
             hosts, devices = self.shape
-            # A GPU has a network card of its own.
-            sharers = devices if chip.platform == "cpu" else 1
+            sharers = devices if chip.platform == "cpu" else 1  # each GPU has its own network card
             return (
-                Dimension(
-                    "host",
-                    hosts,
-                    chip.network,
-                    wired=False,
-                    sharers=sharers,
-                    collectives=chip.network_collectives,
-                ),
-                Dimension("device", devices, chip.link, wired=False, collectives=chip.collectives),
+                Dimension("host", hosts, chip.network, chip.network_collectives, sharers=sharers),
+                Dimension("device", devices, chip.link, chip.collectives),
             )
         sharers = min(chip.per_host, math.prod(self.torus)) * chip.devices
-        found = [Dimension("slice", self.slices, chip.network, wired=False, sharers=sharers)]
         cubes = chip.torus_rank < 3 or all(size % chip.wraps_at == 0 for size in self.torus)
-        for name, size in zip("xyz", self.torus, strict=False):
-            closed = cubes and size % chip.wraps_at == 0
-            found.append(Dimension(name, size, chip.link, True, closed, sharers=chip.devices))
-        between = Link(chip.link.latency_s, BETWEEN_CHIPLETS * chip.link.bytes_per_s)
-        found.append(Dimension("core", chip.devices, between, wired=False))
-        return tuple(found)
+        hop = Link(chip.link.latency_s, chip.link.bytes_per_s / chip.devices)
+        chiplets = Link(chip.link.latency_s, BETWEEN_CHIPLETS * chip.link.bytes_per_s)
+        return (
+            Dimension("slice", self.slices, chip.network, "tree", sharers=sharers),
+            *(
+                Dimension(name, size, hop, "torus", closed=cubes and size % chip.wraps_at == 0)
+                for name, size in zip("xyz", self.torus, strict=False)
+            ),
+            Dimension("core", chip.devices, chiplets, "tree"),
+        )
 
     @property
     def axes(self) -> dict[str, int]:
@@ -103,63 +93,54 @@ class Pod:
 
     def topology(
         self,
-        sharding: Mapping[str, int] | None = None,
+        mesh: Mapping[str, int] | None = None,
         links: Mapping[str, Link] | None = None,
         key_axes: Collection[str] | None = None,
     ) -> Topology:
-        """The devices along mesh axes.
+        """Return the devices along mesh axes, with the network of the pod or with measured links.
 
         Args:
-          sharding: sizes of the axes by name, slowest first; their product is `devices`. None: `axes`.
-          links: measured, by name of axis, for each axis of more than one device; None: of the table.
-          key_axes: those of the axes that are to be taken; None: all.
-
-        Returns:
-          Topology of these, with the wiring; or with the links.
+          mesh: sizes of the axes by name, slowest first; their product is `devices`. None: `axes`.
+          links: measured links by axis, for each axis of more than one device; None: those of the table.
+          key_axes: the axes to take; None: all.
 
         Raises:
-          ValueError: axes that do not lie along the dimensions, or one without a link.
+          ValueError: axes that do not fit the dimensions, or an axis without a link.
         """
-        sharding = self.axes if sharding is None else sharding
-        sizes = tuple(sharding.values())
+        mesh = self.axes if mesh is None else mesh
+        sizes = tuple(mesh.values())
         if math.prod(sizes) != self.devices:
             raise ValueError(
-                f"sharding is {dict(sharding)}, {math.prod(sizes)} devices, and {self.name} has "
-                f"{self.devices}; pass axes whose product is that, as {self.axes}"
+                f"mesh is {dict(mesh)}, {math.prod(sizes)} devices, and {self.name} has {self.devices}; "
+                f"pass axes whose product is that, as {self.axes}"
             )
-        wiring = dict(zip(sharding, along(self.dimensions, sizes), strict=True))
-        taken = {x: n for x, n in sharding.items() if key_axes is None or x in key_axes}
+        wiring = dict(zip(mesh, along(self.dimensions, sizes), strict=True))
+        taken = {x: n for x, n in mesh.items() if key_axes is None or x in key_axes}
         missing = [name for name, size in taken.items() if size > 1 and name not in (links or {})]
         if links is not None and missing:
             raise ValueError(
-                f"links is of {tuple(links)}, and the mesh axes are {dict(sharding)}: {missing} are not "
-                "measured; pass the same axes to distattn check --mesh, or a sharding with its names"
+                f"links is for {tuple(links)}, and the mesh axes are {dict(mesh)}: {missing} are not "
+                "measured; pass the same axes to distattn check --mesh, or a mesh with its names"
             )
-        own = None
-        if links is not None:
-            own = tuple(links.get(name, self.chip.link) for name in taken)
         return Topology(
             self.chip.platform,
             tuple(taken.values()),
             self.hosts,
-            links=own,
+            links=None if links is None else tuple(links.get(x, self.chip.link) for x in taken),
             chip=self.chip,
             wiring=tuple(wiring[name] for name in taken),
         )
 
 
 def pod(name: str, offered: Collection[str] = tuple(CHIPS)) -> Pod:
-    """The pod of a name.
+    """Return the pod of a name.
 
     >>> pod("v5p:16x16x16*16").devices
     65536
 
     Args:
-      name: as v5p:16x16x16, v5e:4x4, v5p:16x16x16*16, h100:16x8, cpu:8.
-      offered: the chips that an error is to list.
-
-    Returns:
-      Pod.
+      name: such as v5p:16x16x16, v5e:4x4, v5p:16x16x16*16, h100:16x8, cpu:8.
+      offered: the chips that an error lists.
 
     Raises:
       ValueError: an unknown chip, another form, or a shape that the chip does not come in.
@@ -168,8 +149,7 @@ def pod(name: str, offered: Collection[str] = tuple(CHIPS)) -> Pod:
     chip = CHIPS.get(found[1]) if found else None
     if chip is None:
         raise ValueError(
-            f"topology is {name!r}; it must be CHIP:SHAPE with a chip of {', '.join(offered)}: write "
-            f"{FORM}"
+            f"topology is {name!r}; it must be CHIP:SHAPE with a chip of {', '.join(offered)}: write {FORM}"
         )
     shape: tuple[int, ...] = tuple(map(int, found[2].split("x")))
     slices = int(found[3] or 1)
@@ -182,7 +162,7 @@ def pod(name: str, offered: Collection[str] = tuple(CHIPS)) -> Pod:
         shape = (1, *shape) if len(shape) == 1 else shape
         if len(shape) > 2 or max(shape[1:]) > chip.per_host or slices > 1:
             raise ValueError(
-                f"topology is {name!r}; of {chip.name} it must be hosts x devices of each, at most "
-                f"{chip.per_host} a host, without slices: write {FORM}"
+                f"topology is {name!r}; {chip.name} takes hosts x devices of each, at most "
+                f"{chip.per_host} per host, without slices: write {FORM}"
             )
     return Pod(chip, shape, slices)

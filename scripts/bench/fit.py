@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from samples import array, interleaved_medians, print_samples, samples_of
 
@@ -40,7 +40,10 @@ def programs(mesh):
     split = P(None, "kv")
     calls = {
         strategy: functools.partial(
-            distattn.dot_product_attention, mesh=mesh, axis_name="kv", strategy=strategy
+            distattn.dot_product_attention,
+            query_sharding=NamedSharding(mesh, P()),
+            key_value_sharding=NamedSharding(mesh, split),
+            strategy=strategy,
         )
         for strategy in MODELS[:2]
     }

@@ -20,8 +20,9 @@ from samples import interleaved_medians
 
 import distattn
 from distattn.local.inputs import KERNELS
-from distattn.planning import chips, plan
-from distattn.planning.cost import Shape
+from distattn.planning.chips import chip_of
+from distattn.planning.cost import Topology, Workload
+from distattn.planning.plan import local_s
 
 OURS = "distattn"
 
@@ -40,11 +41,12 @@ class Case:
     gradient: bool = False
 
     @property
-    def shape(self) -> Shape:
+    def workload(self) -> Workload:
         """For the roofline; of a causal mask half of the pairs count, of which T = S."""
         keys = self.keys // 2 if self.causal else self.keys
         heads = self.heads, self.kv_heads
-        return Shape(self.batch, self.queries, keys, *heads, self.width, self.width, 2)
+        sizes = self.batch, self.queries, keys, *heads, self.width, self.width
+        return Workload(*sizes, itemsize=2, training=self.gradient)
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """Query, key and value."""
@@ -109,11 +111,11 @@ def compiled(attention: Callable, case: Case, arrays: tuple) -> Callable:
 
 def least_s(case: Case, device: jax.Device) -> float | None:
     """Seconds at the device's peak, of memory or of products; None for a chip that is not in the table."""
-    chip = chips.chip_of(device.device_kind)
+    chip = chip_of(device.device_kind)
     if chip is None or chip.platform == "cpu":
         return None
     peak = dataclasses.replace(chip, attained=1.0)
-    return plan.local_s(case.shape, 1, peak, training=case.gradient)
+    return local_s(case.workload, Topology(chip.platform, (), chip=peak))
 
 
 def time_all(repeats: int, out: str | None, *, tiny: bool) -> None:

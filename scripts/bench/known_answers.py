@@ -9,8 +9,8 @@ XLA:TPU's own estimates of a packed butterfly (jax 0.10.2, libtpu). No constant 
 import dataclasses
 
 from distattn.planning.chips import CHIPS
-from distattn.planning.cost import Shape, Topology, traffic
-from distattn.planning.plan import Workload, plan
+from distattn.planning.cost import Topology, Workload, traffic
+from distattn.planning.plan import plan
 from distattn.planning.pods import pod
 
 # Microseconds a layer: one token, N=32 K=8 H=128 bfloat16, 8192 keys a chip.
@@ -28,7 +28,8 @@ TABLE_1 = {
     1 << 17: (2.68, 6.38),
     1 << 18: (2.89, 8.19),
 }
-LLAMA = Workload(context=1, heads=32, kv_heads=8, head_dim=128, layers=32)
+TOKEN = Workload(1, 1, 1, 32, 8, 128, 128, itemsize=2, causal=True)
+LLAMA = dataclasses.replace(TOKEN, layers=32)
 LLAMA_PARAMETERS, LLAMA_WEIGHTS_BYTES, TOKENS = 8.03e9, 2 * 8.03e9, 10
 
 
@@ -50,7 +51,7 @@ def compiler() -> list[Answer]:
     found = []
     for name, estimate_us in XLA_US.items():
         where = pod(name)
-        step = Workload(context=8192 * where.devices)
+        step = TOKEN.with_keys(8192 * where.devices)
         predicted_s = plan(step, where, strategy="butterfly").predicted_s
         found.append(Answer(f"{name}, {where.devices} devices, us", 1e6 * predicted_s, estimate_us))
     return found
@@ -66,7 +67,7 @@ def volumes(
     messages. V_ring counts p hops where p - 1 do, and as many heads of keys as of queries.
     """
     p, b, t, d = devices, 1, keys, 128 * heads
-    shape = Shape(b, 1, t * p, heads, kv_heads, 128, 128, 2)
+    shape = Workload(b, 1, t * p, heads, kv_heads, 128, 128, 2)
     there = Topology("gpu", (p,))
     v_tree, v_ring = 2 * (p - 1) / p * (b * d + 2 * b * heads), 2 * b * t * d * p
 
@@ -90,7 +91,7 @@ def speedup() -> Answer:
     ring cannot be that, or for the tree is nearly all something else.
     """
     where = pod("h100:16x8")
-    step = Workload(context=5_120_000, heads=16, kv_heads=16)
+    step = dataclasses.replace(TOKEN, key_length=5_120_000, num_heads=16, num_kv_heads=16)
     tree = plan(step, where, strategy="psum")
     ring = plan(step, where, strategy="ring", query_sharded=True)
     return Answer(
@@ -128,8 +129,8 @@ def table_1() -> list[Row]:
     """
     where, chip, found = pod("h100:8"), CHIPS["h100"], []
     for tokens in TABLE_1:
-        decode = LLAMA.with_context(tokens)
-        prompt = dataclasses.replace(decode, queries=tokens)
+        decode = LLAMA.with_keys(tokens)
+        prompt = dataclasses.replace(decode, query_length=tokens)
         found.append(
             Row(
                 tokens=tokens,

@@ -12,13 +12,13 @@ import functools
 import os
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from samples import array, interleaved_medians, print_samples, samples_of
 
 import distattn
 from distattn.planning import cost
-from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Shape, Topology, fits
+from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Topology, Workload, fits
 from distattn.testing import fake_devices
 
 # B, T, S, N, K, H, whether the query is sharded
@@ -42,7 +42,7 @@ def measure(mesh, processes, repeats):
     """[(shape, choice, {strategy: seconds})]."""
     found = []
     for b, t, s, n, k, h, sharded in SHAPES:
-        shape = Shape(b, t, s, n, k, h, h, 4)
+        shape = Workload(b, t, s, n, k, h, h, 4)
         topology = Topology("cpu", (mesh.size,), processes)
         known = QUERY_SHARDED if sharded else QUERY_REPLICATED
         names = [name for name in known if fits(name, shape, topology)]
@@ -54,9 +54,8 @@ def measure(mesh, processes, repeats):
         for name in names:
             f = functools.partial(
                 distattn.dot_product_attention,
-                mesh=mesh,
-                axis_name="kv",
-                query_axis_name="kv" if sharded else None,
+                query_sharding=NamedSharding(mesh, along if sharded else P()),
+                key_value_sharding=NamedSharding(mesh, along),
                 strategy=name,
             )
             programs[name] = jax.jit(f).lower(query, key, key).compile()

@@ -36,8 +36,8 @@ from pods_programs import (  # noqa: E402
 )
 
 import distattn  # noqa: E402
-from distattn.planning.cost import sum_traffic, time_s  # noqa: E402
-from distattn.planning.plan import Workload, plan  # noqa: E402
+from distattn.planning.cost import Workload, sum_traffic, time_s  # noqa: E402
+from distattn.planning.plan import plan  # noqa: E402
 from distattn.planning.pods import pod  # noqa: E402
 from distattn.testing import compile_for  # noqa: E402
 
@@ -114,9 +114,10 @@ def scaling():
     rows = []
     for shape in SHAPES.split():
         where = pod(f"v5p:{shape}")
-        workload = Workload(KEYS * where.devices, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH)
+        keys = KEYS * where.devices
+        workload = Workload(1, 1, keys, HEADS, KV_HEADS, WIDTH, WIDTH, itemsize=2)
         for name, (f, kind) in contenders(where).items():
-            report = compiled(f, 1, workload.context, where, sharded=False, kind=kind)
+            report = compiled(f, 1, keys, where, sharded=False, kind=kind)
             row = {
                 "contender": name,
                 "topology": where.name,

@@ -24,7 +24,7 @@ import distattn
 from distattn.experimental.fused import hooks
 from distattn.experimental.fused.route import KEEP, OWN_FIRST, REPLACE, SOURCE_FIRST, rounds_over
 from distattn.planning import cost, schedule
-from distattn.planning.plan import Workload, plan
+from distattn.planning.plan import plan
 from distattn.testing import compile_for, interpreted, lower
 from tests.cases import mesh_of, shardings
 from tests.experimental import fused_job
@@ -354,7 +354,7 @@ def test_it_is_named_where_names_are():
 
 
 def test_it_is_planned_by_name_alone():
-    small = Workload(context=4096)
+    small = cost.Workload(1, 1, 4096, 32, 8, 128, 128, 2)
     by_name, free = plan(small, "v5e:4x4", strategy="fused"), plan(small, "v5e:4x4")
     messages = plan(small, "v5e:4x4", strategy="butterfly")
     assert by_name.strategy == "fused"

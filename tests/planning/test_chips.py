@@ -5,8 +5,7 @@ import re
 import pytest
 
 from distattn.planning.chips import CHIPS, TYPICAL, Link, chip_of
-from distattn.planning.cost import PLATFORMS, constants_of, traffic
-from distattn.planning.plan import Workload
+from distattn.planning.cost import PLATFORMS, Workload, traffic
 from distattn.planning.pods import Pod, pod
 
 NAMES = {  # devices, chips of a torus, slices, hosts, mesh axes
@@ -48,7 +47,7 @@ def test_a_name_says_devices_torus_slices_and_hosts(name):
         ("v5e:4x4x4", "as v5e:4x4"),
         ("v5p:0x4x4", "CHIP:SHAPE"),
         ("v5p:4x4x4*0", "CHIP:SHAPE"),
-        ("h100:16x16", "at most 8 a host"),
+        ("h100:16x16", "at most 8 per host"),
         ("h100:2x2x2", "hosts x devices of each"),
         ("h100:2x8*2", "without slices"),
         ("v5p: 4x4x4", "CHIP:SHAPE"),
@@ -62,7 +61,7 @@ def test_a_wrong_name_says_what_to_write(name, remedy):
 
 
 def closed(name):
-    return tuple(d.closed for d in pod(name).dimensions if d.wired)
+    return tuple(d.closed for d in pod(name).dimensions if d.torus)
 
 
 def test_tori_are_closed_where_the_hardware_closes_them():
@@ -74,7 +73,7 @@ def test_tori_are_closed_where_the_hardware_closes_them():
 
 def test_the_chips_of_a_host_share_its_network():
     slices = pod("v5p:4x4x4*2").dimensions[0]
-    assert (slices.name, slices.size, slices.sharers, slices.wired) == ("slice", 2, 4, False)
+    assert (slices.name, slices.size, slices.sharers, slices.torus) == ("slice", 2, 4, False)
     assert pod("tpu7x:4x4x4*2").dimensions[0].sharers == 8  # devices
     assert pod("h100:16x8").dimensions[0].sharers == 1  # each GPU has its own card
 
@@ -82,7 +81,8 @@ def test_the_chips_of_a_host_share_its_network():
 def test_a_platform_stands_for_a_chip_of_the_one_table():
     assert TYPICAL == {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
     for (platform, several), row in PLATFORMS.items():
-        assert row == constants_of(CHIPS[TYPICAL[platform]], network=several)
+        chip = CHIPS[TYPICAL[platform]]
+        assert row == (chip.across_processes() if several else chip)
     assert PLATFORMS["gpu", True].link == CHIPS["h100"].network
     assert PLATFORMS["tpu", True].link == CHIPS["v5p"].link
     assert not PLATFORMS["cpu", True].shared
@@ -104,11 +104,11 @@ def test_a_row_is_of_the_order_of_magnitude_of_its_kind(name):
 def test_axes_of_one_s_own_lie_along_the_pod():
     where = pod("v5p:16x16x16")
     flat, own = where.topology({"all": 4096}), where.topology()
-    shape = Workload(context=1 << 20).shape
+    shape = Workload(1, 1, 1 << 20, 32, 8, 128, 128, 2)
     # Powers of two: the same exchanges in the same order.
     assert traffic("butterfly", shape, flat) == traffic("butterfly", shape, own)
     assert where.topology({"a": 64, "b": 64}).sizes == (64, 64)
-    with pytest.raises(ValueError, match=r"sharding is \{'all': 8\}, 8 devices") as error:
+    with pytest.raises(ValueError, match=r"mesh is \{'all': 8\}, 8 devices") as error:
         where.topology({"all": 8})
     assert "axes whose product is that" in str(error.value)
 
@@ -116,10 +116,9 @@ def test_axes_of_one_s_own_lie_along_the_pod():
 def test_measured_links_stand_in_for_the_wiring():
     where, link = pod("h100:2x8"), Link(1e-3, 1e6)
     measured = where.topology(links={"host": link, "device": Link(1e-4, 1e7)})
-    assert measured.wired is None
-    assert measured.link_of(0) == link
+    assert measured.axes[0][0].link == measured.network[0].link == link
     assert measured.chip == CHIPS["h100"]
-    with pytest.raises(ValueError, match=r"links is of \('device',\)") as error:
+    with pytest.raises(ValueError, match=r"links is for \('device',\)") as error:
         where.topology(links={"device": link})
     assert "['host'] are not measured" in str(error.value)
 

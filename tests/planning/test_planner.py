@@ -11,8 +11,8 @@ from distattn.planning.chips import Link
 from distattn.planning.cost import (
     QUERY_REPLICATED,
     QUERY_SHARDED,
-    Shape,
     Topology,
+    Workload,
     choose,
     choose_sum,
     fits,
@@ -20,8 +20,8 @@ from distattn.planning.cost import (
     traffic,
 )
 
-DECODE = Shape(1, 1, 4096, 8, 2, 64, 64, 4)  # a payload of 2 KiB
-GQA = Shape(1, 4096, 4096, 32, 8, 128, 128, 2)
+DECODE = Workload(1, 1, 4096, 8, 2, 64, 64, 4)  # a payload of 2 KiB
+GQA = Workload(1, 4096, 4096, 32, 8, 128, 128, 2)
 FAR = Link(latency_s=5e-3, bytes_per_s=1e8)
 
 topologies = st.builds(
@@ -31,7 +31,7 @@ topologies = st.builds(
     st.integers(1, 2),
 )
 shapes = st.builds(
-    Shape,
+    Workload,
     batch=st.integers(1, 4),
     query_length=st.integers(1, 4096),
     key_length=st.integers(1, 1 << 20),
@@ -63,7 +63,7 @@ def test_eight_threads_launch_as_little_as_they_can(rows, best):
 
 @pytest.mark.parametrize("hosts", [2, 4, 8, 16, 6])
 def test_hosts_far_apart_take_a_butterfly(hosts):
-    choice = replicated(DECODE, Topology("cpu", (hosts,), hosts, FAR))
+    choice = replicated(DECODE, Topology("cpu", (hosts,), hosts, links=(FAR,)))
     assert choice.strategy == "butterfly"
 
 
@@ -138,9 +138,8 @@ def test_few_queries_move_the_states(platform, processes):
 @pytest.mark.parametrize("sizes", [(), (1,), (1, 1)], ids=str)
 def test_one_device_costs_nothing(query_sharded, sizes):
     choice = choose(GQA, Topology("gpu", sizes), query_sharded=query_sharded)
-    assert (choice.predicted_s, choice.bytes_sent) == (0, 0)
+    assert choice.predicted_s == 0
     assert all(seconds == 0 for _, seconds in choice.alternatives)
-    assert choice.reason == f"{choice.strategy}: one device, nothing moves"
 
 
 def test_equals_are_told_apart_by_their_order():
@@ -150,19 +149,6 @@ def test_equals_are_told_apart_by_their_order():
     assert choice.strategy == "butterfly"
     swapped = replicated(DECODE, two, candidates=("all_gather", "butterfly"))
     assert swapped.strategy == "all_gather"
-
-
-def test_the_reason_has_the_numbers_and_the_others():
-    choice = replicated(DECODE, Topology("cpu", (8,), 8, FAR))
-    assert choice.reason == (
-        "butterfly on 8 cpu devices: 6.19 KiB a device in 3 messages of 3 launches, 16 ms; "
-        "against all_gather 35.5 ms, psum 141 ms"
-    )
-    alone = sharded(GQA, Topology("tpu", (2,)), candidates=["gather_kv"])
-    assert alone.reason == (
-        "gather_kv on 2 tpu devices: 8 MiB a device in 2 messages of 2 launches, 86.9 us; "
-        "the only candidate"
-    )
 
 
 @given(shapes, topologies, st.booleans())
@@ -175,7 +161,6 @@ def test_the_choice_is_the_least_time(shape, topology, query_sharded):
     assert dict(ranking) == {
         name: time_s(traffic(name, shape, topology), topology) for name in names
     }
-    assert choice.bytes_sent == traffic(choice.strategy, shape, topology).bytes_sent
 
 
 @given(shapes, topologies, st.sets(st.sampled_from(sorted(QUERY_REPLICATED)), min_size=1))
@@ -189,7 +174,8 @@ def test_fewer_candidates_are_never_faster(shape, topology, names):
 @given(shapes, topologies, st.booleans(), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
 def test_more_latency_never_chooses_more_messages(shape, topology, query_sharded, a, b):
     def messages(latency_s):
-        there = dataclasses.replace(topology, link=Link(latency_s, 1e9))
+        links = (Link(latency_s, 1e9),) * len(topology.sizes)
+        there = dataclasses.replace(topology, links=links)
         # A ring is left out: what computing hides costs no time, however many messages it is.
         names = QUERY_SHARDED if query_sharded else QUERY_REPLICATED
         names = [name for name in names if "ring" not in name and fits(name, shape, there)]

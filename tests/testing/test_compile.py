@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from distattn.cli import main, picture
+from distattn.cli import main
 from distattn.planning.chips import CHIPS
-from distattn.planning.cost import Shape, Topology, choose
+from distattn.planning.cost import Topology, Workload, choose
 from distattn.planning.pods import pod
 from distattn.testing import compile_for, compilers, lower
 
@@ -160,7 +160,7 @@ def test_counts_by_the_number_of_devices(devices):
 @pytest.mark.parametrize("topology", ["h100:1x8", "h100:8x1"])
 def test_auto_is_chosen_for_the_chips_and_hosts_that_it_is_compiled_for(topology):
     hosts = pod(topology).hosts
-    shape = Shape(1, 1, 256 * 8, HEADS, KV_HEADS, WIDTH, WIDTH, 2)
+    shape = Workload(1, 1, 256 * 8, HEADS, KV_HEADS, WIDTH, WIDTH, 2)
     there = Topology("gpu", (8,), hosts, chip=CHIPS["h100"])
     best = choose(shape, there, query_sharded=False).strategy
     auto, named = (decode({"kv": 8}, x, topology=topology) for x in ("auto", best))
@@ -285,7 +285,7 @@ def test_a_compiler_that_is_not_here(monkeypatch):
             compile_for(f, *arrays, topology=topology)
 
 
-# ------------------------------------------------------------------------ distattn plan --compile, --plot
+# ------------------------------------------------------------------------ distattn plan --compile
 
 MODEL = ["--heads", "16", "--kv-heads", "4", "--head-dim", "128", "--layers", "80"]
 
@@ -318,51 +318,3 @@ def test_the_command_compiles_what_it_plans(capsys):
     assert layer[0] == "v5p:4x4x4: 64 devices, sizes of one"
     assert "not known" not in "".join(line for line in layer if "estimate" not in line)
     assert re.fullmatch(r"  wait for one another +\d+", next(x for x in layer if " wait" in x))
-
-
-@pytest.mark.parametrize(
-    ("topology", "more", "labels"),
-    [
-        (
-            "v5p:4x4x4",
-            ("--strategy", "butterfly"),
-            ["butterfly (taken)", "z=4, round 2", "x=4, round 1"],
-        ),
-        (
-            "v5p:4x4x4",
-            GROUPS,
-            ["sp=4", "psum"],
-        ),
-        ("h100:4x8", ("--training",), ["all to all", "gather_kv"]),
-        ("h100:6", ("--strategy", "psum"), ["XLA's own psum"]),
-        ("cpu:1", (), ["butterfly (taken)"]),
-    ],
-)
-def test_the_command_draws_what_it_plans(topology, more, labels, tmp_path, monkeypatch, capsys):
-    # Text as text, so that it can be read here.
-    monkeypatch.setattr(picture, "RC", picture.RC | {"svg.fonttype": "none"})
-    command = ["plan", "--topology", topology, "--context", "65536", *MODEL, *more]
-    drawings = [tmp_path / "one.svg", tmp_path / "two.svg"]
-    for path in drawings:
-        assert main([*command, "--plot", str(path)]) == 0
-    first, second = (path.read_text() for path in drawings)
-    assert first == second
-    assert all(label in first for label in [*labels, "predicted time of a step (s)"])
-    assert main([*command, "--plot", str(tmp_path / "absent" / "one.png")]) == 2
-    assert "--plot" in capsys.readouterr().err
-
-
-def test_a_picture_takes_nothing_that_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture, "RC", picture.RC | {"svg.fonttype": "none"})
-    command = ["plan", "--topology", "v5p:2x1x1", "--context", "4M", *MODEL]
-    assert main([*command, "--plot", str(tmp_path / "one.svg")]) == 1
-    text = (tmp_path / "one.svg").read_text()
-    assert "butterfly" in text
-    assert "taken" not in text
-
-
-def test_a_picture_has_a_format(capsys):
-    command = ["plan", "--topology", "v5p:4x4x4", "--context", "65536", *MODEL]
-    with pytest.raises(SystemExit, match="2"):
-        main([*command, "--plot", "picture.bmp"])
-    assert ".svg, .png, .pdf" in capsys.readouterr().err

@@ -76,8 +76,8 @@ class Report:
             "between_devices_checked": self.devices > 1,
             "replicas_equal": self.replicas_equal if self.devices > 1 else None,
             "axes": {name: _axis_json(axis) for name, axis in self.axes.items()},
-            "strategy_s": {timing.workload.name: timing.seconds for timing in self.timings},
-            "auto": {timing.workload.name: _auto_json(timing) for timing in self.timings},
+            "strategy_s": {timing.case.name: timing.seconds for timing in self.timings},
+            "auto": {timing.case.name: _auto_json(timing) for timing in self.timings},
             "verdict": "passed" if self.passed else "failed",
         }
 
@@ -164,10 +164,10 @@ def _axis_json(axis: Axis) -> dict[str, Any]:
 
 
 def _auto_json(timing: Timing) -> dict[str, Any]:
-    shape = timing.workload.shape
+    shape = timing.case.workload
     return {
         "payload_bytes": shape.payload_bytes,
-        "query_sharded": timing.workload.query_sharded,
+        "query_sharded": timing.case.query_sharded,
         "by_table": timing.by_table,
         "by_measured_links": timing.by_links,
         "fastest": timing.fastest,

@@ -13,15 +13,15 @@ from distattn.attention.api import dot_product_attention
 from distattn.cli.check.correctness import wide_axes
 from distattn.cli.check.programs import medians, on_mesh, prepare
 from distattn.planning import cost
-from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Link, Shape, Topology, fits
+from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Link, Topology, Workload, fits
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """A shape of which each strategy is timed, forward."""
+class Case:
+    """A workload for which each strategy is timed, forward."""
 
     name: str
-    shape: Shape
+    workload: Workload
     query_sharded: bool
 
 
@@ -29,7 +29,7 @@ class Workload:
 class Timing:
     """A workload, and what was measured and predicted."""
 
-    workload: Workload
+    case: Case
     seconds: dict[str, float]  # by strategy
     by_table: str  # what `auto` takes
     by_links: str  # and what it would, with the links that were measured
@@ -40,24 +40,24 @@ class Timing:
         return min(self.seconds, key=lambda name: self.seconds[name])
 
 
-def workloads(devices: int, *, quick: bool) -> tuple[Workload, ...]:
+def workloads(devices: int, *, quick: bool) -> tuple[Case, ...]:
     """One query and many for all keys, and rows that lie with the keys, a few and as many as keys."""
     keys, rows = (16, 32) if quick else (64, 256)  # keys of a device
 
-    def shape(queries: int) -> Shape:
-        return Shape(1, queries, keys * devices, 8, 2, 64, 64, 4)
+    def sizes(queries: int) -> Workload:
+        return Workload(1, queries, keys * devices, 8, 2, 64, 64, 4)
 
     return (
-        Workload("replicated query, 1 row", shape(1), False),
-        Workload(f"replicated query, {rows} rows", shape(rows), False),
-        Workload("sharded query, 1 row a device", shape(devices), True),
-        Workload(f"sharded query, {keys} rows a device", shape(keys * devices), True),
+        Case("replicated query, 1 row", sizes(1), False),
+        Case(f"replicated query, {rows} rows", sizes(rows), False),
+        Case("sharded query, 1 row a device", sizes(devices), True),
+        Case(f"sharded query, {keys} rows a device", sizes(keys * devices), True),
     )
 
 
 def measure_strategies(
     mesh: Mesh,
-    chosen: Sequence[Workload],
+    chosen: Sequence[Case],
     strategies: Sequence[str],
     links: Mapping[str, Link],
     repeats: int,
@@ -81,34 +81,32 @@ def measure_strategies(
     table = Topology(mesh.devices.flat[0].platform, sizes, jax.process_count())
     measured = dataclasses.replace(table, links=tuple(links[axis] for axis in axes))
     timings = []
-    for workload in chosen:
-        known = QUERY_SHARDED if workload.query_sharded else QUERY_REPLICATED
-        names = [x for x in known if x in strategies and fits(x, workload.shape, table)]
+    for case in chosen:
+        known = QUERY_SHARDED if case.query_sharded else QUERY_REPLICATED
+        names = [x for x in known if x in strategies and fits(x, case.workload, table)]
         if not names:
             continue
-        say(f"{workload.name}: timing {', '.join(names)}")
-        arrays = _arrays(mesh, workload)
+        say(f"{case.name}: timing {', '.join(names)}")
+        arrays = _arrays(mesh, case)
         programs = {
-            name: (prepare(f"{name}, {workload.name}", _run(mesh, workload, name), *arrays), arrays)
+            name: (prepare(f"{name}, {case.name}", _run(mesh, case, name), *arrays), arrays)
             for name in names
         }
         seconds = medians(programs, repeats)
         picks = (
-            cost.choose(
-                workload.shape, where, query_sharded=workload.query_sharded, candidates=names
-            )
+            cost.choose(case.workload, where, query_sharded=case.query_sharded, candidates=names)
             for where in (table, measured)
         )
-        timings.append(Timing(workload, seconds, *(pick.strategy for pick in picks)))
+        timings.append(Timing(case, seconds, *(pick.strategy for pick in picks)))
     return timings
 
 
-def _arrays(mesh: Mesh, workload: Workload) -> tuple[jax.Array, ...]:
-    shape = workload.shape
+def _arrays(mesh: Mesh, case: Case) -> tuple[jax.Array, ...]:
+    shape = case.workload
     rows, heads = (shape.query_length, shape.num_heads), (shape.key_length, shape.num_kv_heads)
     cut = PartitionSpec(None, wide_axes(mesh))
     dims = ((*rows, shape.head_dim), (*heads, shape.head_dim), (*heads, shape.value_dim))
-    specs = (cut if workload.query_sharded else PartitionSpec(), cut, cut)
+    specs = (cut if case.query_sharded else PartitionSpec(), cut, cut)
     rng = np.random.default_rng(0)
     return tuple(
         on_mesh(rng.normal(size=(shape.batch, *d)).astype(np.float32), mesh, spec)
@@ -116,9 +114,9 @@ def _arrays(mesh: Mesh, workload: Workload) -> tuple[jax.Array, ...]:
     )
 
 
-def _run(mesh: Mesh, workload: Workload, strategy: str) -> Callable[..., Any]:
+def _run(mesh: Mesh, case: Case, strategy: str) -> Callable[..., Any]:
     axes = wide_axes(mesh)
-    rows = axes if workload.query_sharded else None
+    rows = axes if case.query_sharded else None
     options = {"mesh": mesh, "axis_name": axes, "query_axis_name": rows, "strategy": strategy}
     return lambda *arrays: dot_product_attention(*arrays, **options)
 

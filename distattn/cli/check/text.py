@@ -89,7 +89,7 @@ def _timings(timings: Sequence[Timing]) -> Iterable[str]:
         yield "a call, forward, over all axes; 'auto' by the constants built in, and by these links:"
     for timing in timings:
         ordered = sorted(timing.seconds.items(), key=lambda item: item[1])
-        yield f"  {timing.workload.name}: " + ", ".join(f"{n} {seconds(s)}" for n, s in ordered)
+        yield f"  {timing.case.name}: " + ", ".join(f"{n} {seconds(s)}" for n, s in ordered)
         if len(timing.seconds) < 2:
             continue
         picks = ((timing.by_table, "auto"), (timing.by_links, "by these links"))
