@@ -68,7 +68,7 @@ def dot_product_attention(
       query_seq_lengths: int32[B]; queries from this index on give 0.
       key_value_seq_lengths: int32[B]; attend if key position < length.
       local_window_size: int or (left, right), inclusive, in positions; -1 or None = unbounded.
-      implementation: 'blocked', 'dense', 'pallas_tpu', 'pallas_gpu', 'cudnn', or None for the best one that
+      implementation: 'xla', 'dense', 'pallas_tpu', 'pallas_gpu', 'cudnn', or None for the best one that
         supports the call (page "Kernels"). Only 'dense' supports forward mode and second derivatives.
       return_residual: also return the log-sum-exp of the logits.
       logits_soft_cap: c in c * tanh(logit / c).

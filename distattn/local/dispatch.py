@@ -47,10 +47,10 @@ def local_fold(
     implementation: str,
     reproducible_blocks: ReproducibleBlocks | None = None,
 ) -> Callable[[AttentionInputs], Any]:
-    """The function from inputs to the state over their keys; 'blocked' has no derivative of its own.
+    """The function from inputs to the state over their keys; 'xla' has no derivative of its own.
 
     A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one
-    serves, else 'blocked'.
+    serves, else 'xla'.
     """
     if reproducible_blocks is not None:
         return lambda inputs: reproducible.fold(inputs, logit_config, machine, reproducible_blocks)
@@ -269,7 +269,7 @@ def _is_alone() -> bool:
 
 
 _FORWARD_MODE = (
-    "a second derivative, or forward mode, of blocked attention is not built; "
+    "a second derivative, or forward mode, of attention in blocks is not built; "
     "pass implementation='dense', which JAX differentiates to any order"
 )
 

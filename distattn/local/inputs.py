@@ -180,7 +180,7 @@ def hashable(precision: Any) -> Any:
 
 
 KERNELS = ("pallas_tpu", "pallas_gpu", "cudnn", "splash")  # in `distattn.local.dispatch`
-IMPLEMENTATIONS = ("blocked", "dense", *KERNELS)
+IMPLEMENTATIONS = ("xla", "dense", *KERNELS)
 
 
 @jax.tree_util.register_dataclass
@@ -418,6 +418,6 @@ def check_implementation(implementation: str | None) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None, which takes what serves best, or one "
-            f"of {IMPLEMENTATIONS} ('blocked' is by XLA)"
+            f"of {IMPLEMENTATIONS} ('xla': in blocks, by XLA's operations)"
         )
     return implementation

@@ -77,7 +77,7 @@ def small(case: Case) -> Case:
 def contenders() -> dict[str, Callable]:
     """Functions of query, key and value and `is_causal`, by name."""
     ours = distattn.dot_product_attention
-    names = {OURS: None, "distattn blocked": "blocked"} | {f"distattn {x}": x for x in KERNELS}
+    names = {OURS: None, "distattn xla": "xla"} | {f"distattn {x}": x for x in KERNELS}
     found: dict[str, Callable] = {
         name: functools.partial(ours, implementation=implementation)
         for name, implementation in names.items()

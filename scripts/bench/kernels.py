@@ -111,12 +111,12 @@ def compile_caches(targets: list[str], every: int) -> int:
 
 def memory(targets: list[str]) -> None:
     """Temp bytes of the kernels' programs and of the plain XLA form's."""
-    print(f"{'target':12}{'call':16}{'kernels':>14}{'blocked':>14}{'arguments':>14}")
+    print(f"{'target':12}{'call':16}{'kernels':>14}{'xla':>14}{'arguments':>14}")
     for target in targets:
         for call in CALLS:
             ours, theirs = (
                 compiled(target, call, 128, jax.numpy.bfloat16, implementation=name)
-                for name in (None, "blocked")
+                for name in (None, "xla")
             )
             print(
                 f"{target:12}{call:16}{ours.temp_bytes:14,}{theirs.temp_bytes:14,}"

@@ -34,7 +34,7 @@ def in_small_blocks(*, sinks=None, block_sizes=(4, 5), **arguments):
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocked(name):
-    check(CASES[name], attention, what=f"blocked {name}")
+    check(CASES[name], attention, what=f"xla {name}")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,7 +105,7 @@ def test_nothing_at_all(shape):
     np.testing.assert_array_equal(lse, -np.inf)
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "dense"])
+@pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_precision_reaches_every_product(implementation):
     query, key = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 6, 2, 8))
 

@@ -101,7 +101,7 @@ WRONG = {
     "sinks": ({"sinks": jnp.ones(3)}, ["sinks is float32[3]", "[4]"]),
     "soft_cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap is 0.0", "positive"]),
     "scale": ({"scale": float("nan")}, ["scale is nan", "finite"]),
-    "implementation": ({"implementation": "flash"}, ["'flash'", "'blocked'"]),
+    "implementation": ({"implementation": "flash"}, ["'flash'", "'xla'"]),
     "strategy": ({"strategy": "tree"}, ["'tree'", "butterfly"]),
     "axis_without_mesh": (
         {"key_value_sharding": P(None, "kv")},

@@ -135,7 +135,7 @@ def test_splash_in_bfloat16():
 def test_splash_rounds_a_bfloat16_query_that_it_scales():
     query, key, value = arrays(16, 256, jnp.bfloat16)
     call = {"scale": 0.3, "return_residual": True}
-    want = distattn.dot_product_attention(query, key, value, **call, implementation="blocked")
+    want = distattn.dot_product_attention(query, key, value, **call, implementation="xla")
     with interpreted():
         got = distattn.dot_product_attention(query, key, value, **call, implementation="splash")
     for x, y in zip(got, want, strict=True):
@@ -220,7 +220,7 @@ def test_inside_a_shard_map(stand_in, devices):
     causal = {"is_causal": devices == 1}
     run = functools.partial(inside, mesh=mesh_of(devices, "auto"), **causal)
     query, key, value = arrays(128, 128 * devices, jnp.bfloat16)
-    want = distattn.dot_product_attention(query, key, value, implementation="blocked", **causal)
+    want = distattn.dot_product_attention(query, key, value, implementation="xla", **causal)
     for name, check_vma in (("cudnn", True), ("cudnn", False), ("splash", False)):
         with interpreted():
             got = run(implementation=name, check_vma=check_vma)(query, key, value)

@@ -193,7 +193,7 @@ def test_otherwise_fold_and_exchange_are_two_launches():
     assert report.collectives == {}
 
 
-@pytest.mark.parametrize("more", [{"reproducible": True}, {"implementation": "blocked"}])
+@pytest.mark.parametrize("more", [{"reproducible": True}, {"implementation": "xla"}])
 def test_other_folds_are_followed_by_the_exchange(more):
     report = compiled("v5e:2x2", keys=4096, **more)
     assert launches(report) == 1

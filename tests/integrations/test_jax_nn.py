@@ -93,7 +93,7 @@ def test_every_setting_arrives(arriving, elsewhere):
 def test_implementations():
     query, key, value = (x[:, :4] for x in ARRAYS)
     plain = stand_in()(query, key, value)
-    for name in ("xla", None, "blocked"):
+    for name in ("xla", None):
         same = stand_in()(query, key, value, implementation=name)
         np.testing.assert_array_equal(same, plain)
     with pytest.raises(NotImplementedError, match="implementation='cudnn'.*platform is 'cpu'"):

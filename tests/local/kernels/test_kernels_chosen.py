@@ -80,7 +80,7 @@ def test_none_takes_it_where_it_serves(platform):
     assert kernels_of(platform) == 1
     assert kernels_of(platform, is_causal=True, query_positions=np.array([9], np.int32)) == 1
     assert kernels_of("cpu") == 0
-    assert kernels_of(platform, implementation="blocked") == 0
+    assert kernels_of(platform, implementation="xla") == 0
     assert kernels_of(platform, bias=np.zeros((1, 1, 1, 512), np.float32)) == 0
     assert kernels_of("tpu", precision="tensorfloat32") == 0
     assert kernels_of("cuda", precision="tensorfloat32") == 1

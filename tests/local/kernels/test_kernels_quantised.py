@@ -73,7 +73,7 @@ def test_as_the_blocked_form(name, dtype):
     )
     with on_a_tpu():
         got = attend(query, implementation="pallas_tpu")
-    for x, y in zip(got, attend(query, implementation="blocked"), strict=True):
+    for x, y in zip(got, attend(query, implementation="xla"), strict=True):
         assert_close(x, np.asarray(y), jnp.float32, 20)
 
 
@@ -97,7 +97,7 @@ def test_nothing_leaks_from_free_slots(dtype):
 
     with on_a_tpu():
         got = attended(dataclasses.replace(cache, **dirty), "pallas_tpu")
-    assert_close(got, np.asarray(attended(cache, "blocked")), jnp.float32, 20)
+    assert_close(got, np.asarray(attended(cache, "xla")), jnp.float32, 20)
 
 
 def test_a_scale_that_is_no_number_and_is_attended_shows():
@@ -119,7 +119,7 @@ def test_gradient_of_the_query():
     query = random(2, 3, 4, 8, seed=2)
     with on_a_tpu():
         got = jax.grad(loss)(query, "pallas_tpu")
-    assert_close(got, np.asarray(jax.grad(loss)(query, "blocked")), jnp.float32, 2 * 20)
+    assert_close(got, np.asarray(jax.grad(loss)(query, "xla")), jnp.float32, 2 * 20)
 
 
 def test_over_a_mesh():
