@@ -15,7 +15,12 @@ from jax import lax
 
 from distattn.algebra.deterministic_math import prevent_fma
 from distattn.algebra.softmax_state import SoftmaxState, softmax_weights
-from distattn.planning.chips import DIAGONAL_HEADS
+
+# XLA:CPU makes a transposed copy of the keys and values for a matmul with a batch of heads. A flat block of few
+# queries avoids the copy by one matmul per head. With at most this many heads it takes a single matmul, in which
+# the heads are folded into the contraction, [s, K*H] @ [K*H, K*G*q]: the query is block-diagonal, at K times
+# the flops.
+DIAGONAL_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,18 @@ from distattn.algebra import fixed_point
 from distattn.algebra.fixed_point import FixedPoint
 from distattn.algebra.mergeable import Sum
 from distattn.algebra.softmax_state import SoftmaxState, empty, state_dtype
-from distattn.local.block import Block
+from distattn.local.block import DIAGONAL_HEADS, Block
 from distattn.local.inputs import AttentionInputs
 from distattn.local.mask import BlockSparsity, Mask, Span, split_heads, take
-from distattn.planning.chips import block_sizes, even, is_flat
+
+# Logits of one block, in elements: 1 MiB of float32 fits the second-level cache of a CPU core. If positions decide
+# which blocks are skipped, and in the backward pass, blocks are smaller, so that more of them are skipped.
+BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS_SMALLER = 2**17
+# Query heads times queries up to which a flat block costs less than a transposed copy of the keys and values: with
+# a matmul per head, and with a block-diagonal one (`DIAGONAL_HEADS`).
+FLAT_COLUMNS = 1024
+FLAT_COLUMNS_DIAGONAL = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +67,37 @@ def choose_tiling(inputs: AttentionInputs, machine: Machine, *, backward: bool =
     groups = heads // kv_heads
     cpu = machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
-    flat = one_by_one and not backward and is_flat(heads, kv_heads, queries)
+    columns = FLAT_COLUMNS if kv_heads > DIAGONAL_HEADS else FLAT_COLUMNS_DIAGONAL
+    flat = one_by_one and not backward and heads * queries <= columns
     few = groups * queries <= 64
-    query_block, key_block = block_sizes(
-        queries,
-        (heads, kv_heads),
-        width,
-        flat=flat,
-        one_by_one=one_by_one,
-        smaller=backward or inputs.mask.key_positions is not None,
-    )
-    # In two, so that a shard of a zigzag layout is skipped by halves.
-    if not flat and inputs.mask.compares_positions:
-        key_block = min(key_block, max(keys // 2, 64))
+    query_block = min(queries, max(512 // groups, 16) if one_by_one else 256)
+    if flat:
+        key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
+    else:
+        smaller = backward or inputs.mask.key_positions is not None
+        elements = BLOCK_ELEMENTS_SMALLER if smaller else BLOCK_ELEMENTS
+        key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
+        # In two, so that a shard of a zigzag layout is skipped by halves.
+        if inputs.mask.compares_positions:
+            key_block = min(key_block, max(keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes
     return Tiling(
         batch=1 if one_by_one else batch,
         heads=1 if one_by_one and not (flat or few) else kv_heads,
-        query=even(queries, query_block),
-        key=even(keys, key_block),
+        query=_divisor_near(queries, query_block),
+        key=_divisor_near(keys, key_block),
         flat=flat,
         as_bits=cpu,
         branch=not machine.compiler_sharded,
     )
+
+
+def _divisor_near(length: int, target: int) -> int:
+    """Return the largest size from half the target to the target that divides the length, else the target."""
+    target = max(min(length, target), 1)
+    divisors = (size for size in range(target, target // 2, -1) if length % size == 0)
+    return next(divisors, target)
 
 
 class Place(NamedTuple):
