@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CLEAN = (  # grows until it is TEXTS
+    "README.md",
     "distattn/__init__.py",
     "distattn/__main__.py",
     "distattn/_compat.py",
@@ -27,6 +28,7 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/layouts.py",
     "distattn/planning/text.py",
     "distattn/testing",
+    "docs/pages",
 )
 TEXTS = ("distattn", "README.md", "docs/pages")
 
