@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import device_kind_of, platform_of
-from distattn.cli.check.programs import DoesNotCompile, medians, prepare
+from distattn.cli.check.runner import DoesNotCompile, medians, prepare
 from distattn.local import dispatch
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs, make_inputs

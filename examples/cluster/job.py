@@ -76,8 +76,8 @@ def run(
             is_causal=True,
             query_positions=query_positions,
             key_positions=key_positions,
-            mesh=mesh,
-            axis_name=("host", "device"),
+            query_sharding=jax.NamedSharding(mesh, jax.P()),
+            key_value_sharding=sharding,
             precision=jax.lax.Precision.HIGHEST,  # float32 on GPUs and TPUs too, for the comparison
         )
 

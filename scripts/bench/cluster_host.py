@@ -102,9 +102,9 @@ def attention_of(name: str, mesh: Mesh) -> Any:
         return jax.nn.dot_product_attention
     if name == "pmax_psums":
         return functools.partial(pmax_psums, mesh)
-    return functools.partial(
-        distattn.dot_product_attention, mesh=mesh, axis_name=AXES, strategy=name
-    )
+    same, slots = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, AXES))
+    where = {"query_sharding": same, "key_value_sharding": slots}
+    return functools.partial(distattn.dot_product_attention, strategy=name, **where)
 
 
 class Contender:

@@ -16,14 +16,23 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from distattn.attention import device_step
 from distattn.cli import main
 from distattn.cli.check import command as check
-from distattn.cli.check import correctness
-from distattn.cli.check import environment as reported
-from distattn.cli.check.correctness import NAMED, Problem, Subject, subjects
-from distattn.cli.check.examination import Effort, examine
-from distattn.cli.check.links import HOPS, measure_axes
-from distattn.cli.check.programs import on_mesh
-from distattn.cli.check.strategies import measure_strategies, workloads
-from distattn.cli.check.text import text
+from distattn.cli.check import runner
+from distattn.cli.check import text as texts
+from distattn.cli.check.runner import (
+    HOPS,
+    NAMED,
+    Effort,
+    Problem,
+    Subject,
+    examine,
+    measure_links,
+    measure_strategies,
+    on_mesh,
+    predictions,
+    subjects,
+    workloads,
+)
+from distattn.cli.check.text import report_text
 from distattn.planning import cost
 from distattn.planning.cost import Link, Topology
 from tests.jobs import ROOT, ended_well
@@ -93,11 +102,11 @@ def test_a_mesh_that_is_no_power_of_two():
     chosen = [subject for subject in found if subject.axes == ("a", "b")]
     assert [subject.strategy for subject in chosen] == list(names)
     assert left_out == []
-    checks = correctness.check(mesh, chosen, 1, quiet)
+    checks = runner.check(mesh, chosen, 1, quiet)
     for found in checks:
-        assert found.passed, found
-        assert found.unequal == ()
-        assert 0 < found.error_fraction <= 1  # something was compared
+        assert found["pass"], found
+        assert found["unequal_replicas"] == []
+        assert 0 < found["error_fraction"] <= 1  # something was compared
 
 
 def test_what_is_checked():
@@ -120,7 +129,7 @@ def test_what_is_checked():
 
 
 def test_strategies_that_need_very_many_heads_are_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(correctness, "MAX_HEADS", 6)
+    monkeypatch.setattr(runner, "MAX_HEADS", 6)
     found, left_out = subjects(mesh_of(a=2, b=4), ("ulysses", "ring"), quick=True)
     assert "ulysses over a, b" not in {s.name for s in found}
     assert left_out[0] == "ulysses over a, b: needs 8 heads"
@@ -130,7 +139,7 @@ def test_the_problem_has_all_that_the_promise_names():
     problem = Problem.draw(8, 4, 0)
     positions = problem.arguments["key_positions"]
     assert (positions < 0).any()
-    assert (positions[:, -correctness.SLOTS :] < 0).all()  # a device without a key
+    assert (positions[:, -runner.SLOTS :] < 0).all()  # a device without a key
     for row in positions:
         places = row[row >= 0]
         assert len(set(places)) == len(places)
@@ -201,22 +210,24 @@ def test_a_strategy_that_is_wrong_is_found(started, broken, capfd):
 def test_a_result_that_is_not_finite_is_found_and_is_json(broken):
     broken(lambda state, axes: scaled(state, float("nan")))
     report = examine(mesh_of(x=2), Effort(True, (8, 64), 1, ("psum",)), quiet)
-    assert not report.passed
-    assert report.as_json()["checks"][0]["error_fraction"] is None
-    json.dumps(report.as_json(), allow_nan=False)
-    assert "is not finite where it should be" in text(report)
+    assert report["verdict"] == "failed"
+    assert report["checks"][0]["error_fraction"] is None
+    json.dumps(report, allow_nan=False)
+    assert "is not finite where it should be" in report_text(report)
 
 
 def test_replicas_that_differ_are_found(broken):
     # By less than the tolerance: only bits can tell.
     broken(lambda state, axes: scaled(state, 1 + EPS * lax.axis_index(axes).astype(EPS.dtype)))
     report = examine(mesh_of(x=2), Effort(True, (8, 64), 1, ("psum",)), quiet)
-    assert [found.passed for found in report.checks] == [True]
-    assert not report.replicas_equal
-    assert not report.passed
-    assert report.as_json()["checks"][0]["unequal_replicas"][0].startswith("out differs between")
-    assert "replicas: NOT EQUAL\n  psum over x: out differs between devices 0 | 1" in text(report)
-    assert "verdict: FAILED: replicas differ in 1" in text(report)
+    assert [found["pass"] for found in report["checks"]] == [True]
+    assert report["replicas_equal"] is False
+    assert report["verdict"] == "failed"
+    assert report["checks"][0]["unequal_replicas"][0].startswith("out differs between")
+    assert "replicas: NOT EQUAL\n  psum over x: out differs between devices 0 | 1" in report_text(
+        report
+    )
+    assert "verdict: FAILED: replicas differ in 1" in report_text(report)
 
 
 def refuse(state, axes):
@@ -226,20 +237,19 @@ def refuse(state, axes):
 def test_a_strategy_that_does_not_compile_is_a_failure_and_the_others_go_on(broken):
     broken(refuse)
     report = examine(mesh_of(x=2), Effort(True, strategies=("psum", "gather_kv")), quiet)
-    refused, fine = report.checks
-    assert refused.failure == "ValueError: there is no such thing"
-    assert not refused.passed
-    assert fine.passed
-    assert report.as_json()["checks"][0]["failure"] == refused.failure
-    assert "name one that passed (strategy='gather_kv')" in text(report)
-    assert "not measured, because a strategy does not run" in text(report)
+    refused, fine = report["checks"]
+    assert refused["failure"] == "ValueError: there is no such thing"
+    assert not refused["pass"]
+    assert fine["pass"]
+    assert "pass one that passed (strategy='gather_kv')" in report_text(report)
+    assert "not measured, because a strategy does not run" in report_text(report)
 
 
 def test_nothing_that_ran_is_no_pass(broken):
     broken(refuse)
     report = examine(mesh_of(x=2), Effort(True, strategies=("psum",)), quiet)
-    assert not report.replicas_equal
-    assert "replicas: not compared, because no strategy runs" in text(report)
+    assert report["replicas_equal"] is False
+    assert "replicas: not compared, because no strategy runs" in report_text(report)
 
 
 def test_pieces_are_told_apart():
@@ -255,30 +265,27 @@ def test_pieces_are_told_apart():
             piece[0, 0, 0, 0] = np.nextafter(piece[0, 0, 0, 0], np.float32(np.inf))
         pieces.append(jax.device_put(piece, device))
     array = jax.make_array_from_single_device_arrays(whole.shape, cut, pieces)
-    found = correctness._judge(problem, {"dkey": array})
+    found = runner.compare(problem, {"dkey": array})
     assert 0 < found["error"] <= 1
-    result = correctness._check(Subject("psum", ("x",)), [found])
+    result = runner.summarize(Subject("psum", ("x",)), [found])
     numbers = [device.id for device in mesh.devices[1]]
-    assert result.unequal == (
-        f"dkey[0:2, 4:8, 0:2, 0:8] differs between devices {numbers[0]} | {numbers[1]}",
-    )
+    assert result["unequal_replicas"] == [
+        f"dkey[0:2, 4:8, 0:2, 0:8] differs between devices {numbers[0]} | {numbers[1]}"
+    ]
 
 
 def test_one_device_moves_nothing():
     report = examine(mesh_of(host=1, device=1), Effort(True, strategies=("butterfly",)), quiet)
-    assert report.passed
-    assert report.axes == {}
-    assert report.timings == []
-    assert "one device: nothing is exchanged" in text(report)
-    assert "replicas: none on one device, nothing was compared" in text(report)
-    verdict = text(report).partition("verdict: ")[2]
+    assert report["axes"] == report["strategy_s"] == report["auto"] == {}
+    assert "one device: nothing is exchanged" in report_text(report)
+    assert "replicas: none on one device, nothing was compared" in report_text(report)
+    verdict = report_text(report).partition("verdict: ")[2]
     assert verdict.startswith(
         "the one check passed on one device; NOTHING BETWEEN DEVICES WAS CHECK"
     )
     assert "pass --cpu-devices 8" in verdict
-    found = report.as_json()
-    assert (found["between_devices_checked"], found["replicas_equal"]) == (False, None)
-    assert found["verdict"] == "passed"
+    assert (report["between_devices_checked"], report["replicas_equal"]) == (False, None)
+    assert report["verdict"] == "passed"
 
 
 def test_only_json_is_on_stdout_whatever_libraries_say_there(started, monkeypatch, capfd):
@@ -292,52 +299,49 @@ def test_only_json_is_on_stdout_whatever_libraries_say_there(started, monkeypatc
     for arguments in (["--json"], ["--json", "-"]):
         assert main(["check", *arguments]) == 0
         captured = capfd.readouterr()
-        assert json.loads(captured.out) == report.as_json()
+        assert json.loads(captured.out) == report
         assert "Rank 0 is connected" in captured.err
         assert "verdict: the one check passed on one device; NOTHING BETWEEN" in captured.err
 
 
 def test_times_are_of_one_hop(monkeypatch):
     seconds = {8: 1e-3, 4096: 2e-3}
-    monkeypatch.setattr(
-        "distattn.cli.check.links.medians",
-        lambda programs, repeats: {
-            name: HOPS * seconds[arguments[0].nbytes // 2]
-            for name, (_, arguments) in programs.items()
-        },
-    )
-    axis = measure_axes(mesh_of(x=2), ("x",), (8, 4096), 3, quiet)["x"]
-    assert axis.samples == ((8, 1e-3), (4096, 2e-3))
-    assert axis.link.bytes_per_s == pytest.approx(4088 / 1e-3)
+
+    def medians(programs, repeats):
+        arrays = {name: arguments[0] for name, (_, arguments) in programs.items()}
+        return {name: HOPS * seconds[x.nbytes // 2] for name, x in arrays.items()}
+
+    monkeypatch.setattr(runner, "medians", medians)
+    axis = measure_links(mesh_of(x=2), ("x",), (8, 4096), 3, quiet)["x"]
+    assert axis["samples"] == [{"bytes": 8, "seconds": 1e-3}, {"bytes": 4096, "seconds": 2e-3}]
+    assert axis["bytes_per_s"] == pytest.approx(4088 / 1e-3)
 
 
 def test_hops_go_to_the_neighbour_along_the_axis():
-    from distattn.cli.check.links import _hops
-
     mesh = mesh_of(x=2, y=3)
     x = on_mesh(np.arange(6, dtype=np.float32), mesh, PartitionSpec(("x", "y")))
     assert HOPS % 3 == 2
-    moved = np.asarray(jax.jit(_hops(mesh, "y"))(x)).reshape(2, 3)
+    moved = np.asarray(jax.jit(runner.hops(mesh, "y"))(x)).reshape(2, 3)
     np.testing.assert_array_equal(moved, np.roll(np.arange(6).reshape(2, 3), 2, axis=1))
 
 
 def test_auto_by_measured_links_is_what_the_planner_says_for_them(monkeypatch):
-    monkeypatch.setattr("distattn.cli.check.strategies.prepare", lambda name, f, *arrays: None)
-    monkeypatch.setattr(
-        "distattn.cli.check.strategies.medians",
-        lambda programs, repeats: {name: 1.0 + len(name) for name in programs},
-    )
+    def medians(programs, repeats):
+        return {name: 1.0 + len(name) for name in programs}
+
+    monkeypatch.setattr(runner, "prepare", lambda name, f, *arrays: None)
+    monkeypatch.setattr(runner, "medians", medians)
     mesh = mesh_of(host=2, device=4)
     far = {name: Link(1.0, 1e12) for name in mesh.axis_names}
-    sizes = workloads(8, quick=True)
     names = ("butterfly", "psum", "gather_kv", "ring")
-    timings = measure_strategies(mesh, sizes, names, far, 1, quiet)
-    assert [list(t.seconds) for t in timings] == [["butterfly", "psum"]] * 2 + [
-        ["gather_kv", "ring"]
-    ] * 2
-    assert {t.by_table for t in timings[:2]} == {"psum"}  # threads: few launches
-    assert {t.by_links for t in timings[:2]} == {"butterfly"}  # a second a message: few of them
-    assert [t.fastest for t in timings] == ["psum", "psum", "ring", "ring"]
+    sizes = workloads(8, quick=True)
+    times = [measure_strategies(mesh, size, names, 1, quiet) for size in sizes]
+    assert list(map(list, times)) == [["butterfly", "psum"]] * 2 + [["gather_kv", "ring"]] * 2
+    found = [predictions(mesh, *both, far) for both in zip(sizes, times, strict=True)]
+    assert {x["by_table"] for x in found[:2]} == {"psum"}  # threads: few launches
+    # A second a message: few of them.
+    assert {x["by_measured_links"] for x in found[:2]} == {"butterfly"}
+    assert [x["fastest"] for x in found] == ["psum", "psum", "ring", "ring"]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +426,7 @@ def test_two_processes(tmp_path):
 
 
 def test_report_of_what_runs_where(started, monkeypatch, capsys):
-    for name in [name for name in os.environ if name.startswith(reported.VARIABLES)]:
+    for name in [name for name in os.environ if name.startswith(texts.VARIABLES)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SOME_TOKEN", "secret")
     monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
@@ -450,7 +454,7 @@ def test_report_of_what_runs_where(started, monkeypatch, capsys):
 
 def test_a_report_without_variables_or_packages_says_where_it_has_looked(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(reported, "PACKAGES", ("nobodys-package", "another-of-nobody"))
-    text = reported.environment(mesh_of(x=2))
+    monkeypatch.setattr(texts, "PACKAGES", ("nobodys-package", "another-of-nobody"))
+    text = texts.environment_text(mesh_of(x=2))
     assert re.search(r"^also installed +none of nobodys-package, another-of-nobody$", text, re.M)
     assert re.search(r"^environment +no variable that begins with JAX_, XLA_, ", text, re.M)

@@ -29,7 +29,7 @@ import distattn.distributed
 from distattn.distributed import arrays as meshes
 from distattn.distributed.agreement import describe, differences, ranks
 from distattn.testing import reference
-from tests.cases import FULLY_OPTIMIZED
+from tests.cases import FULLY_OPTIMIZED, shardings
 from tests.jobs import ROOT, ended_well, inherited, launcher
 from tests.tolerance import assert_close
 
@@ -85,7 +85,7 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
     """Forward and gradient against the oracle, and the same bits in every process."""
     whole = Sequence.make()
     key, value, positions = distattn.distributed.from_process_local(*whole.own(), over(mesh, *axes))
-    sharded = {"query_axis_name": None if strategy in ALL_REDUCES else axes}
+    where = shardings(mesh, axes, query=None if strategy in ALL_REDUCES else axes)
 
     @jax.jit
     def run(query, key, value, positions):
@@ -97,10 +97,8 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
                 is_causal=True,
                 query_positions=jnp.asarray(QUERY_POSITIONS),
                 key_positions=positions,
-                mesh=mesh,
-                axis_name=axes,
                 strategy=strategy,
-                **sharded,
+                **where,
             )
             return (out * whole.d_out).sum(), out
 
@@ -142,7 +140,7 @@ def check_bits(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
     alone = compiled(functools.partial(run, {}))(*whole)
     split = NamedSharding(mesh, PartitionSpec(None, axes))
     there = [jax.make_array_from_callback(x.shape, split, x.__getitem__) for x in whole]
-    where = {"mesh": mesh, "axis_name": axes, "query_axis_name": axes, "strategy": strategy}
+    where = {**shardings(mesh, axes, query=axes), "strategy": strategy}
     with jax.set_mesh(mesh):
         found = compiled(functools.partial(run, where))(*there)
     for x, y in zip(found, alone, strict=True):

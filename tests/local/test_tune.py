@@ -10,7 +10,7 @@ import pytest
 
 import distattn
 from distattn.cli import main, tuning
-from distattn.cli.check.programs import medians
+from distattn.cli.check.runner import medians
 from distattn.local.kernels import tuned
 from distattn.local.kernels.tpu import tiling
 from distattn.testing import interpreted

@@ -1,1 +1,1 @@
-"""The command `distattn check`."""
+"""The command `distattn check`: its arguments, its runner, its text."""

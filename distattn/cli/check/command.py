@@ -1,4 +1,4 @@
-"""`distattn check`: whether attention is right on these devices and hosts, and how fast they exchange."""
+"""`distattn check`: test attention on these devices and hosts, and time what they exchange."""
 
 import argparse
 import contextlib
@@ -8,94 +8,84 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from distattn.cli.arguments import CommandError, Subparsers, at_least, mesh_axes, refuse, some_of
-from distattn.cli.check.correctness import NAMED, subjects
-from distattn.cli.check.environment import environment
-from distattn.cli.check.examination import Effort, Report, examine
-from distattn.cli.check.programs import gathered
-from distattn.cli.check.text import text
+from distattn.cli.arguments import (
+    CommandError,
+    Subparsers,
+    amount_at_least,
+    at_least,
+    mesh_axes,
+    refuse,
+    some_of,
+)
+from distattn.cli.check.runner import NAMED, Effort, examine, gathered, subjects
+from distattn.cli.check.text import environment_text, report_text
 from distattn.distributed import initialize, make_mesh
 
 STDOUT = "-"
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add(subparsers: Subparsers) -> None:
-    """The command and its arguments."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "check",
-        help="checks results, and measures latency and bandwidth, on these devices and hosts",
-        description="Every strategy against a float64 reference, forward and gradient, on random data; "
-        "that all devices hold the same bits; latency and bandwidth along each axis of the mesh; the time "
-        "of each strategy. In one process on its devices, or in every process of a job, as by: distattn "
-        "launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. Rank 0 prints. "
-        "The exit code is 1 where something is wrong, in every process. On one device nothing is "
-        "exchanged: the code is 0 where its own results are right, and the verdict says that no more was "
-        "checked.",
+        help="check results, and measure latency and bandwidth, on these devices and hosts",
+        description="Compare every strategy with a float64 reference, forward and gradient, on random data; "
+        "check that all devices hold equal bits; measure latency and bandwidth along each axis of the mesh, "
+        "and the time of each strategy. Run it in one process on its devices, or in every process of a job: "
+        "distattn launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. Rank 0 "
+        "prints. The exit code is 1 in every process if something is wrong. On one device there is no "
+        "exchange to check: the code is 0 if the results are right, and the verdict says so.",
     )
-    whole, number = at_least(1), at_least(0)
-    argument = parser.add_argument
-    argument(
-        "--report",
-        action="store_true",
-        help="only print versions, devices, mesh and flags: one block, to be pasted into an issue",
-    )
+    whole, argument = at_least(1), parser.add_argument
+    text = "only print versions, devices, mesh and flags, as a block for an issue"
+    argument("--report", action="store_true", help=text)
     argument("--quick", action="store_true", help="less of everything: under a minute")
+    text = "slow axis first, as host=2,device=4 (default: processes, and the devices of each)"
+    argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help=text)
+    names = some_of(NAMED)
+    text = f"only these of {', '.join(NAMED)}"
+    argument("--strategies", type=names, default=NAMED, metavar="NAME,...", help=text)
+    text = "bytes of the messages to time, as 8,64K,4M"
+    argument("--sizes", type=_sizes, metavar="N,...", help=text)
+    argument("--repeats", type=whole, metavar="N", help="number of runs per measurement")
     argument(
-        "--mesh",
-        type=mesh_axes,
-        metavar="AXIS=N,...",
-        help="slow axis first, as host=2,device=4 (default: host is the processes, device theirs)",
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of the data (default 0)"
     )
-    argument(
-        "--strategies",
-        type=some_of(NAMED),
-        default=NAMED,
-        metavar="NAME,...",
-        help=f"only these of {', '.join(NAMED)}",
-    )
-    argument(
-        "--sizes",
-        type=_sizes,
-        metavar="N,...",
-        help="bytes of the messages to time, as 8,64K,4M",
-    )
-    argument("--repeats", type=whole, metavar="N", help="how often each time is taken")
-    argument("--seed", type=number, default=0, metavar="N", help="of the data (default 0)")
     argument("--cpu-devices", type=whole, metavar="N", help="run on the CPU, as N devices")
-    argument(
-        "--json",
-        nargs="?",
-        const=STDOUT,
-        metavar="FILE",
-        help="write the report as JSON; without FILE, or as -, to stdout and nothing else there",
-    )
+    text = "write the report as JSON; without FILE, or as -, it is all that stdout gets"
+    argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=text)
     parser.set_defaults(run=_run)
 
 
 def _sizes(value: str) -> tuple[int, ...]:
-    sizes = set()
-    for part in value.upper().split(","):
-        digits = part.rstrip("KMG")
-        if not digits.isdecimal() or part[len(digits) :] not in UNITS or int(digits) == 0:
-            refuse(value, "numbers of bytes, as 8,64K,4M")
-        sizes.add(-(-int(digits) * UNITS[part[len(digits) :]] // 4) * 4)
+    try:
+        sizes = {-(-amount_at_least(1)(size) // 4) * 4 for size in value.split(",")}
+    except argparse.ArgumentTypeError:
+        refuse(value, "numbers of bytes, as 8,64K,4M")
     if len(sizes) < 2:
         refuse(value, "two sizes or more (of 4 bytes each), to tell latency from bandwidth")
     return tuple(sorted(sizes))
 
 
 def _run(options: argparse.Namespace) -> int:
-    _start(options.cpu_devices)
+    try:
+        initialize(cpu_devices=options.cpu_devices)
+    except (ValueError, RuntimeError, TimeoutError) as error:
+        if jax.distributed.is_initialized():  # the others wait unless the process ends by an error
+            raise
+        raise CommandError(str(error)) from None
     mesh = _mesh(options.mesh)
+    first = jax.process_index() == 0
     if options.report:
-        if jax.process_index() == 0:
-            print(f"```text\n{environment(mesh)}\n```", flush=True)  # an issue keeps its columns
+        if first:
+            print(
+                f"```text\n{environment_text(mesh)}\n```", flush=True
+            )  # an issue keeps the columns
         return 0
     effort = Effort(options.quick, options.sizes, options.repeats, options.strategies, options.seed)
     chosen, left_out = subjects(mesh, effort.strategies, quick=effort.quick)
@@ -104,7 +94,6 @@ def _run(options: argparse.Namespace) -> int:
             f"--strategies: nothing to check on a mesh of {dict(mesh.shape)}: {'; '.join(left_out)}; name "
             "others, or another --mesh"
         )
-    first = jax.process_index() == 0
     problems = gathered("--json", _unwritable(options.json) if first else "")
     if problems[0]:
         raise CommandError(problems[0])
@@ -112,16 +101,7 @@ def _run(options: argparse.Namespace) -> int:
         report = examine(mesh, effort, _progress() if first else lambda _: None)
     if first:
         _print(report, options.json)
-    return 0 if report.passed else 1
-
-
-def _start(cpu_devices: int | None) -> None:
-    try:
-        initialize(cpu_devices=cpu_devices)
-    except (ValueError, RuntimeError, TimeoutError) as error:
-        if jax.distributed.is_initialized():  # the others wait for a process that leaves in peace
-            raise
-        raise CommandError(str(error)) from None
+    return 0 if report["verdict"] == "passed" else 1
 
 
 def _mesh(axes: dict[str, int] | None) -> Mesh:
@@ -142,7 +122,7 @@ def _mesh(axes: dict[str, int] | None) -> Mesh:
 
 
 def _unwritable(path: str | None) -> str:
-    """Why the file cannot be written, before minutes have gone into what belongs there."""
+    """Return why the file cannot be written, before the check takes minutes; empty if it can."""
     if path in (None, STDOUT):
         return ""
     existed = os.path.exists(path)
@@ -158,7 +138,7 @@ def _unwritable(path: str | None) -> str:
 
 @contextlib.contextmanager
 def _stdout_kept(kept: bool) -> Generator[None, None, None]:
-    """What libraries below Python say on stdout (gloo does) goes to stderr."""
+    """Send to stderr what libraries below Python (Gloo) print on stdout."""
     if not kept:
         yield
         return
@@ -182,16 +162,15 @@ def _progress() -> Callable[[str], None]:
     return say
 
 
-def _print(report: Report, path: str | None) -> None:
-    """The text on stdout, unless JSON goes there."""
-    print(text(report), file=sys.stderr if path == STDOUT else sys.stdout, flush=True)
-    if path is None:
-        return
-    content = json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n"
+def _print(report: dict[str, Any], path: str | None) -> None:
+    """Print the text on stdout, or on stderr if JSON goes to stdout."""
+    print(report_text(report), file=sys.stderr if path == STDOUT else sys.stdout, flush=True)
+    content = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(content)
-        return
-    try:
-        Path(path).write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"--json {path}: {error.strerror}") from None
+    elif path is not None:
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(content)
+        except OSError as error:
+            raise CommandError(f"--json {path}: {error.strerror}") from None
