@@ -1,4 +1,4 @@
-"""The command `distattn`: parses, calls, prints. Each command is a module with a function `add`."""
+"""The command `distattn`: parse, call, print. Each command is a module with a function `add`."""
 
 import argparse
 import sys
@@ -12,13 +12,13 @@ COMMANDS = (check, plan, bench, launch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
-      arguments: without the name of the program; None: those of the process.
+      arguments: arguments without the program name; None reads those of the process.
 
     Returns:
-      The exit code: what the command returns (None is 0), 2 for what the user can mend, 130 if interrupted.
+      Exit code of the command; 2 if the user can fix the error, 130 if interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="distattn", description="Exact attention over keys and values on many devices."

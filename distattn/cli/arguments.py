@@ -1,4 +1,4 @@
-"""What all commands need to read their arguments."""
+"""Types of command-line arguments, and the error for wrong ones."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NoReturn, TypeAlias
 
-# argparse has no public name for what `add_subparsers` gives.
+# argparse has no public name for the result of `add_subparsers`.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
 # 131072, 131_072, 131,072, 128k, 128Ki, 1.5M
@@ -14,38 +14,43 @@ AMOUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d[\d_]*(?:\.\d+)?)(?:([kmgt])i?)?", r
 
 
 class CommandError(Exception):
-    """What the user can mend: its text is printed, and the exit code is 2."""
+    """Error that the user can fix: its text is printed, and the exit code is 2."""
+
+
+def refuse(value: str, wanted: str) -> NoReturn:
+    """Raise argparse's error for an argument that is not what it should be."""
+    raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on: a `type` of argparse."""
+    """Return a parser of integers from `least` on."""
 
-    def whole_number(text: str) -> int:
+    def integer(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
         if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+            refuse(text, f"a whole number of at least {least}")
         return number
 
-    return whole_number
+    return integer
 
 
 def amount_at_least(least: int) -> Callable[[str], int]:
-    """The same, and with k, M, G or T for powers of 1024, as lengths of contexts are: 128k is 131072."""
+    """Return a parser of integers from `least` on, with k, M, G or T for powers of 1024: 128k is 131072."""
 
     def amount(text: str) -> int:
-        found = AMOUNT.fullmatch(text)
+        match = AMOUNT.fullmatch(text)
         number = Fraction(least) - 1
-        if found:
-            digits, suffix = re.sub("[,_]", "", found[1]), (found[2] or " ").lower()
+        if match:
+            digits, suffix = re.sub("[,_]", "", match[1]), (match[2] or " ").lower()
             number = Fraction(digits) * 1024 ** " kmgt".index(suffix)
         if number < least or number.denominator > 1:
             refuse(
                 text,
-                f"a whole number of at least {least}; with k, M, G or T it is so many times 1024, "
-                "1024^2 and so on, as 128k (131072) or 1.5M",
+                f"a whole number of at least {least}; k, M, G or T multiply it by 1024, 1024^2 and so on, "
+                "as in 128k (131072) or 1.5M",
             )
         return int(number)
 
@@ -53,7 +58,7 @@ def amount_at_least(least: int) -> Callable[[str], int]:
 
 
 def seconds(text: str) -> float:
-    """Parse a number of seconds above 0: a `type` of argparse."""
+    """Parse a number of seconds above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -63,16 +68,16 @@ def seconds(text: str) -> float:
     return value
 
 
-def axis_names(value: str) -> tuple[str, ...]:
-    """Names of mesh axes, of text as data,fsdp: a `type` of argparse."""
-    names = tuple(value.split(","))
+def axis_names(text: str) -> tuple[str, ...]:
+    """Parse names of mesh axes, as data,fsdp."""
+    names = tuple(text.split(","))
     if not all(name.isidentifier() for name in names):
-        refuse(value, "names of mesh axes, as data or data,fsdp")
+        refuse(text, "names of mesh axes, as data or data,fsdp")
     return names
 
 
 def some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """A parser of some of the names, with commas between them: a `type` of argparse."""
+    """Return a parser of some of the names, with commas between them."""
 
     def chosen(text: str) -> tuple[str, ...]:
         found = tuple(dict.fromkeys(text.split(",")))
@@ -83,17 +88,12 @@ def some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return chosen
 
 
-def mesh_axes(value: str) -> dict[str, int]:
-    """Sizes of mesh axes by name, of text as host=2,device=4: a `type` of argparse."""
+def mesh_axes(text: str) -> dict[str, int]:
+    """Parse sizes of mesh axes by name, as host=2,device=4."""
     axes: dict[str, int] = {}
-    for part in value.split(","):
-        name, _, size = part.partition("=")
+    for axis in text.split(","):
+        name, _, size = axis.partition("=")
         if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
-            refuse(value, "axes with their sizes, each axis once, as host=2,device=4")
+            refuse(text, "axes with their sizes, each axis once, as host=2,device=4")
         axes[name] = int(size)
     return axes
-
-
-def refuse(value: str, what: str) -> NoReturn:
-    """Tells argparse what an argument should have been."""
-    raise argparse.ArgumentTypeError(f"{value!r} is not {what}")

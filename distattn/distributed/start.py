@@ -24,7 +24,7 @@ import jaxlib.version
 
 from distattn.distributed.agreement import assert_same, barrier
 
-PREFIX = "DISTATTN_"  # of the launcher's environment variables
+PREFIX = "DISTATTN_"  # starts the names of the launcher's variables
 LAUNCHED_TIMEOUT_S, CLUSTER_TIMEOUT_S = 60, 300
 SPARE_S = 30  # added to JAX's own time-out, which ends the process without saying why
 LINGER_S = (

@@ -204,7 +204,7 @@ class Subject:
 
 
 def wide_axes(mesh: Mesh) -> Axes:
-    """Return the axes of more than one device, or the last axis if there are none."""
+    """Return the axes of more than one device, or the last axis if every axis has one."""
     return tuple(a for a in mesh.axis_names if mesh.shape[a] > 1) or mesh.axis_names[-1:]
 
 
@@ -252,7 +252,7 @@ class Problem:
     """Causal attention to keys in random order with padding slots, and its float64 results."""
 
     arguments: dict[str, np.ndarray]
-    cotangents: dict[str, np.ndarray]  # of out and lse
+    cotangents: dict[str, np.ndarray]  # by name: dout, dlse
     expected: dict[str, np.ndarray]  # by RESULTS
 
     @classmethod
@@ -462,16 +462,16 @@ class Workload:
 
 def workloads(devices: int, *, quick: bool) -> tuple[Workload, ...]:
     """Return few and many replicated queries, and few and many queries sharded like the keys."""
-    keys, rows = (16, 32) if quick else (64, 256)  # keys per device, queries
+    keys, queries = (16, 32) if quick else (64, 256)  # keys per device, replicated queries
 
-    def shape(queries: int) -> Shape:
-        return Shape(1, queries, keys * devices, 8, 2, 64, 64, 4)
+    def shape(length: int) -> Shape:
+        return Shape(1, length, keys * devices, 8, 2, 64, 64, 4)
 
     return (
-        Workload("replicated query, 1 row", shape(1), False),
-        Workload(f"replicated query, {rows} rows", shape(rows), False),
-        Workload("sharded query, 1 row a device", shape(devices), True),
-        Workload(f"sharded query, {keys} rows a device", shape(keys * devices), True),
+        Workload("replicated query, T=1", shape(1), False),
+        Workload(f"replicated query, T={queries}", shape(queries), False),
+        Workload("sharded query, T=1 per device", shape(devices), True),
+        Workload(f"sharded query, T={keys} per device", shape(keys * devices), True),
     )
 
 
