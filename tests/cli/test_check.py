@@ -24,13 +24,13 @@ from distattn.cli.check.runner import (
     Effort,
     Problem,
     Subject,
+    cases,
     examine,
     measure_links,
     measure_strategies,
     on_mesh,
     predictions,
     subjects,
-    workloads,
 )
 from distattn.cli.check.text import report_text
 from distattn.planning import cost
@@ -334,7 +334,7 @@ def test_auto_by_measured_links_is_what_the_planner_says_for_them(monkeypatch):
     mesh = mesh_of(host=2, device=4)
     far = {name: Link(1.0, 1e12) for name in mesh.axis_names}
     names = ("butterfly", "psum", "gather_kv", "ring")
-    sizes = workloads(8, quick=True)
+    sizes = cases(8, quick=True)
     times = [measure_strategies(mesh, size, names, 1, quiet) for size in sizes]
     assert list(map(list, times)) == [["butterfly", "psum"]] * 2 + [["gather_kv", "ring"]] * 2
     found = [predictions(mesh, *both, far) for both in zip(sizes, times, strict=True)]

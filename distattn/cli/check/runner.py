@@ -30,7 +30,7 @@ from distattn.collectives.mesh import manual, on_devices_of, slice_axes
 from distattn.distributed.agreement import assert_same, meet
 from distattn.planning import cost
 from distattn.planning.chips import fit_link
-from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Shape, Topology
+from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Topology, Workload
 from distattn.planning.plan import Axes
 from distattn.testing import reference
 from distattn.testing.reference import tolerance, worst
@@ -96,11 +96,11 @@ def examine(mesh: Mesh, effort: Effort, say: Say) -> Json:
         repeats = effort.repeats or (10 if effort.quick else 30)
         report["axes"] = measure_links(mesh, wide_axes(mesh), sizes, repeats, say)
         links = cost.links_from(report)
-        for workload in workloads(mesh.size, quick=effort.quick):
-            seconds = measure_strategies(mesh, workload, effort.strategies, repeats, say)
+        for case in cases(mesh.size, quick=effort.quick):
+            seconds = measure_strategies(mesh, case, effort.strategies, repeats, say)
             if seconds:
-                report["strategy_s"][workload.name] = seconds
-                report["auto"][workload.name] = predictions(mesh, workload, seconds, links)
+                report["strategy_s"][case.name] = seconds
+                report["auto"][case.name] = predictions(mesh, case, seconds, links)
     return report
 
 
@@ -452,26 +452,26 @@ def hops(mesh: Mesh, axis: str) -> Callable[[jax.Array], jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """Shape for which each strategy is timed, forward."""
+class Case:
+    """Workload for which each strategy is timed, forward."""
 
     name: str
-    shape: Shape
+    workload: Workload
     query_sharded: bool
 
 
-def workloads(devices: int, *, quick: bool) -> tuple[Workload, ...]:
+def cases(devices: int, *, quick: bool) -> tuple[Case, ...]:
     """Return few and many replicated queries, and few and many queries sharded like the keys."""
     keys, queries = (16, 32) if quick else (64, 256)  # keys per device, replicated queries
 
-    def shape(length: int) -> Shape:
-        return Shape(1, length, keys * devices, 8, 2, 64, 64, 4)
+    def sizes(length: int) -> Workload:
+        return Workload(1, length, keys * devices, 8, 2, 64, 64, 4)
 
     return (
-        Workload("replicated query, T=1", shape(1), False),
-        Workload(f"replicated query, T={queries}", shape(queries), False),
-        Workload("sharded query, T=1 per device", shape(devices), True),
-        Workload(f"sharded query, T={keys} per device", shape(keys * devices), True),
+        Case("replicated query, T=1", sizes(1), False),
+        Case(f"replicated query, T={queries}", sizes(queries), False),
+        Case("sharded query, T=1 per device", sizes(devices), True),
+        Case(f"sharded query, T={keys} per device", sizes(keys * devices), True),
     )
 
 
@@ -481,22 +481,22 @@ def _topology(mesh: Mesh) -> Topology:
 
 
 def measure_strategies(
-    mesh: Mesh, workload: Workload, strategies: Sequence[str], repeats: int, say: Say
+    mesh: Mesh, case: Case, strategies: Sequence[str], repeats: int, say: Say
 ) -> dict[str, float]:
-    """Return the seconds of each strategy that fits the workload, over all axes in the mesh's order."""
-    known = QUERY_SHARDED if workload.query_sharded else QUERY_REPLICATED
-    shape, topology = workload.shape, _topology(mesh)
-    names = [x for x in known if x in strategies and cost.fits(x, shape, topology)]
+    """Return the seconds of each strategy that fits the case, over all axes in the mesh's order."""
+    known = QUERY_SHARDED if case.query_sharded else QUERY_REPLICATED
+    w, topology = case.workload, _topology(mesh)
+    names = [x for x in known if x in strategies and cost.fits(x, w, topology)]
     if not names:
         return {}
-    say(f"{workload.name}: timing {', '.join(names)}")
+    say(f"{case.name}: timing {', '.join(names)}")
     split = PartitionSpec(None, wide_axes(mesh))
-    query_spec = split if workload.query_sharded else PartitionSpec()
-    queries, keys = (shape.query_length, shape.num_heads), (shape.key_length, shape.num_kv_heads)
-    dims = ((*queries, shape.head_dim), (*keys, shape.head_dim), (*keys, shape.value_dim))
+    query_spec = split if case.query_sharded else PartitionSpec()
+    queries, keys = (w.query_length, w.num_heads), (w.key_length, w.num_kv_heads)
+    dims = ((*queries, w.head_dim), (*keys, w.head_dim), (*keys, w.value_dim))
     rng = np.random.default_rng(0)
     arrays = tuple(
-        on_mesh(rng.normal(size=(shape.batch, *d)).astype(np.float32), mesh, spec)
+        on_mesh(rng.normal(size=(w.batch, *d)).astype(np.float32), mesh, spec)
         for d, spec in zip(dims, (query_spec, split, split), strict=True)
     )
 
@@ -507,30 +507,30 @@ def measure_strategies(
             key_value_sharding=NamedSharding(mesh, split),
             strategy=strategy,
         )
-        return prepare(f"{strategy}, {workload.name}", f, *arrays)
+        return prepare(f"{strategy}, {case.name}", f, *arrays)
 
     return medians({name: (program(name), arrays) for name in names}, repeats)
 
 
 def predictions(
-    mesh: Mesh, workload: Workload, seconds: Mapping[str, float], links: Mapping[str, cost.Link]
+    mesh: Mesh, case: Case, seconds: Mapping[str, float], links: Mapping[str, cost.Link]
 ) -> Json:
     """Return what `strategy="auto"` chooses, with the built-in and with the measured links."""
     table = _topology(mesh)
     measured = dataclasses.replace(table, links=tuple(links[axis] for axis in wide_axes(mesh)))
     by_table, by_links = (
         cost.choose(
-            workload.shape,
+            case.workload,
             topology,
-            query_sharded=workload.query_sharded,
+            query_sharded=case.query_sharded,
             candidates=tuple(seconds),
         ).strategy
         for topology in (table, measured)
     )
     fastest = min(seconds, key=lambda name: seconds[name])
     return {
-        "payload_bytes": workload.shape.payload_bytes,
-        "query_sharded": workload.query_sharded,
+        "payload_bytes": case.workload.payload_bytes,
+        "query_sharded": case.query_sharded,
         "by_table": by_table,
         "by_measured_links": by_links,
         "fastest": fastest,
