@@ -125,29 +125,32 @@ class Program:
 
     def __init__(self, text: str):
         """Parse the text of HLO, optimised or not."""
-        self.computations: dict[str, list[_Instruction]] = {}
         self.entry: str = ""
-        instructions = self.computations.setdefault("", [])  # for a fragment of a text
+        body: dict[str, _Instruction] = {}
+        self.computations = {"": body}  # the name of a fragment of a text is ""
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
-                instructions = self.computations.setdefault(start["name"], [])
+                body = self.computations.setdefault(start["name"], {})
                 self.entry = start["name"] if start["entry"] else self.entry
             elif match := _INSTRUCTION.match(line):
                 fields = (match[x] for x in ("name", "opcode", "shape", "rest"))
-                instructions.append(_Instruction(*fields, root=bool(match["root"])))
-        self._by_name = {
-            name: {x.name: x for x in body} for name, body in self.computations.items()
-        }
-        self._runs = self._count_runs()
+                body[match["name"]] = _Instruction(*fields, root=bool(match["root"]))
+        self._callers: dict[str, list[tuple[str, int]]] = {}
+        for name, body in self.computations.items():
+            for x in body.values():
+                for callee, times in self._calls(name, x):
+                    self._callers.setdefault(callee, []).append((name, times))
         self._depths: dict[str, int] = {}
 
     def collectives(self) -> Iterator[Collective]:
         """Yield each collective operation of the text."""
-        for name, instructions in self.computations.items():
-            for x in instructions:
+        for name, body in self.computations.items():
+            for x in body.values():
                 if x.kind is not None:
-                    runs, by_id = self._runs.get(name, 1), x.attribute(_TARGETS) is not None
-                    yield Collective(x.kind, _result_bytes(x), runs, _partners(x), by_id)
+                    by_id = x.attribute(_TARGETS) is not None
+                    yield Collective(
+                        x.kind, _result_bytes(x), self._runs(name), _partners(x), by_id
+                    )
 
     @property
     def rounds(self) -> int:
@@ -162,58 +165,44 @@ class Program:
         if name not in self._depths:
             known: dict[str, int] = {}
             sent: dict[str | None, int] = {}
-            for x in self.computations.get(name, ()):
-                # Instructions come after their inputs.
+            for x in self.computations.get(name, {}).values():  # instructions follow their inputs
                 before = max((known.get(y, 0) for y in x.inputs), default=0)
-                added = 0
                 if x.kind == "send":
                     sent[x.rendezvous] = before
                 elif x.kind == "recv":
-                    before, added = max(before, sent.get(x.rendezvous, 0)), 1
-                elif x.kind is not None:
-                    added = 1
-                for attribute, callees in x.calls.items():
-                    depth = max((self._depth(y) for y in callees), default=0)
-                    added += depth * (self._trips(name, x) if attribute == "body" else 1)
-                known[x.name] = before + added
+                    before = max(before, sent.get(x.rendezvous, 0))
+                inside = [0, *(self._depth(callee) * n for callee, n in self._calls(name, x))]
+                depth = sum(inside) if x.opcode == "while" else max(inside)
+                known[x.name] = before + (x.kind not in (None, "send")) + depth
             self._depths[name] = max(known.values(), default=0)
         return self._depths[name]
 
-    def _count_runs(self) -> dict[str, int]:
-        callers: dict[str, list[tuple[str, int]]] = {}
-        for name, instructions in self.computations.items():
-            for x in instructions:
-                for attribute, callees in x.calls.items():
-                    times = self._trips(name, x) if attribute == "body" else 1
-                    for callee in callees:
-                        callers.setdefault(callee, []).append((name, times))
+    def _runs(self, name: str) -> int:
+        callers = self._callers.get(name)
+        return sum(times * self._runs(caller) for caller, times in callers) if callers else 1
 
-        @functools.cache
-        def runs(name: str) -> int:
-            if name not in callers:
-                return 1
-            return sum(times * runs(caller) for caller, times in callers[name])
+    def _calls(self, name: str, x: _Instruction) -> Iterator[tuple[str, int]]:
+        """Yield the computations that an instruction calls, and how often."""
+        for attribute, callees in x.calls.items():
+            times = self._trips(name, x) if attribute == "body" else 1
+            yield from ((callee, times) for callee in callees)
 
-        return {name: runs(name) for name in callers}
-
-    def _trips(self, computation: str, loop: _Instruction) -> int:
+    def _trips(self, name: str, loop: _Instruction) -> int:
         """Return the iterations of a loop, from XLA or from its counter's constant limit; else 1."""
         if (known := loop.attribute(_TRIPS)) is not None:
             return int(known)
-        condition = self._by_name.get(loop.calls.get("condition", [""])[0], {})
+        condition = self.computations.get(loop.calls.get("condition", [""])[0], {})
         root = next((x for x in condition.values() if x.root), None)
         if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
             return 1
         counter, limit = (condition.get(x) for x in root.inputs)
         if counter is None or limit is None or counter.opcode != "get-tuple-element":
             return 1
-        last = limit.attribute(_NUMBER)
-        index = int(counter.attribute(_INDEX) or 0)
-        around = self._by_name[computation]
+        last, first = limit.attribute(_NUMBER), None
+        around = self.computations[name]
         carried = around.get(loop.inputs[0]) if loop.inputs else None
-        first = None
         if carried is not None and carried.opcode == "tuple":
-            start = around.get(carried.inputs[index])
+            start = around.get(carried.inputs[int(counter.attribute(_INDEX) or 0)])
             while start is not None and start.opcode in ("copy", "bitcast"):
                 start = around.get(start.inputs[0])
             first = None if start is None else start.attribute(_NUMBER)
@@ -274,17 +263,13 @@ def _partners(x: _Instruction) -> np.ndarray | None:
     if text is None or text == "{}":
         return None
     if text.startswith("{"):
-        return np.array(
-            [group.split(",") for group in re.findall(r"\{([\d, ]+)\}", text)], np.int64
-        )
-    shape, dimensions, order = re.fullmatch(
-        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ).groups()
-    sizes = [int(size) for size in dimensions.split(",")]
+        groups = re.findall(r"\{([\d, ]+)\}", text)
+        return np.array([group.split(",") for group in groups], np.int64)
+    shape, sizes, order = (  # iota groups: [4,2]<=[2,4]T(1,0)
+        [int(x) for x in re.findall(r"\d+", field)] for field in re.split(r"<=|T", text + "T")[:3]
+    )
     ranks = np.arange(math.prod(sizes)).reshape(sizes)
-    if order:
-        ranks = ranks.transpose([int(axis) for axis in order.split(",")])
-    return ranks.reshape([int(size) for size in shape.split(",")])
+    return ranks.transpose(order or None).reshape(shape)
 
 
 def _elements(shape: str) -> list[str]:
