@@ -55,9 +55,8 @@ def main() -> None:
             is_causal=True,
             query_positions=query_positions,
             key_positions=order,
-            mesh=mesh,
-            axis_name="kv",
-            query_axis_name=None,
+            query_sharding=replicated,
+            key_value_sharding=by_keys,
             strategy="butterfly",
         )
         return ((out - target) ** 2).mean()

@@ -84,7 +84,7 @@ def on_a_mesh(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
     assert wrong > 0.1
 
     # Inside jit an array with Auto axes does not tell how it is sharded, so the call does.
-    aligning = jax.jit(lambda *arrays: layouts.align(*arrays, mesh=mesh, axis_name="kv"))
+    aligning = jax.jit(lambda *arrays: layouts.align(*arrays, sharding=by_keys))
     program = aligning.lower(scattered_value, value_positions, key_positions).compile()
     counts = collectives(program.as_text())
     print(f"  collectives: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")

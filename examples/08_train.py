@@ -80,6 +80,7 @@ def one_device(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array)
 
 def many_devices(mesh: Mesh, strategy: str, reproducible: bool = False) -> Attention:
     """Return attention over a sequence that is sharded over the mesh, in the order of `positions`."""
+    sharding = NamedSharding(mesh, P("data", sequence_axes(mesh)))
 
     def attend(*arrays: jax.Array) -> jax.Array:
         query, key, value, positions = arrays
@@ -90,9 +91,8 @@ def many_devices(mesh: Mesh, strategy: str, reproducible: bool = False) -> Atten
             is_causal=True,
             query_positions=positions,
             key_positions=positions,
-            mesh=mesh,
-            axis_name=sequence_axes(mesh),
-            query_axis_name=sequence_axes(mesh),
+            query_sharding=sharding,
+            key_value_sharding=sharding,
             strategy=strategy,
             reproducible=reproducible,
         )

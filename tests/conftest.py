@@ -140,18 +140,15 @@ def example(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def elsewhere() -> dict[str, Any]:
-    """Where keys lie and how devices exchange, all otherwise than by default."""
-    return {
-        "mesh": jax.make_mesh((8,), ("kv",)),
-        "axis_name": ("kv",),
-        "query_axis_name": "kv",
-        "strategy": "ring",
-    }
+    """Return shardings and a strategy, none of them the default."""
+    mesh = jax.make_mesh((8,), ("kv",))
+    query, key = (jax.NamedSharding(mesh, jax.P(None, *axes)) for axes in (("kv", None), ("kv",)))
+    return {"query_sharding": query, "key_value_sharding": key, "strategy": "ring"}
 
 
 @pytest.fixture
 def arriving(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], dict[str, Any]]:
-    """arriving(adapter): all that its attention is passed by name, from then on. It gives the query."""
+    """arriving(adapter): the keywords that its attention gets from then on; it returns the query."""
 
     def record(adapter: ModuleType) -> dict[str, Any]:
         seen: dict[str, Any] = {}

@@ -21,7 +21,7 @@ ARROWS = {
     "experimental": {"local", "collectives", "algebra", "planning"},
     "distributed": {"collectives", "planning"},
     "cache": {"attention", "local", "collectives", "distributed", "planning"},
-    "integrations": {"attention", "cache", "algebra", "local", "collectives", "planning"},
+    "integrations": {"attention", "local"},
     "testing": {"planning", "collectives"},
     "layouts": {"attention", "collectives"},
 }

@@ -1,8 +1,7 @@
-"""distattn as the attention of Flax: one function for `flax.linen` and for `flax.nnx`.
+"""distattn as the `attention_fn` of `flax.linen` and `flax.nnx`.
 
-Both frameworks project, cache and mask by themselves and leave the rest to an `attention_fn`. What they
-pass to it differs. linen passes only what is named in its signature, so every keyword is named here; nnx
-passes all that it has.
+Both frameworks project, cache and mask themselves, and leave the rest to an `attention_fn`. linen passes it
+only the keywords that its signature names, so the signature names all of them. nnx passes all keywords.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from distattn._compat import needed
@@ -29,16 +29,16 @@ with needed("flax", by=__name__, extra="flax"):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """What a call may attend to, to be passed where Flax takes `mask`: labels instead of [T, S].
+    """Positions and segments, passed where Flax takes `mask`, instead of an array of size [T, S].
 
-    A pytree, so it goes through jit, and differs from step to step if need be. Not in decode mode, where
-    Flax itself computes with the mask.
+    It is a pytree, so it passes through jit and may differ from step to step. In decode mode Flax computes
+    with the mask itself, so pass an array there.
     """
 
-    dense: ArrayLike | None = None  # [batch..., N|1, T, S], nonzero = attend; beside the labels
+    dense: ArrayLike | None = None  # [batch..., N|1, T, S], nonzero = attend; in addition
     query_positions: ArrayLike | None = None  # int32[T] or [batch..., T]
-    key_positions: ArrayLike | None = None  # int32[S] or [batch..., S]; negative = never attended
-    query_segment_ids: ArrayLike | None = None  # int32[T] or [batch..., T]; attend iff equal
+    key_positions: ArrayLike | None = None  # int32[S] or [batch..., S]; negative = empty slot
+    query_segment_ids: ArrayLike | None = None  # int32[T] or [batch..., T]; attend if equal
     key_value_segment_ids: ArrayLike | None = None  # int32[S] or [batch..., S]
 
 
@@ -54,45 +54,42 @@ def attention_fn(
     key_positions: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> Callable[..., jax.Array]:
-    """A function for `attention_fn=` of linen's MultiHeadDotProductAttention and nnx's MultiHeadAttention.
+    """Return the `attention_fn` of linen's MultiHeadDotProductAttention or nnx's MultiHeadAttention.
 
     It takes query [batch..., T, N, H], key [batch..., S, K, H], value [batch..., S, K, V], with any number
-    of batch dimensions, and every keyword of `flax.linen.dot_product_attention` and of
-    `flax.nnx.dot_product_attention`; it returns [batch..., T, N, V] in the dtype that these return.
+    of batch dimensions, and every keyword of `flax.linen.dot_product_attention` and
+    `flax.nnx.dot_product_attention`. It returns [batch..., T, N, V] in the dtype of Flax's functions.
 
-    * `mask` is boolean or, as `make_causal_mask` makes it, of numbers: nonzero = attend. Or it is an
-      `AttentionMask`, whose labels take no memory of size [T, S]. A row that attends to no key gives 0
-      (in Flax: the mean of all values). A dense mask goes by slot, and what it forbids is forbidden:
-      beside positions of another order, as of a zigzag layout, pass is_causal=True and no mask of
-      `make_causal_mask`, which would take away keys that a row should see, without an error.
-    * `dtype` and `promote_dtype` decide in which dtype query, key and value come in. The softmax is always
-      float32, or float64; `force_fp32_for_softmax` makes the output float32, as it does in linen.
-    * `broadcast_dropout` and `dropout_rng` only say how to drop, so they matter to nothing here.
-    * A step of decode mode is a call with one query and a mask over the whole cache, which may be sharded
-      along its length, over Auto axes: over Explicit ones Flax's own write to its cache is refused by JAX.
-      strategy='auto' chooses for a step by its own shape; a strategy that is named for a sharded query in
-      training serves badly there.
+    * `mask` is a boolean or numeric array (nonzero = attend), or an `AttentionMask`. A query that attends to
+      no key gives 0, not the mean of all values. A dense mask compares slots, not positions. If your tokens
+      are reordered (zigzag), pass is_causal=True and no mask of `make_causal_mask`. Otherwise queries
+      silently lose keys.
+    * `dtype` and `promote_dtype` give the dtype of query, key and value. The softmax is float32 or float64.
+      `force_fp32_for_softmax` makes the output float32, as in linen.
+    * `broadcast_dropout` and `dropout_rng` have no effect.
+    * A step of decode mode has one query and a mask over the whole cache. The cache may be sharded along its
+      length over Auto axes; under Explicit axes JAX refuses Flax's write to it. strategy='auto' suits both
+      training and decoding; a strategy for a sharded query is slow in decode mode.
 
     Args:
-      query_sharding: as in `distattn.dot_product_attention`.
-      key_value_sharding: as in `distattn.dot_product_attention`; pass it inside jit under Auto axes.
+      query_sharding: as in `distattn.dot_product_attention`, of [batch..., T, N, H].
+      key_value_sharding: of [batch..., S, K, H]; pass it inside jit under Auto axes.
       strategy: how devices exchange.
-      is_causal: of every call, beside what a call says itself. A step of decode mode (T = 1 < S with a
-        mask) needs none: Flax has it in the mask.
-      local_window_size: int or (left, right), on positions.
+      is_causal: whether every call is causal. A step of decode mode (T = 1 < S with a mask) is causal by
+        Flax's mask.
+      local_window_size: int or (left, right), in positions.
       logits_soft_cap: c in c * tanh(logit / c).
-      query_positions: int32[T] or int32[batch..., T] of every call, a layout such as zigzag; those of an
-        `AttentionMask` go first.
+      query_positions: int32[T] or int32[batch..., T] of every call, for example of a zigzag layout. Positions
+        of an `AttentionMask` replace them.
       key_positions: int32[S] or int32[batch..., S].
       implementation: as in `distattn.dot_product_attention`.
 
     Returns:
-      The function. Beside what `distattn.dot_product_attention` raises, it raises NotImplementedError for
-      dropout that is not deterministic, for attention weights that are to be sown, for positions of a
-      rotary embedding, and for replaced einsums; and ValueError for a causal mask or a window over T != S
-      without query_positions, when it is not known where the queries stand.
+      The function. It raises the errors of `distattn.dot_product_attention`, and NotImplementedError for
+      dropout that is not deterministic, sown attention weights, positions of a rotary embedding, and replaced
+      einsums. It raises ValueError for a causal mask or a window with T != S without query_positions.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from distattn.integrations.flax import attention_fn
@@ -104,7 +101,7 @@ def attention_fn(
       (2, 16, 64)
     """
     always_causal, windowed = is_causal, window_sides(local_window_size) != (None, None)
-    usual = AttentionMask(query_positions=query_positions, key_positions=key_positions)
+    default = AttentionMask(query_positions=query_positions, key_positions=key_positions)
 
     def attention(
         query: jax.Array,
@@ -129,8 +126,8 @@ def attention_fn(
         attn_weights_value_einsum: Callable[..., Any] | None = None,
     ) -> jax.Array:
         del broadcast_dropout, dropout_rng
-        _check_dropout(dropout_rate, deterministic)
-        _check_built(
+        _check_supported(
+            dropout_rate if not deterministic else 0,
             module,
             input_positions,
             einsum_dot_general=einsum_dot_general,
@@ -144,35 +141,31 @@ def attention_fn(
         if force_fp32_for_softmax:
             query = query.astype(jnp.promote_types(query.dtype, jnp.float32))
         batch = _batch(query, key, value)
-        labels = _labels(mask, usual)
-        rows, keys = query.shape[-3], key.shape[-3]
+        masks = _masks(mask, default)
+        queries, keys = query.shape[-3], key.shape[-3]
         causal = is_causal or always_causal
-        if (causal or windowed) and rows != keys and labels.query_positions is None:
-            if rows != 1 or labels.dense is None or is_causal or windowed:
+        if (causal or windowed) and queries != keys and masks.query_positions is None:
+            if queries != 1 or masks.dense is None or is_causal or windowed:
                 raise ValueError(
-                    f"query has T={rows} rows and key has S={keys}, and is_causal or local_window_size "
+                    f"query has T={queries} and key has S={keys}, and is_causal or local_window_size "
                     "compares positions: pass AttentionMask(query_positions=...) as mask, int32[T] "
                     "(jnp.arange(T) aligns them at the top left). In decode mode leave is_causal to "
                     "Flax's own mask, and write a window into the mask"
                 )
-            causal = False  # one step of decode mode: the mask has it
+            causal = False  # a step of decode mode: the mask is causal
+        labels = ("query_positions", "key_positions", "query_segment_ids", "key_value_segment_ids")
         out = dot_product_attention(
-            _flat(query, batch, 3),
-            _flat(key, batch, 3),
-            _flat(value, batch, 3),
-            _spread("bias", bias, batch),
-            _spread("mask", _boolean(labels.dense), batch),
+            *(_flat(x, batch, 3) for x in (query, key, value)),
+            bias=_broadcast("bias", bias, batch),
+            mask=_broadcast("mask", _boolean(masks.dense), batch),
             is_causal=causal,
             local_window_size=local_window_size,
             implementation=implementation,
             logits_soft_cap=logits_soft_cap,
             precision=precision,
-            query_positions=_flat(labels.query_positions, batch, 1),
-            key_positions=_flat(labels.key_positions, batch, 1),
-            query_segment_ids=_flat(labels.query_segment_ids, batch, 1),
-            key_value_segment_ids=_flat(labels.key_value_segment_ids, batch, 1),
-            query_sharding=query_sharding,
-            key_value_sharding=key_value_sharding,
+            **{name: _flat(getattr(masks, name), batch, 1) for name in labels},
+            query_sharding=_flat_sharding(query_sharding, batch),
+            key_value_sharding=_flat_sharding(key_value_sharding, batch),
             strategy=strategy,
         )
         return jnp.reshape(out, (*batch, *query.shape[-3:-1], value.shape[-1]))
@@ -180,44 +173,44 @@ def attention_fn(
     return attention
 
 
-def _check_dropout(rate: float, deterministic: bool) -> None:
-    if rate > 0 and not deterministic:
+def _check_supported(
+    dropout_rate: float, module: Any, input_positions: Any, **einsums: Callable[..., Any] | None
+) -> None:
+    """Raise NotImplementedError for arguments that would change the result and can't be honoured."""
+    if dropout_rate > 0:
         raise NotImplementedError(
-            f"dropout_rate is {rate} and deterministic is {deterministic}: dropout of attention weights is "
-            "not built; make the layer with dropout_rate=0, and if need be drop from its output, or pass "
+            f"dropout_rate is {dropout_rate} and deterministic is False: dropout of attention weights is not "
+            "supported; make the layer with dropout_rate=0, drop from its output if needed, or pass "
             "deterministic=True"
         )
-
-
-def _check_built(module: Any, input_positions: Any, **einsums: Callable[..., Any] | None) -> None:
-    """The arguments that would change the result, or what is kept of it, and cannot."""
     if module is not None:
         raise NotImplementedError(
-            "sow_weights=True: attention weights, [T, S] for each head, are never made, so none can be "
-            "sown; pass sow_weights=False, or use the framework's own attention_fn to look at them"
+            "sow_weights=True: attention weights, [T, S] for each head, are never computed; pass "
+            "sow_weights=False, or use the framework's own attention_fn to look at them"
         )
     if input_positions is not None:
         raise NotImplementedError(
-            "input_positions is given: by these Flax's attention_fn with a rotary embedding turns query "
-            "and key, and this one does not; wrap it (functools.wraps) in a function that does, and for "
+            "input_positions is given: Flax's attention_fn with a rotary embedding rotates query and key by "
+            "them, and this one does not; wrap it (functools.wraps) in a function that does, and for "
             "masks pass AttentionMask(query_positions=..., key_positions=...)"
         )
     for name, einsum in einsums.items():
         if einsum is not None:
             raise NotImplementedError(
-                f"{name} is given: the matrix products are distattn's own; leave it out, and say precision "
+                f"{name} is given: the matmuls are distattn's; leave it out, and pass precision "
                 "for more or fewer bits"
             )
 
 
-def _labels(mask: jax.Array | AttentionMask | None, usual: AttentionMask) -> AttentionMask:
-    """What the call says, and where it says nothing what every call of the function has."""
+def _masks(mask: jax.Array | AttentionMask | None, default: AttentionMask) -> AttentionMask:
+    """Return the call's masks, with the default positions if the call has none."""
     if not isinstance(mask, AttentionMask):
-        return dataclasses.replace(usual, dense=mask)
-    positions = (mask.query_positions, mask.key_positions)
-    if all(x is None for x in positions):
-        positions = (usual.query_positions, usual.key_positions)
-    return dataclasses.replace(mask, query_positions=positions[0], key_positions=positions[1])
+        return dataclasses.replace(default, dense=mask)
+    if mask.query_positions is None and mask.key_positions is None:
+        return dataclasses.replace(
+            mask, query_positions=default.query_positions, key_positions=default.key_positions
+        )
+    return mask
 
 
 def _boolean(mask: ArrayLike | None) -> jax.Array | None:
@@ -239,7 +232,7 @@ def _batch(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...
 
 
 def _flat(x: ArrayLike | None, batch: tuple[int, ...], dims: int) -> ArrayLike | None:
-    """[batch..., dims] as [B, dims]; what has no batch at all stays so."""
+    """Reshape [batch..., dims] to [B, dims]; return an array without batch dimensions as it is."""
     if x is None or len(batch) == 1:
         return x
     x = jnp.asarray(x)
@@ -248,13 +241,24 @@ def _flat(x: ArrayLike | None, batch: tuple[int, ...], dims: int) -> ArrayLike |
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
-def _spread(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-    """[B|1, N|1, T|1, S|1] of an array that broadcasts to [batch..., N, T, S]."""
+def _flat_sharding(sharding: Sharding, batch: tuple[int, ...]) -> Sharding:
+    """Return the sharding of `_flat` of an array: all axes of the batch dimensions shard B."""
+    if sharding is None or len(batch) == 1:
+        return sharding
+    spec = tuple(sharding.spec if isinstance(sharding, NamedSharding) else sharding)
+    leading = (x for x in spec[: len(batch)] if x is not None)
+    axes = tuple(axis for x in leading for axis in (x if isinstance(x, tuple) else (x,)))
+    flat = PartitionSpec(axes or None, *spec[len(batch) :])
+    return NamedSharding(sharding.mesh, flat) if isinstance(sharding, NamedSharding) else flat
+
+
+def _broadcast(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+    """Return [B|1, N|1, T|1, S|1] of an array that broadcasts to [batch..., N, T, S]."""
     if x is None or len(batch) == 1:
         return x
     missing = len(batch) + 3 - x.ndim
-    lead = (1,) * missing + x.shape[: x.ndim - 3]
-    if missing < 0 or any(a not in (1, b) for a, b in zip(lead, batch, strict=False)):
+    leading = (1,) * missing + x.shape[: x.ndim - 3]
+    if missing < 0 or any(a not in (1, b) for a, b in zip(leading, batch, strict=False)):
         raise ValueError(
             f"{name} has shape {x.shape}; it must broadcast to [batch..., N, T, S] with the batch "
             f"dimensions {list(batch)}: each of its first dimensions 1 or that size"

@@ -145,7 +145,7 @@ def compile_time():
     key = NamedSharding(mesh, P(None, "kv"))
     arrays = (arrays[0], *(jax.device_put(x, key) for x in arrays[1:]))
     for causal in (False, True):
-        f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", strategy="butterfly")
+        f = functools.partial(ours(causal), key_value_sharding=key, strategy="butterfly")
         for name, g in (("forward", f), ("forward and backward", gradient(f))):
             jax.clear_caches()
             start = time.perf_counter()
@@ -171,7 +171,7 @@ def devices(repeats):
         )
         contenders = {"XLA": compiled_runner(theirs(causal), arrays)[0]}
         for strategy in ("auto", "butterfly", "psum", "all_gather"):
-            f = functools.partial(ours(causal), mesh=mesh, axis_name="kv", strategy=strategy)
+            f = functools.partial(ours(causal), key_value_sharding=key, strategy=strategy)
             contenders[strategy] = compiled_runner(f, arrays)[0]
         s = medians(contenders, repeats)
         row = "  ".join(f"{k} {v / s['XLA']:.2f} ({v * 1e3:.0f} ms)" for k, v in s.items())
@@ -197,19 +197,16 @@ def reproducible(repeats):
     print(f"{'':26}{'ratio':>7}{'ms':>9}{'ordinary ms':>13}   temp MiB (ordinary)")
     for name, (*shape, dtype, causal, with_gradient, strategy) in REPRODUCIBLE.items():
         sharded = strategy in ("gather_kv", "ring")
-        specs = P(None, "kv") if sharded else P(), P(None, "kv"), P(None, "kv")
-        arrays = [
-            jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(inputs(*shape, dtype), specs, strict=True)
-        ]
+        by_keys = NamedSharding(mesh, P(None, "kv"))
+        by_query = by_keys if sharded else NamedSharding(mesh, P())
+        arrays = jax.device_put(inputs(*shape, dtype), (by_query, by_keys, by_keys))
         wrap = gradient if with_gradient else (lambda f: f)
         contenders, temps, counts = {}, {}, {}
         for exact in (True, False):
             f = functools.partial(
                 ours(causal),
-                mesh=mesh,
-                axis_name="kv",
-                query_axis_name="kv" if sharded else None,
+                query_sharding=by_query,
+                key_value_sharding=by_keys,
                 strategy=strategy,
                 reproducible=exact,
             )
@@ -231,19 +228,16 @@ def reproducible_compile(repeats):
     print(f"{'gradient, T = S = 1024':26}{'ratio':>7}{'s':>9}{'ordinary s':>13}")
     for strategy in ("psum", "gather_kv", "ring"):
         times = {True: [], False: []}
-        rows = "kv" if strategy != "psum" else None
-        specs = P(None, rows), P(None, "kv"), P(None, "kv")
-        arrays = [
-            jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(inputs(1, 1024, 1024, 8, 2, 64, "float32"), specs, strict=True)
-        ]
+        by_keys = NamedSharding(mesh, P(None, "kv"))
+        by_query = by_keys if strategy != "psum" else NamedSharding(mesh, P())
+        arrays = inputs(1, 1024, 1024, 8, 2, 64, "float32")
+        arrays = jax.device_put(arrays, (by_query, by_keys, by_keys))
         for repeat in range(repeats + 1):  # the first one imports and sets up, and does not count
             for exact, seconds in times.items():
                 f = functools.partial(
                     ours(True),
-                    mesh=mesh,
-                    axis_name="kv",
-                    query_axis_name=rows,
+                    query_sharding=by_query,
+                    key_value_sharding=by_keys,
                     strategy=strategy,
                     reproducible=exact,
                 )

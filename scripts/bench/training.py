@@ -76,14 +76,14 @@ def mesh_of(name):
 
 def ours(length, strategy, mesh, layout):
     order = None if layout is None else jnp.asarray(layout(length, jax.device_count()))
+    sharding = NamedSharding(mesh, P(None, mesh.axis_names))
     attention = functools.partial(
         distattn.dot_product_attention,
         is_causal=True,
         query_positions=order,
         key_positions=order,
-        mesh=mesh,
-        axis_name=mesh.axis_names,
-        query_axis_name=mesh.axis_names,
+        query_sharding=sharding,
+        key_value_sharding=sharding,
         strategy=strategy,
     )
     return Contender(attention, mesh)

@@ -1,4 +1,4 @@
-"""distattn inside Flax's own layers, linen and nnx, on eight devices, beside the attention of Flax itself.
+"""distattn inside Flax's layers, linen and nnx, on eight devices, against the attention of Flax.
 
 Flax's attention runs on one device: with the sequence sharded over Explicit axes it raises
 ShardingTypeError, and over Auto axes it is another program.
@@ -20,7 +20,7 @@ import distattn.integrations.flax as adapter
 from distattn import layouts
 from distattn.integrations.flax import AttentionMask, attention_fn
 from distattn.testing import collectives
-from tests.cases import KINDS
+from tests.cases import KINDS, shardings
 from tests.tolerance import assert_close
 
 BATCH, LENGTH, FEATURES, HEADS = 2, 16, 32, 8
@@ -91,7 +91,7 @@ def run(layer, x, mask=None, **call):
 
 
 def masks():
-    """Every row has a key in each of them: for one without, Flax takes the mean of all values."""
+    """Return masks in which every query has a key; for a query without, Flax takes the mean of all values."""
     valid = np.arange(LENGTH) < np.array([[LENGTH], [11]])
     causal = nn.make_causal_mask(X[..., 0])  # float32
     padding = nn.make_attention_mask(np.ones_like(valid), valid, dtype=jnp.bool_)
@@ -124,23 +124,25 @@ def of_flax(kind, name):
     ],
 )
 def test_layer_agrees_with_flax(mesh, kind, name):
-    ours = LAYERS[kind](attention_fn=attention_fn(mesh=mesh, axis_name="kv"))
+    ours = LAYERS[kind](
+        attention_fn=attention_fn(**shardings(mesh, keys="kv", query="auto", batch="data"))
+    )
     got = run(ours, placed(mesh), masks()[name])
     # The gradient of the key's bias is zero but for rounding, hence the unit.
     close(got, of_flax(kind, name), f"{kind} {name}", unit=1.0)
 
 
 @pytest.mark.parametrize("strategy", ["gather_kv", "ring", "ulysses"])
-def test_strategy_and_query_axis_are_passed_on(mesh, strategy):
+def test_strategy_and_query_sharding_are_passed_on(mesh, strategy):
     attention = attention_fn(
-        mesh=mesh, axis_name="kv", query_axis_name="kv", strategy=strategy, is_causal=True
+        **shardings(mesh, keys="kv", query="kv", batch="data"), strategy=strategy, is_causal=True
     )
     got = run(Nnx(2, attention_fn=attention), placed(mesh))
     close(got, of_flax("nnx_gqa", "causal"), strategy, unit=1.0)
 
 
 def test_causal_of_the_call_and_of_the_function(mesh):
-    where = {"mesh": mesh, "axis_name": "kv"}
+    where = shardings(mesh, keys="kv", query="auto", batch="data")
     of_function = run(Nnx(attention_fn=attention_fn(**where, is_causal=True)), placed(mesh))
     close(of_function, of_flax("nnx", "causal"), "is_causal of the function", unit=1.0)
     heads = placed(mesh, X.reshape(BATCH, LENGTH, 4, 8))
@@ -159,7 +161,10 @@ def test_zigzag_layout(mesh, kind, said):
     options = positions if said == "function" else {}
     call = {"mask": AttentionMask(**positions)} if said == "call" else {}
     attention = attention_fn(
-        mesh=mesh, axis_name="kv", is_causal=True, local_window_size=(5, 0), **options
+        **shardings(mesh, keys="kv", query="kv", batch="data"),
+        is_causal=True,
+        local_window_size=(5, 0),
+        **options,
     )
     ours = LAYERS[kind](attention_fn=attention)
     x = placed(mesh, X[:, np.asarray(order)])
@@ -176,7 +181,9 @@ def test_labels_in_the_place_of_a_mask(mesh, kind):
     dense = np.random.default_rng(5).random((BATCH, 1, LENGTH, LENGTH)) < 0.5
     dense |= np.eye(LENGTH, dtype=bool)
     mask = AttentionMask(dense, query_segment_ids=segments, key_value_segment_ids=segments)
-    ours = LAYERS[kind](attention_fn=attention_fn(mesh=mesh, axis_name="kv"))
+    ours = LAYERS[kind](
+        attention_fn=attention_fn(**shardings(mesh, keys="kv", query="auto", batch="data"))
+    )
     same = segments[:, None, :, None] == segments[:, None, None]
     close(
         run(ours, placed(mesh), mask=mask),
@@ -205,6 +212,27 @@ def test_any_number_of_batch_dimensions_and_a_bias(framework, batch):
 
     theirs = both(framework.dot_product_attention)
     close(both(attention_fn()), theirs, f"batch {batch}")
+
+
+@pytest.mark.parametrize(
+    ("batch", "spec", "flat"),
+    [
+        ((2, 4), P("data", None, "kv"), P("data", "kv")),
+        ((2, 4), P("data", "kv"), P(("data", "kv"))),
+        ((2, 4), P(("data", "kv")), P(("data", "kv"))),
+        ((), P("kv"), P(None, "kv")),
+    ],
+)
+def test_shardings_are_those_of_the_arrays_as_passed(arriving, batch, spec, flat):
+    mesh = jax.make_mesh((2, 4), ("data", "kv"))
+    x = jnp.ones((*batch, 8, 4, 8))
+    sharding = NamedSharding(mesh, spec)
+    got = attention_fn(query_sharding=sharding, key_value_sharding=sharding)(x, x, x)
+    close(got, nn.dot_product_attention(x, x, x), f"{batch} {spec}")
+    seen = arriving(adapter)
+    attention_fn(query_sharding=sharding, key_value_sharding=spec)(x, x, x)
+    assert seen["query_sharding"] == NamedSharding(mesh, flat)
+    assert seen["key_value_sharding"] == flat
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
@@ -247,7 +275,7 @@ def test_dtypes_are_those_of_flax(given, fp32_softmax):
 
 
 def test_layer_in_bfloat16(mesh):
-    attention = attention_fn(mesh=mesh, axis_name="kv", is_causal=True)
+    attention = attention_fn(**shardings(mesh, keys="kv", query="auto"), is_causal=True)
     for kind in ("linen", "nnx_gqa"):
         ours, theirs = (
             LAYERS[kind](dtype=jnp.bfloat16, **options)
@@ -271,11 +299,12 @@ def test_precision_is_passed_on():
 def decode_inputs(mesh, **options):
     cache = NamedSharding(mesh, P(None, ("data", "kv")))
     # By name, so that a gather would be one of keys, and not of states.
-    return attention_fn(mesh=mesh, axis_name=("data", "kv"), strategy="psum", **options), cache
+    keys = {"query_sharding": NamedSharding(mesh, P()), "key_value_sharding": cache}
+    return attention_fn(**keys, strategy="psum", **options), cache
 
 
 def steps(step, cache):
-    """Every token in turn, the cache donated."""
+    """Run every token, the cache donated."""
     outs = []
     for t in range(LENGTH):
         cache, out = step(cache, X[:, t : t + 1])
@@ -284,7 +313,7 @@ def steps(step, cache):
 
 
 def assert_nothing_gathered(compiled, name):
-    """That no collective of the step has the size of the cache, or of a device's part of it."""
+    """Assert that no collective of the step has the size of the cache, or of a shard."""
     counts = collectives(compiled.as_text())
     assert not {"all-gather", "all-to-all"} & set(counts), (name, counts)
 
@@ -335,11 +364,9 @@ def test_linen_decodes_on_a_sharded_cache():
 
 
 def test_every_setting_arrives(arriving, elsewhere):
-    """Where the result is the same whatever is said, or would be for most inputs."""
+    """Not seen in a result, which does not depend on them for most inputs."""
     seen = arriving(adapter)
     settings = elsewhere | {
-        "batch_axis_name": "data",
-        "heads_axis_name": "heads",
         "is_causal": True,
         "local_window_size": (3, 0),
         "logits_soft_cap": 2.0,
@@ -389,7 +416,7 @@ def test_every_argument_of_flax_is_named(framework):
 
 
 def test_calls_of_nnx_have_no_argument_that_is_not_known():
-    """What a layer is called with can reach its attention_fn, and nnx passes it unasked."""
+    """nnx passes on to its attention_fn every argument of a layer."""
     parameters = list(inspect.signature(nnx.MultiHeadAttention.__call__).parameters)
     arrays = ["self", "inputs_q", "inputs_k", "inputs_v"]
     assert parameters[:4] == arrays
@@ -442,7 +469,7 @@ def test_replaced_einsums_are_refused():
 def test_positions_of_fewer_queries_must_be_said(options, call):
     query, key = jnp.ones((1, 1, 2, 8)), jnp.ones((1, 6, 2, 8))
     attention = attention_fn(**options)
-    with pytest.raises(ValueError, match=r"T=1 rows and key has S=6.*query_positions"):
+    with pytest.raises(ValueError, match=r"T=1 and key has S=6.*query_positions"):
         attention(query, key, key, **call)
     said = AttentionMask(query_positions=jnp.array([3]))
     attention(query, key, key, **call | {"mask": said})
