@@ -19,6 +19,7 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/__init__.py",
     "distattn/__main__.py",
     "distattn/_compat.py",
+    "distattn/cli/plan.py",
     "distattn/collectives/__init__.py",
     "distattn/collectives/all_reduce.py",
     "distattn/collectives/all_to_all.py",
@@ -26,7 +27,7 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/collectives/pair_exchange.py",
     "distattn/collectives/reduce_scatter.py",
     "distattn/layouts.py",
-    "distattn/planning/text.py",
+    "distattn/planning",
     "distattn/testing",
     "docs/pages",
 )

@@ -59,71 +59,40 @@ def add(subparsers: Subparsers) -> None:
         epilog="exit code: 0, it fits; 1, it does not; 2, an argument is wrong",
     )
     whole, length, argument = at_least(1), amount_at_least(1), parser.add_argument
-    argument(
-        "--topology",
-        required=True,
-        metavar="NAME",
-        help=f"{FORM}; chips: {', '.join(CHIPS)}",
-    )
+    topology = f"{FORM}; chips: {', '.join(CHIPS)}"
+    argument("--topology", required=True, metavar="NAME", help=topology)
     argument("--context", type=length, required=True, metavar="S", help="keys of a sequence")
-    argument(
-        "--queries",
-        type=length,
-        metavar="T",
-        help="queries of a sequence: 1 for decoding, as keys for a prompt (default 1; training: as keys)",
-    )
+    queries = "1 for decoding, as keys for a prompt (default 1; in training, as keys)"
+    argument("--queries", type=length, metavar="T", help=f"queries of a sequence: {queries}")
     argument("--batch", type=whole, metavar="B", help="sequences (default 1)")
     argument("--heads", type=whole, required=True, metavar="N", help="heads of the query")
-    argument(
-        "--kv-heads", type=whole, metavar="K", help="heads of key and value (default: --heads)"
-    )
+    argument("--kv-heads", type=whole, metavar="K", help="of key and value (default: --heads)")
     argument("--head-dim", type=whole, metavar="H", help="(default 128)")
-    argument("--value-dim", type=whole, metavar="V", help="head dim of value (default: --head-dim)")
+    argument("--value-dim", type=whole, metavar="V", help="of value (default: --head-dim)")
     argument("--layers", type=whole, metavar="N", help="(default 1)")
     argument("--dtype", choices=DTYPES, help="type of query, key and value (default bf16)")
     argument("--training", action="store_true", default=None, help="the backward pass too")
-    argument(
-        "--causal",
-        action=argparse.BooleanOptionalAction,
-        help="each query attends to its own key and those before it, half of all pairs of a prompt, "
-        "shared equally (a layout such as zigzag); default yes. It changes nothing for one query",
+    causal = (
+        "each query attends to its own key and those before it, half of all pairs of a prompt, shared "
+        "equally (a layout such as zigzag); default yes. It changes nothing for one query"
     )
-    argument(
-        "--strategy",
-        choices=FORMULAS,
-        metavar="NAME",
-        help=f"not the best, but one of {', '.join(FORMULAS)}",
+    argument("--causal", action=argparse.BooleanOptionalAction, help=causal)
+    names = f"not the best, but one of {', '.join(FORMULAS)}"
+    argument("--strategy", choices=FORMULAS, metavar="NAME", help=names)
+    mesh = (
+        "axes of the mesh, slow axis first (default: one for each dimension of the network); keys are "
+        "sharded over those that shard nothing else"
     )
-    argument(
-        "--mesh",
-        type=mesh_axes,
-        metavar="AXIS=N,...",
-        help="axes of the mesh, slow axis first (default: one for each dimension of the network); keys are "
-        "sharded over those that shard nothing else",
-    )
+    argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help=mesh)
     argument("--batch-axis", type=axis_names, metavar="AXIS,...", help="mesh axes that shard B")
-    argument(
-        "--heads-axis", type=axis_names, metavar="AXIS,...", help="mesh axes that shard N and K"
-    )
-    argument(
-        "--check",
-        metavar="FILE",
-        help="take the links that distattn check --json FILE has measured along the same axes",
-    )
-    argument(
-        "--reserved-bytes",
-        type=amount_at_least(0),
-        metavar="N",
-        help="bytes of a device's memory for weights and all else, as 4G (default 0)",
-    )
-    argument(
-        "--compile",
-        action="store_true",
-        help="compile one layer by the real compiler (extras tpu and cuda-aot): what it sends and holds",
-    )
-    argument(
-        "--json", action="store_true", help="write the plan as JSON, and nothing else on stdout"
-    )
+    argument("--heads-axis", type=axis_names, metavar="AXIS,...", help="those that shard N and K")
+    measured = "take the links that distattn check --json FILE has measured along the same axes"
+    argument("--check", metavar="FILE", help=measured)
+    reserved = "bytes of a device's memory for weights and all else, as 4G (default 0)"
+    argument("--reserved-bytes", type=amount_at_least(0), metavar="N", help=reserved)
+    compiled = "compile one layer (extras tpu and cuda-aot): what the program sends and holds"
+    argument("--compile", action="store_true", help=compiled)
+    argument("--json", action="store_true", help="write the plan as JSON, and nothing else")
     parser.set_defaults(run=_run)
 
 
@@ -196,7 +165,7 @@ def compiled_layer(plan: Plan, dtype: jnp.dtype) -> Report:
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      NotImplementedError: there is none for the chip.
+      NotImplementedError: no compiler for the chip.
       ValueError: a topology, or a dtype, that it does not take.
     """
     # Nothing runs, and no other device is to be looked for.
@@ -250,127 +219,80 @@ def plan_text(found: Plan, dtype: str, given: Collection[str]) -> str:
       given: the arguments of the command that the user gave; the others are marked as defaults.
     """
     w, named = found.workload, "strategy" in given
-    held, keys = found.bytes_per_device, found.key_value_bytes_per_device
+    keys = found.key_value_bytes_per_device
+    rest = bytes_text(found.bytes_per_device - keys)
+    local, exchange = (seconds_text(found.breakdown[x]) for x in ("local_s", "exchange_s"))
     passes = "forward and backward" if w.training else "forward"
-    step = f"{passes} through the attention of {count_text(w.layers, 'layer')}"
     backward = "; what the backward pass needs, and gradients" if w.training else ""
-    times = {name: seconds_text(s) for name, s in found.breakdown.items()}
     order = f", along {', then '.join(found.axis_order)}" if found.rounds else ""
-    blocks = [
-        _block("inputs", _inputs(found, dtype, given)),
-        _verdict(found, named=named),
-        _block(
-            "memory of a device",
-            [
-                ("keys and values", f"{bytes_text(keys)}, its part of all layers"),
-                (
-                    "all else",
-                    f"{bytes_text(held - keys)}: queries, results, states, and what arrives from others"
-                    f"{backward}",
-                ),
-                ("not counted", "weights, and what is not attention: see --reserved-bytes"),
-            ],
-        ),
-        _block(
-            f"time of a step, {step}{'' if found.fits else ', if it did fit'}",
-            [
-                (
-                    "attention itself",
-                    f"{times['local_s']}: to read keys and values once, or to multiply, if longer",
-                ),
-                (
-                    "exchange",
-                    f"{times['exchange_s']}: messages and merges, but for what is hidden behind attention",
-                ),
-                ("sum", seconds_text(found.predicted_s)),
-            ],
-        ),
-        _block(
-            "messages",
-            [
-                (
-                    "each device sends",
-                    f"{bytes_text(found.bytes_sent_per_device)} a step, in all layers",
-                ),
-                (
-                    "it waits for",
-                    f"{found.rounds:,} one after another in the forward pass of a layer{order}",
-                ),
-            ],
-        ),
-        _strategies(found, named=named),
-    ]
-    return "\n\n".join(blocks)
+    return f"""\
+{_inputs(found, dtype, given)}
+
+{_verdict(found, named=named)}
+
+memory of a device
+  keys and values  {bytes_text(keys)}, its part of all layers
+  all else         {rest}: queries, results, states, and what arrives from others{backward}
+  not counted      weights, and what is not attention: see --reserved-bytes
+
+time of a step, {passes} through the attention of {count_text(w.layers, "layer")}\
+{"" if found.fits else ", if it did fit"}
+  attention itself  {local}: to read keys and values once, or to multiply, if longer
+  exchange          {exchange}: messages and merges, but for what is hidden behind attention
+  sum               {seconds_text(found.predicted_s)}
+
+messages
+  each device sends  {bytes_text(found.bytes_sent_per_device)} a step, in all layers
+  it waits for       {found.rounds:,} one after another in the forward pass of a layer{order}
+
+{_strategies(found, named=named)}"""
 
 
-def _inputs(found: Plan, dtype: str, given: Collection[str]) -> list[tuple[str, str]]:
+def _inputs(found: Plan, dtype: str, given: Collection[str]) -> str:
     w, chip = found.workload, pod(found.topology).chip
 
     def default(name: str, what: str = "") -> str:
         return "" if name in given else f" (default{what and f': {what}'})"
 
     axes = ", ".join(f"{name}={size}" for name, size in found.axes.items())
-    sharded = zip(
-        ("keys", "sequences", "heads"),
-        (found.key_axes, found.batch_axes, found.heads_axes),
-        strict=True,
-    )
-    shards = ", ".join(f"{what} over {_list(names)}" for what, names in sharded if names)
+    sharded = {"keys": found.key_axes, "sequences": found.batch_axes, "heads": found.heads_axes}
+    shards = ", ".join(f"{what} over {_list(names)}" for what, names in sharded.items() if names)
+    queries = default("queries", "decoding" if w.query_length == 1 else "as keys")
+    queries += f", {'sharded like keys' if found.query_sharded else 'not sharded'}"
     copies = math.lcm(w.num_kv_heads, math.prod(found.axes[x] for x in found.heads_axes))
+    repeated = f", repeated to {copies}" if copies > w.num_kv_heads else ""
+    repeated = default("kv_heads", "as queries") + repeated
+    values = "" if w.value_dim == w.head_dim else f", values {w.value_dim}"
     share = w.pairs / (w.query_length * w.key_length)
     causal = ", which changes nothing for so few queries"
     if not w.causal:
         causal = ": each query attends to all keys"
     elif share <= 0.995:
-        causal = (
-            f": {100 * share:.0f} % of all pairs of query and key, in an order such as layouts.zigzag, in "
-            "which all devices have as many"
-        )
-    measured = tuple(x for x in found.key_axes if x in (found.links or {}))
-    queries = default("queries", "decoding" if w.query_length == 1 else "as keys")
-    return [
-        ("topology", f"{found.topology}: {count_text(found.devices, 'device')}"),
-        ("mesh", f"{axes}{default('mesh')}; {shards}"),
-        ("context", f"{w.key_length:,} keys of each sequence"),
-        (
-            "queries",
-            f"{w.query_length:,} of each{queries}, "
-            f"{'sharded like keys' if found.query_sharded else 'not sharded'}",
-        ),
-        ("batch", f"{count_text(w.batch, 'sequence')}{default('batch')}"),
-        (
-            "heads",
-            f"{w.num_heads} of queries, {w.num_kv_heads} of keys and values"
-            f"{default('kv_heads', 'as queries')}"
-            f"{f', repeated to {copies}' if copies > w.num_kv_heads else ''}",
-        ),
-        (
-            "head dim",
-            f"{w.head_dim}{default('head_dim')}"
-            f"{'' if w.value_dim == w.head_dim else f', values {w.value_dim}'}",
-        ),
-        ("layers", f"{w.layers}{default('layers')}"),
-        ("dtype", f"{dtype}{default('dtype')}, {count_text(w.itemsize, 'byte')} a number"),
-        ("training", f"{'yes' if w.training else 'no'}{default('training')}"),
-        ("causal", f"{'yes' if w.causal else 'no'}{default('causal')}{causal}"),
-        (
-            "links",
-            "by data sheet (default), not measured: see --check"
-            if found.links is None
-            else f"measured along {_list(measured) or 'no axis'}",
-        ),
-        (
-            "flops",
-            f"{chip.flops_per_s:.3g} a second, of another machine than this"
-            if chip.platform == "cpu"
-            else f"{100 * chip.attained:.0f} % of the data sheet's peak, assumed and not measured",
-        ),
-        (
-            "reserved",
-            f"{bytes_text(found.reserved_bytes)} a device{default('reserved_bytes')}, "
-            "for weights and all else",
-        ),
-    ]
+        causal = f": {100 * share:.0f} % of all pairs of query and key, shared equally as by layouts.zigzag"
+    links = "by data sheet (default), not measured: see --check"
+    if found.links is not None:
+        measured = [x for x in found.key_axes if x in found.links]
+        links = f"measured along {_list(measured) or 'no axis'}"
+    flops = f"{100 * chip.attained:.0f} % of the data sheet's peak, assumed and not measured"
+    if chip.platform == "cpu":
+        flops = f"{chip.flops_per_s:.3g} a second, of another machine than this"
+    reserved = bytes_text(found.reserved_bytes)
+    return f"""\
+inputs
+  topology  {found.topology}: {count_text(found.devices, "device")}
+  mesh      {axes}{default("mesh")}; {shards}
+  context   {w.key_length:,} keys of each sequence
+  queries   {w.query_length:,} of each{queries}
+  batch     {count_text(w.batch, "sequence")}{default("batch")}
+  heads     {w.num_heads} of queries, {w.num_kv_heads} of keys and values{repeated}
+  head dim  {w.head_dim}{default("head_dim")}{values}
+  layers    {w.layers}{default("layers")}
+  dtype     {dtype}{default("dtype")}, {count_text(w.itemsize, "byte")} a number
+  training  {"yes" if w.training else "no"}{default("training")}
+  causal    {"yes" if w.causal else "no"}{default("causal")}{causal}
+  links     {links}
+  flops     {flops}
+  reserved  {reserved} a device{default("reserved_bytes")}, for weights and all else"""
 
 
 def _verdict(found: Plan, *, named: bool) -> str:
@@ -390,17 +312,15 @@ def _verdict(found: Plan, *, named: bool) -> str:
             lines.append("    nothing less than another model: not even one key fits")
         return "\n".join(lines)
     room = f"not known: a device needs {need}, and how much it has is not in the table of chips"
+    longest = ""
     if memory is not None:
         share = 100 * found.bytes_per_device / memory
         room = f"it fits: {need} of {bytes_text(memory)} a device, {share:.3g} %"
+        longest = f"\n  the largest context that fits: {found.largest_context:,}"
     why = "as --strategy says" if named else "the least time"
-    lines = [
-        f"verdict: {room}",
-        f'  strategy="{found.strategy}", {why}: {seconds_text(found.predicted_s)} a step',
-    ]
-    if found.largest_context is not None:
-        lines.append(f"  the largest context that fits: {found.largest_context:,}")
-    return "\n".join(lines)
+    return f"""\
+verdict: {room}
+  strategy="{found.strategy}", {why}: {seconds_text(found.predicted_s)} a step{longest}"""
 
 
 def _strategies(found: Plan, *, named: bool) -> str:
@@ -420,10 +340,6 @@ def _strategies(found: Plan, *, named: bool) -> str:
     return "\n".join((title, *table(rows, numbers=range(1, 6))))
 
 
-def _block(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join((title, *table(rows)))
-
-
-def _list(names: tuple[str, ...]) -> str:
+def _list(names: Sequence[str]) -> str:
     """Return names as x, y and z."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

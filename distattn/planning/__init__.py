@@ -1,1 +1,1 @@
-"""What a strategy sends and what that costs, in pure Python without jax."""
+"""Strategies: schedules, traffic, cost and plans, in pure Python without jax."""

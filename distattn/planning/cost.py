@@ -22,33 +22,18 @@ from distattn.planning.chips import CHIPS, TYPICAL, Chip, Link, worst
 from distattn.planning.network import Axis, Dimension, butterfly_s, halving_s, levels, ring_link
 from distattn.planning.schedule import butterfly_round_count
 
-# A typical chip by (platform, several processes).
-PLATFORMS = {
-    (platform, several): CHIPS[name].across_processes() if several else CHIPS[name]
-    for platform, name in TYPICAL.items()
-    for several in (False, True)
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """The devices of a call and what connects them.
+    """The devices of a call and what connects them."""
 
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      sizes: devices on each mesh axis of the call, slowest first; () for one device.
-      processes: processes of the job. With several on CPUs or GPUs, messages cross a network.
-      links: a measured link for each of `sizes`; None: those of the chip.
-      chip: a row of the table; None: the typical chip of the platform.
-      wiring: for each of `sizes` the dimensions of the network along it, as `network.along` returns them.
-        None: any two devices are linked alone. Measured links replace it.
-    """
-
-    platform: str
-    sizes: tuple[int, ...]
-    processes: int = 1
-    links: tuple[Link, ...] | None = None
-    chip: Chip | None = None
+    platform: str  # "cpu", "gpu" or "tpu"
+    sizes: tuple[int, ...]  # devices on each mesh axis, slowest first; () for one device
+    processes: int = 1  # with several on CPUs or GPUs, messages cross a network
+    links: tuple[Link, ...] | None = None  # measured, for each of `sizes`; None: those of the chip
+    chip: Chip | None = None  # None: the typical chip of the platform
+    # The dimensions of the network along each of `sizes`, as `network.along` returns them. None: any two
+    # devices have a link of their own.
     wiring: tuple[Axis, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +44,7 @@ class Topology:
                     f"{name} is {given} and sizes is {self.sizes}; "
                     "pass one entry for each of sizes, or None"
                 )
-        if (self.platform, self.processes > 1) not in PLATFORMS:
+        if self.platform not in TYPICAL:
             raise ValueError(
                 f"platform is {self.platform!r}; the constants are for 'cpu', 'gpu' and 'tpu': "
                 "name a strategy instead of 'auto', or pass a similar platform with measured links"
@@ -76,17 +61,15 @@ class Topology:
 
         A collective along all axes at once, such as a ring, waits for the slowest of them in each step.
         """
-        several = self.processes > 1
-        row = PLATFORMS[self.platform, several]
-        if self.chip is not None:
-            row = self.chip.across_processes() if several else self.chip
+        row = self.chip or CHIPS[TYPICAL[self.platform]]
+        row = row.across_processes() if self.processes > 1 else row
         used = [link for link, size in zip(self.links or (), self.sizes, strict=False) if size > 1]
         return dataclasses.replace(row, link=worst(used)) if used else row
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """The network along each axis."""
-        if self.wiring is not None and self.links is None:
+        if self.wiring is not None:
             return self.wiring
         row = self.constants
         links = self.links or (row.link,) * len(self.sizes)
@@ -97,8 +80,8 @@ class Topology:
 
     @property
     def network(self) -> Axis:
-        """The network along all axes, as what crosses all of them at once sees it."""
-        if self.wiring is not None and self.links is None:
+        """The network along all axes together, for collectives that cross all of them at once."""
+        if self.wiring is not None:
             return tuple(dimension for axis in self.wiring for dimension in axis)
         row = self.constants
         flat = Dimension("", self.size, row.link, row.collectives)
@@ -116,36 +99,22 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The sizes of an attention call over all devices, and how many layers make it.
+    """The sizes of an attention call over all devices, and the layers that make it."""
 
-    Args:
-      batch: sequences, B.
-      query_length: queries of a sequence, T: 1 for decoding, `key_length` for a prompt or training.
-      key_length: keys of a sequence, S.
-      num_heads: heads of query, N.
-      num_kv_heads: heads of key and value, K.
-      head_dim: size of a head of query and key, H.
-      value_dim: size of a head of value, V.
-      itemsize: bytes per item of query, key and value.
-      words: 32-bit words per number of a state; fixed point has several.
-      causal: each query attends to its own key and those before it; the queries are the last of the
-        sequence, in an order that gives all devices equal work, such as `layouts.zigzag`.
-      layers: layers of the model; only `plan` counts them.
-      training: whether there is a backward pass; only `plan` counts it.
-    """
-
-    batch: int
-    query_length: int
-    key_length: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    itemsize: int
-    words: int = 1
+    batch: int  # B
+    query_length: int  # T: 1 for decoding, `key_length` for a prompt or training
+    key_length: int  # S
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    value_dim: int  # V
+    itemsize: int  # bytes per item of query, key and value
+    words: int = 1  # 32-bit words per number of a state; fixed point has several
+    # The queries are the last of the sequence, in an order that gives all devices equal work, such as
+    # `layouts.zigzag`.
     causal: bool = False
-    layers: int = 1
-    training: bool = False
+    layers: int = 1  # counted by `plan` alone
+    training: bool = False  # the backward pass too; counted by `plan` alone
 
     @property
     def payload_bytes(self) -> int:
@@ -208,7 +177,7 @@ class Traffic:
     messages: int = 0  # in all launches, one after another
     bytes_sent: float = 0.0  # by the device itself: it may sit out a round
     sending_s: float = 0.0  # on the links
-    hidden_s: float = 0.0  # of these, while the device computes
+    hidden_s: float = 0.0  # part of sending_s in which the device computes
     merges: int = 0
     merged_bytes: float = 0.0
 
@@ -404,8 +373,8 @@ def traffic(strategy: str, workload: Workload, topology: Topology) -> Traffic:
 def backward_traffic(strategy: str, workload: Workload, topology: Topology) -> Traffic:
     """Return the traffic of the backward pass: what the forward pass gathered, and the gradients of it.
 
-    The gradient of a whole query is summed over the devices. Those of keys and values stay, or return in
-    float32 the way that keys and values came.
+    The gradient of a whole query is summed over the devices. The gradients of keys and values stay, or
+    return in float32 the way that keys and values came.
     """
     if topology.size == 1:
         return Traffic()

@@ -62,7 +62,7 @@ class Dimension:
         return self.shared_link.seconds(near * message_bytes, near if self.closed else far)
 
 
-Axis = tuple[Dimension, ...]  # of a mesh, slowest dimension first
+Axis = tuple[Dimension, ...]  # the network along a mesh axis, slowest dimension first
 
 
 def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Axis, ...]:

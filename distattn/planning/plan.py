@@ -42,16 +42,16 @@ def as_axes(argument: str, axes: AxisNames) -> Axes:
 
 # ---------------------------------------------------------------- time and memory of a device
 
-# FlashAttention-2, arXiv 2307.08691, section 4.1: five matmuls in the backward pass for two in the forward
-# pass.
+# FlashAttention-2, arXiv 2307.08691, section 4.1: five matmuls backward for two forward.
 BACKWARD = 2.5
 
 
 def local_s(workload: Workload, topology: Topology, *, query_sharded: bool = False) -> float:
     """Return the seconds of a layer's attention on each device: to read, or to multiply if that is longer.
 
-    Keys and values are read once at full bandwidth, and each device computes an equal part of the pairs at the
-    rate that attention attains. The backward pass multiplies 2.5 times as much, and reads and writes twice.
+    Keys and values are read once at full bandwidth, and each device computes an equal part of the pairs at
+    the rate that attention attains. The backward pass multiplies 2.5 times as much, and reads and writes
+    twice.
 
     Args:
       workload: sizes over all devices of the topology.
@@ -84,7 +84,7 @@ def bytes_per_device(strategy: str, workload: Workload, sizes: tuple[int, ...]) 
     keys = -(-w.key_length // devices)  # padded to as many on each device
     rows = -(-w.query_length // devices) if strategy in QUERY_SHARDED else w.query_length
     rows *= w.batch * w.num_heads
-    items = rows * (w.head_dim + w.value_dim)  # of query and output
+    items = rows * (w.head_dim + w.value_dim)  # query and output
     key_items = keys * w.batch * w.num_kv_heads * (w.head_dim + w.value_dim)
     arriving = key_items * _arriving_shards(strategy, w, sizes)
     total = key_value_bytes(w, sizes) + (items + arriving) * w.itemsize
@@ -161,7 +161,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 # ---------------------------------------------------------------- remedies
 
 MOST_TIMES = 1 << 16  # more devices than this, times as many, are no advice
-SCALE_BYTES = 2 * 4  # of a quantised key and its value, in float32
+SCALE_BYTES = 2 * 4  # float32 scales of a quantised key and its value
 
 
 def remedies(
@@ -242,13 +242,13 @@ class Plan:
     heads_axes: Axes
     query_sharded: bool  # over the axes of the keys
     links: dict[str, Link] | None  # measured; None: those of the table of chips
-    reserved_bytes: int  # of a device's memory
+    reserved_bytes: int  # bytes of a device's memory for all else
     strategy: str
     predicted_s: float  # one step, all layers: attention and exchange
     breakdown: dict[str, float]  # local_s, exchange_s: their sum is predicted_s
     bytes_per_device: int
-    key_value_bytes_per_device: int  # of these, keys and values of all layers
-    memory_bytes: int | None  # of a device, without what is reserved; None: not known
+    key_value_bytes_per_device: int  # keys and values of all layers, part of bytes_per_device
+    memory_bytes: int | None  # memory of a device, without what is reserved; None: not known
     bytes_sent_per_device: float
     rounds: int  # messages of a layer's forward pass, one after another
     largest_context: int | None

@@ -19,17 +19,13 @@ BETWEEN_CHIPLETS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """Chips of one kind, in a shape.
-
-    Args:
-      chip: a row of `chips.CHIPS`.
-      shape: TPU: chips along each dimension of the torus of a slice; otherwise (hosts, devices of each).
-      slices: TPU slices, connected by the network of the data centre.
-    """
+    """Chips of one kind, in a shape."""
 
     chip: Chip
-    shape: tuple[int, ...]
-    slices: int = 1
+    shape: tuple[
+        int, ...
+    ]  # TPU: chips along each dimension of the torus; otherwise (hosts, devices of each)
+    slices: int = 1  # TPU slices, connected by the network of the data centre
 
     @property
     def name(self) -> str:
@@ -128,7 +124,7 @@ class Pod:
             self.hosts,
             links=None if links is None else tuple(links.get(x, self.chip.link) for x in taken),
             chip=self.chip,
-            wiring=tuple(wiring[name] for name in taken),
+            wiring=tuple(wiring[name] for name in taken) if links is None else None,
         )
 
 

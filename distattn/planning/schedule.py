@@ -1,10 +1,8 @@
-"""The trees of merges that a schedule makes: which shards a device holds, in which order of inputs.
+"""Schedules of messages between devices: plain data that can be read, checked, hashed and drawn.
 
-Who sends to whom, round by round, as plain data that can be read, checked, hashed and drawn.
-
-A schedule says nothing of states or arrays. To check one, and to work out what a receiver does with
-each message, it is enough to follow *shards*: device r starts with shard r, its own partial result,
-and the aim is that every device holds every shard exactly once.
+A schedule says nothing about states or arrays. To check one, and to find what a receiver does with each
+message, it is enough to follow *shards*: device r starts with shard r, its own partial result, and every
+device must end with every shard exactly once.
 """
 
 import dataclasses
@@ -14,43 +12,6 @@ import operator
 import reprlib
 from typing import Any
 
-
-class Trees:
-    """The merge trees that occur, each stored once, as numbers: tree r < size is shard r."""
-
-    def __init__(self, size: int):
-        self._lowest = list(range(size))
-        self._shards = [1] * size  # as bits, the lowest shard at bit 0: short among neighbours
-        self._known: dict[tuple[int, int], int] = {}  # (first operand, second) -> tree
-
-    def precedes(self, a: int, b: int) -> bool:
-        """Whether a is the first operand of a merge with b: it has the lowest shard of both."""
-        return self._lowest[a] < self._lowest[b]
-
-    def shards(self, tree: int) -> int:
-        """The shards in a tree, as bits."""
-        return self._shards[tree] << self._lowest[tree]
-
-    def receive(self, own: int, message: int) -> tuple[int, bool, int]:
-        """The tree after a message, whether it replaced the own one, and shards counted twice."""
-        inputs = (own, message) if self.precedes(own, message) else (message, own)
-        if inputs not in self._known:
-            a, b = self.shards(own), self.shards(message)
-            if a & b:
-                return message, True, 0 if a & b == a else a & b
-            self._known[inputs] = len(self._shards)
-            self._lowest.append(self._lowest[inputs[0]])
-            self._shards.append((a | b) >> self._lowest[-1])
-        return self._known[inputs], False, 0
-
-
-def name_shards(bits: int) -> str:
-    """'shard 3', or 'shards 0, 2, 4', at most four of them."""
-    found = [str(shard) for shard in range(bits.bit_length()) if bits >> shard & 1]
-    more = ", ..." if len(found) > 4 else ""
-    return ("shard " if len(found) == 1 else "shards ") + ", ".join(found[:4]) + more
-
-
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -59,8 +20,10 @@ class Step:
     """One round of a `Schedule` as each device sees it; the tuples of bools are indexed by rank."""
 
     pairs: Pairs  # (source, destination), as `ppermute` takes them
-    receives: tuple[bool, ...]  # a message arrives; the others keep their state
-    replaces: tuple[bool, ...]  # it holds all the receiver has and more: taken instead of merged
+    receives: tuple[bool, ...]  # a message arrives; other devices keep their state
+    replaces: tuple[
+        bool, ...
+    ]  # it holds all shards of the receiver and more: taken instead of merged
     source_first: tuple[bool, ...]  # the message is the first operand of the merge
 
 
@@ -68,13 +31,13 @@ class Step:
 class Schedule:
     """An all-reduce: after the last round every device holds the merge of all shards.
 
-    In a round each device sends at most one message and receives at most one; a message is the
-    state of its source as it was when the round began. What the receiver does follows from the
-    shards: it merges a message that has no shard in common with its own state, and takes a message
-    that holds all of its own shards instead of its own. Anything else would count a shard twice.
+    In a round each device sends at most one message and receives at most one. A message is the state of its
+    source at the start of the round. The receiver merges a message that has no shard in common with its own
+    state, and takes a message that holds all of its shards instead of its own state. Anything else would
+    count a shard twice.
 
-    The operand with the lowest shard comes first in each merge, and all devices must end with the
-    same tree of merges, so all end with the same bits: floating-point merges do not associate.
+    The operand with the lowest shard comes first in each merge, and all devices must end with the same tree
+    of merges, so all results are bitwise equal: floating-point merges do not associate.
 
     `print(schedule)` draws it.
 
@@ -83,10 +46,10 @@ class Schedule:
       rounds: rounds[r] = ((source, destination), ...).
 
     Raises:
-      ValueError: a message that cannot be sent or merged, a device left without a shard, or devices
-        whose trees differ.
+      ValueError: a message that cannot be sent or merged, a device left without a shard, or devices whose
+        trees differ.
 
-    Example:
+    Examples:
       >>> import distattn
       >>> print(distattn.Schedule(size=3, rounds=(((2, 0),), ((0, 1), (1, 0)), ((0, 2),))))
       rank      0   1   2
@@ -101,7 +64,7 @@ class Schedule:
     rounds: tuple[Pairs, ...]
 
     def __post_init__(self) -> None:
-        """Check the rounds, by working out the steps: a schedule that exists is one that works."""
+        """Check the rounds by working out the steps: a schedule that exists is one that works."""
         object.__setattr__(self, "size", _device_count("size", self.size))
         rounds = _as_pairs(self.rounds, "((source, destination), ...)")
         # In a round messages have no order; sorted, so that equal schedules compare equal.
@@ -110,8 +73,8 @@ class Schedule:
 
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
-        """What each device does in each round."""
-        trees = Trees(self.size)
+        """The actions of each device in each round."""
+        trees = _Trees(self.size)
         held = list(range(self.size))  # the tree that each device holds
         steps = []
         for index, pairs in enumerate(self.rounds):
@@ -134,7 +97,7 @@ class Schedule:
                 after[rank], replaces[rank], twice = trees.receive(held[rank], held[source])
                 if twice:
                     raise ValueError(
-                        f"{where}, and both hold {name_shards(twice)}, which would count twice; a "
+                        f"{where}, and both hold {_shards_text(twice)}, which would count twice; a "
                         "message needs to hold none of the receiver's shards, or all: send it "
                         "before they have met, or leave it out"
                     )
@@ -145,7 +108,7 @@ class Schedule:
         return tuple(steps)
 
     def __str__(self) -> str:
-        """A column a device: `+4` merges what 4 sends, `4+` with 4's first, `=4` takes it."""
+        """Draw a column per device: `+4` merges what 4 sends, `4+` with 4's first, `=4` takes it."""
         rows = [["rank", *map(str, range(self.size))]]
         for number, step in enumerate(self.steps, 1):
             row = [f"round {number}"] + ["."] * self.size
@@ -159,7 +122,7 @@ class Schedule:
 
 
 def butterfly(size: int) -> Schedule:
-    """Recursive doubling: round i exchanges with the rank whose bit i differs.
+    """Return recursive doubling: round i exchanges with the rank whose bit i differs.
 
     >>> print(butterfly(8))
     rank      0   1   2   3   4   5   6   7
@@ -167,8 +130,8 @@ def butterfly(size: int) -> Schedule:
     round 2  +2  +3  0+  1+  +6  +7  4+  5+
     round 3  +4  +5  +6  +7  0+  1+  2+  3+
 
-    For a size that is not a power of two, with k = floor(log2 size), the size - 2^k extra ranks are
-    folded into the first ones before, and take the result from them after:
+    If the size is not a power of two, with k = floor(log2 size), the size - 2^k extra ranks are first
+    folded into the first ones, and take the result from them at the end:
 
     >>> print(butterfly(6))
     rank      0   1   2   3   4   5
@@ -177,7 +140,7 @@ def butterfly(size: int) -> Schedule:
     round 3  +2  +3  0+  1+   .   .
     round 4   .   .   .   .  =0  =1
 
-    Rounds: log2 size for a power of two, else k + 2.
+    There are log2 size rounds for a power of two, otherwise k + 2.
 
     Reference: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005, section 4 (all-reduce).
     """
@@ -185,16 +148,16 @@ def butterfly(size: int) -> Schedule:
 
 
 def hierarchical(sizes: tuple[int, ...]) -> Schedule:
-    """Butterflies over each axis of a mesh in turn, the last and fastest one first.
+    """Return butterflies over one mesh axis after another, the last and fastest first.
 
     Args:
       sizes: devices on each axis, slowest axis first; ranks are row-major, the last axis fastest.
 
     Returns:
-      Schedule of prod(sizes) devices. The links of an axis are used in that axis's rounds alone.
+      Schedule of prod(sizes) devices. Messages travel along one axis in each round.
     """
     sizes = tuple(_device_count(f"sizes[{axis}]", size) for axis, size in enumerate(sizes))
-    total, stride = math.prod(sizes), 1  # stride: between neighbours on the axis
+    total, stride = math.prod(sizes), 1  # stride: between neighbors on the axis
     rounds: list[Pairs] = []
     for size in reversed(sizes):
         firsts = [first for first in range(total) if first // stride % size == 0]
@@ -205,7 +168,7 @@ def hierarchical(sizes: tuple[int, ...]) -> Schedule:
 
 
 def butterfly_round_count(size: int) -> int:
-    """len(butterfly(size).rounds), without building it."""
+    """Return len(butterfly(size).rounds) without building it."""
     doublings = size.bit_length() - 1
     return doublings if size == 1 << doublings else doublings + 2
 
@@ -214,13 +177,13 @@ def butterfly_round_count(size: int) -> int:
 class ScatterSchedule:
     """A reduce-scatter: every device ends with its own chunk, merged from all shards.
 
-    A shard is cut into `size` chunks, one owed to each rank. Rank r keeps them by *offset*: offset
-    j is the chunk owed to rank (r + j) % size. In a round (shift, count) every rank sends its last
-    `count` chunks, offsets [shift, shift + count), to rank (r + shift) % size, which merges them
-    into its offsets [0, count); `shift` chunks are left.
+    A shard is cut into `size` chunks, one owed to each rank. Rank r keeps them by *offset*: offset j is the
+    chunk owed to rank (r + j) % size. In a round (shift, count) every rank sends its last `count` chunks,
+    offsets [shift, shift + count), to rank (r + shift) % size, which merges them into its offsets [0,
+    count); `shift` chunks are left.
 
-    A chunk is moved or merged and never copied, so nothing can be counted twice; and when each rank
-    holds offset 0 alone, all chunks are where they are owed. That is all there is to check.
+    A chunk is moved or merged and never copied, so no shard counts twice. If each rank ends with offset 0
+    alone, every chunk is where it is owed.
 
     Args:
       size: number of devices.
@@ -229,7 +192,7 @@ class ScatterSchedule:
     Raises:
       ValueError: a round that does not send the last chunks held, or chunks left at the end.
 
-    Example:
+    Examples:
       >>> import distattn
       >>> distattn.ScatterSchedule(size=4, rounds=((2, 2), (1, 1))).rounds
       ((2, 2), (1, 1))
@@ -241,7 +204,7 @@ class ScatterSchedule:
     rounds: Pairs
 
     def __post_init__(self) -> None:
-        """Check the rounds, by counting the chunks that each rank still holds."""
+        """Check the rounds by counting the chunks that each rank still holds."""
         object.__setattr__(self, "size", _device_count("size", self.size))
         object.__setattr__(self, "rounds", *_as_pairs([self.rounds], "(shift, count)"))
         held, valid = self.size, True
@@ -257,12 +220,12 @@ class ScatterSchedule:
 
 
 def halving(size: int) -> ScatterSchedule:
-    """Recursive halving for any size: Bruck's all-gather run backwards.
+    """Return recursive halving for any size: Bruck's all-gather run backwards.
 
     >>> halving(6).rounds
     ((4, 2), (2, 2), (1, 1))
 
-    ceil(log2 size) rounds and size - 1 chunks sent by each device: neither can be less.
+    It has ceil(log2 size) rounds, and each device sends size - 1 chunks: neither can be less.
 
     Reference: Bruck et al., IEEE TPDS 8(11), 1997 (the all-gather).
     """
@@ -279,6 +242,42 @@ def _butterfly_rounds(size: int) -> list[list[tuple[int, int]]]:
     return fold + exchange + [[(rank, source) for source, rank in pairs] for pairs in fold]
 
 
+class _Trees:
+    """The merge trees that occur, each stored once, as numbers: tree r < size is shard r."""
+
+    def __init__(self, size: int):
+        self._lowest = list(range(size))
+        self._shards = [1] * size  # as bits, the lowest shard at bit 0: short among neighbors
+        self._known: dict[tuple[int, int], int] = {}  # (first operand, second) -> tree
+
+    def precedes(self, a: int, b: int) -> bool:
+        """Return whether a is the first operand of a merge with b: it has the lowest shard of both."""
+        return self._lowest[a] < self._lowest[b]
+
+    def shards(self, tree: int) -> int:
+        """Return the shards in a tree, as bits."""
+        return self._shards[tree] << self._lowest[tree]
+
+    def receive(self, own: int, message: int) -> tuple[int, bool, int]:
+        """Return the tree after a message, whether it replaced the own tree, and shards counted twice."""
+        inputs = (own, message) if self.precedes(own, message) else (message, own)
+        if inputs not in self._known:
+            a, b = self.shards(own), self.shards(message)
+            if a & b:
+                return message, True, 0 if a & b == a else a & b
+            self._known[inputs] = len(self._shards)
+            self._lowest.append(self._lowest[inputs[0]])
+            self._shards.append((a | b) >> self._lowest[-1])
+        return self._known[inputs], False, 0
+
+
+def _shards_text(bits: int) -> str:
+    """Return 'shard 3', or 'shards 0, 2, 4', with at most four of them."""
+    shards = [str(shard) for shard in range(bits.bit_length()) if bits >> shard & 1]
+    more = ", ..." if len(shards) > 4 else ""
+    return ("shard " if len(shards) == 1 else "shards ") + ", ".join(shards[:4]) + more
+
+
 def _device_count(name: str, size: Any) -> int:
     if hasattr(size, "__index__") and size >= 1:
         return operator.index(size)
@@ -288,7 +287,7 @@ def _device_count(name: str, size: Any) -> int:
 
 
 def _as_pairs(rounds: Any, form: str) -> tuple[Pairs, ...]:
-    """Tuples of ints from whatever sequences came, so that a schedule can be hashed."""
+    """Return tuples of ints for any sequences, so that a schedule can be hashed."""
     try:
         return tuple(tuple((operator.index(a), operator.index(b)) for a, b in x) for x in rounds)
     except (TypeError, ValueError):
@@ -298,14 +297,14 @@ def _as_pairs(rounds: Any, form: str) -> tuple[Pairs, ...]:
         ) from None
 
 
-def _check_end(size: int, held: list[int], trees: Trees) -> None:
+def _check_end(size: int, held: list[int], trees: _Trees) -> None:
     for rank, tree in enumerate(held):
         if rank > 0 and tree == held[0]:
             continue
         missing = (1 << size) - 1 & ~trees.shards(tree)
         if missing:
             raise ValueError(
-                f"rounds leave rank {rank} without {name_shards(missing)}; every device needs all "
+                f"rounds leave rank {rank} without {_shards_text(missing)}; every device needs all "
                 f"{size}: add a round that brings it, as butterfly({size}) does"
             )
         if tree != held[0]:

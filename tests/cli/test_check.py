@@ -419,7 +419,7 @@ def test_two_processes(tmp_path):
     assert report["mesh"] == {"host": 2, "device": 2}
     assert list(report["axes"]) == ["host", "device"]
     assert report["replicas_equal"]
-    launch_s = cost.PLATFORMS["cpu", True].launch_s
+    launch_s = Topology("cpu", (), 2).constants.launch_s
     for name, link in cost.links_from(report).items():
         axis = report["axes"][name]
         assert link == Link(max(0.0, axis["latency_s"] - launch_s), axis["bytes_per_s"])

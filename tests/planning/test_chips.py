@@ -5,7 +5,7 @@ import re
 import pytest
 
 from distattn.planning.chips import CHIPS, TYPICAL, Link, chip_of
-from distattn.planning.cost import PLATFORMS, Workload, traffic
+from distattn.planning.cost import Topology, Workload, traffic
 from distattn.planning.pods import Pod, pod
 
 NAMES = {  # devices, chips of a torus, slices, hosts, mesh axes
@@ -80,12 +80,12 @@ def test_the_chips_of_a_host_share_its_network():
 
 def test_a_platform_stands_for_a_chip_of_the_one_table():
     assert TYPICAL == {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
-    for (platform, several), row in PLATFORMS.items():
-        chip = CHIPS[TYPICAL[platform]]
-        assert row == (chip.across_processes() if several else chip)
-    assert PLATFORMS["gpu", True].link == CHIPS["h100"].network
-    assert PLATFORMS["tpu", True].link == CHIPS["v5p"].link
-    assert not PLATFORMS["cpu", True].shared
+    for platform, name in TYPICAL.items():
+        assert Topology(platform, ()).constants == CHIPS[name]
+        assert Topology(platform, (), 2).constants == CHIPS[name].across_processes()
+    assert CHIPS["h100"].across_processes().link == CHIPS["h100"].network
+    assert CHIPS["v5p"].across_processes().link == CHIPS["v5p"].link
+    assert not CHIPS["cpu"].across_processes().shared
 
 
 @pytest.mark.parametrize("name", CHIPS)

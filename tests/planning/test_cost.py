@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from distattn.planning.chips import Link, fit_link, worst
 from distattn.planning.cost import (
     FORMULAS,
-    PLATFORMS,
     Topology,
     Traffic,
     Workload,
@@ -163,13 +162,13 @@ def test_one_device_costs_nothing(strategy, sizes):
 
 def test_seconds_are_the_sum_of_the_terms():
     cost = Traffic(2, 3, 5e5, sending_s=0.25, hidden_s=0.125, merges=4, merged_bytes=2e6)
-    row = PLATFORMS["gpu", False]
+    row = Topology("gpu", ()).constants
     expected = 2 * row.launch_s + 0.25 - 0.125 + 4 * row.merge_s + 2e6 / row.merge_bytes_per_s
     assert time_s(cost, Topology("gpu", (8,))) == pytest.approx(expected)
 
 
 def test_messages_take_the_latency_and_the_bandwidth_of_the_table():
-    link, n = PLATFORMS["gpu", False].link, N
+    link, n = Topology("gpu", ()).constants.link, N
     cost = traffic("butterfly", SHAPE, Topology("gpu", (8,)))
     assert cost.sending_s == pytest.approx(3 * link.latency_s + 3 * n / link.bytes_per_s)
 
@@ -208,7 +207,7 @@ def test_what_runs_along_all_axes_waits_for_the_worst_link():
         assert seconds(strategy, SHAPE, topology) == seconds(strategy, SHAPE, alike)
     # An axis of one device has no link to wait for.
     assert Topology("tpu", (1, 4), links=crossed).constants.link == crossed[1]
-    table = PLATFORMS["tpu", False].link
+    table = Topology("tpu", ()).constants.link
     assert Topology("tpu", (1, 1), links=crossed).constants.link == table
 
 
