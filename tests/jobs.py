@@ -1,4 +1,4 @@
-"""Processes that tests start: a command that ends well, and `distattn launch`."""
+"""Processes that tests start: a command that must succeed, and `distattn launch`."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def inherited(*dropped: str) -> dict[str, str]:
-    """The environment of the tests without JAX's settings, and without what begins with one of those."""
+    """Return the environment without JAX's settings and variables that begin with one of `dropped`."""
     begins = ("JAX_", *dropped)
     return {name: value for name, value in os.environ.items() if not name.startswith(begins)}
 
@@ -18,7 +18,7 @@ def inherited(*dropped: str) -> dict[str, str]:
 def ended_well(
     command: Sequence[str | Path], *, env: dict[str, str], timeout_s: float, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """A command that reads nothing and ends with 0; if it does not, what it printed."""
+    """Run a command that must end with 0, without input; the error shows its output."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -34,7 +34,7 @@ def ended_well(
 
 
 def launcher(*arguments: str) -> subprocess.Popen:
-    """Starts it, in a session of its own; what it prints, and what its ranks print, is in one pipe."""
+    """Start the launcher in its own session; its output and that of its ranks share one pipe."""
     return subprocess.Popen(
         [sys.executable, "-m", "distattn", "launch", *arguments],
         cwd=ROOT,

@@ -49,8 +49,8 @@ def amount_at_least(least: int) -> Callable[[str], int]:
         if number < least or number.denominator > 1:
             refuse(
                 text,
-                f"a whole number of at least {least}; with k, M, G or T it is multiplied by 1024, 1024^2 and so on, "
-                "as in 128k (131072) or 1.5M",
+                f"a whole number of at least {least}; with k, M, G or T it is multiplied by "
+                "1024, 1024^2 and so on, as in 128k (131072) or 1.5M",
             )
         return int(number)
 

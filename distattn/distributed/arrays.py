@@ -45,7 +45,7 @@ def make_mesh(
       that is alone.
 
     Raises:
-      ValueError: not two names or types, or processes with different numbers of devices.
+      ValueError: not two names or types, or processes with different numbers of devices (from JAX).
 
     Examples:
       >>> import jax, distattn
@@ -53,27 +53,16 @@ def make_mesh(
       >>> mesh.axis_names, mesh.size == jax.device_count()
       (('host', 'device'), True)
     """
-    types = (AxisType.Auto,) * 2 if axis_types is None else tuple(axis_types)
-    for argument, values in (("axis_names", tuple(axis_names)), ("axis_types", types)):
-        if len(values) != 2:
-            raise ValueError(
-                f"{argument} is {values}; it must have two entries: pass one for the axis over processes "
-                "and one for the axis over the devices of a process"
-            )
     alive = set(present())
     devices = [device for device in jax.devices() if device.process_index in alive]
-    processes, local = len(alive), jax.local_device_count()
-    if processes * local != len(devices):
-        raise ValueError(
-            f"{processes} processes have {len(devices)} devices, and this process has {local}; every "
-            "process must have as many: start all with the same number of devices"
-        )
-    if processes == 1:
-        grid = mesh_utils.create_device_mesh((1, local), devices)
+    local, processes = (1, jax.local_device_count()), (len(alive), 1)
+    if len(alive) == 1:
+        grid = mesh_utils.create_device_mesh(local, devices)
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (1, local), (processes, 1), devices, process_is_granule=True
+            local, processes, devices, process_is_granule=True
         )
+    types = (AxisType.Auto,) * 2 if axis_types is None else tuple(axis_types)
     return Mesh(np.asarray(grid), tuple(axis_names), axis_types=types)
 
 
@@ -197,11 +186,6 @@ def _axes(sharding: Any) -> tuple[Any, tuple[str, ...], Any]:
 
 
 def _local(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        raise ValueError(
-            f"an array of shape {x.shape} is on devices of other processes too; from_process_local needs the "
-            "data of this process: pass a numpy array, or an array on devices of this process"
-        )
     x = np.asarray(x)
     return np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
 
@@ -240,8 +224,8 @@ def _tokens_by_shard(mesh: Mesh, axes: tuple[str, ...], count: int) -> dict[int,
         if len(owner) > 1:
             raise ValueError(
                 f"shard {shard} along {axes} is on devices of {ranks(owner)}; the tokens of a shard come "
-                "from one process: pass a sharding, or a mesh (distattn.distributed.make_mesh), whose other "
-                "axes are inside a process"
+                "from one process: pass a sharding, or a mesh (distattn.distributed.make_mesh), whose "
+                "other axes are inside a process"
             )
     own = sorted(shard for shard, owner in owners.items() if owner == {jax.process_index()})
     if not own:

@@ -251,9 +251,9 @@ def _connect(place: JobPlace, held: bool, timeout_s: float, options: dict[str, A
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if os.environ.get(name, "1") != "1":
                 raise RuntimeError(
-                    f"MPI has started several processes, {name}={os.environ[name]}, but JAX does not see it "
-                    "(Open MPI 5: only since jax 0.12), and each would be alone; pass coordinator_address, "
-                    "num_processes and process_id"
+                    f"MPI has started several processes, {name}={os.environ[name]}, but JAX does not see "
+                    "it (Open MPI 5: only since jax 0.12), and each would be alone; pass "
+                    "coordinator_address, num_processes and process_id"
                 ) from None
         return False
     return True

@@ -1,13 +1,13 @@
-"""The job that the files in this folder start: one attention over keys that all hosts have a part of.
+"""Job that the files in this folder start: one attention over the keys of all hosts.
 
-Every process hands in the keys and values that it has, in the order in which it has them, as many as
-they are. They stay where they are; what the processes tell each other are softmax states. Each process
-then compares the result with that of all keys at once, in numpy, and the first one prints a line.
+Every process passes its own keys and values, in any order and number. They stay on their host; the
+processes exchange softmax states. Each process then compares the result with numpy's over all keys, and
+the first one prints a line.
 
     python job.py                                                        # one process
     distattn launch -n 2 --devices-per-process 2 -- python job.py        # several on this machine
-    srun python job.py                                                   # where JAX knows the scheduler
-    python job.py --coordinator 10.0.0.1:9911 --processes 2 --rank 0     # and where it does not
+    srun python job.py                                                   # if JAX knows the scheduler
+    python job.py --coordinator 10.0.0.1:9911 --processes 2 --rank 0     # if it does not
 """
 
 import argparse
@@ -26,22 +26,22 @@ BOUND = 1e-5
 
 
 def sequence() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Query, key and value, the same in every process: here they stand for what a model computes."""
+    """Return query, key and value, equal in every process, in place of a model's."""
     rng = np.random.default_rng(0)
     shapes = ((1, QUERIES, HEADS, WIDTH), (1, KEYS, KV_HEADS, WIDTH), (1, KEYS, KV_HEADS, WIDTH))
     query, key, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     return query, key, value
 
 
-def dealt(processes: int) -> list[np.ndarray]:
-    """The positions of the keys that each process has: at random, of random number, in random order."""
+def deal(processes: int) -> list[np.ndarray]:
+    """Return the positions of the keys of each process, in random number and order."""
     rng = np.random.default_rng(1)
     cuts = np.sort(rng.integers(0, KEYS, processes - 1))
     return np.split(rng.permutation(KEYS).astype(np.int32), cuts)
 
 
 def on_one_process(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Causal attention to all the keys, in order."""
+    """Compute causal attention to all keys, in order."""
     key, value = (np.repeat(x, HEADS // KV_HEADS, axis=2) for x in (key, value))
     logits = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(WIDTH)
     logits = np.where(np.arange(KEYS) <= QUERY_POSITIONS[:, None], logits, -np.inf)
@@ -55,12 +55,12 @@ def run(
     rank: int | None = None,
     cpu_devices: int | None = None,
 ) -> str:
-    """One process of the job, which starts here; what it saw. None is left to JAX, or the launcher."""
+    """Start this process, run the job and return its result as text; JAX or the launcher finds Nones."""
     distattn.distributed.initialize(coordinator, processes, rank, cpu_devices=cpu_devices)
     mesh = distattn.distributed.make_mesh()
-    sharding = jax.NamedSharding(mesh, jax.P(None, ("host", "device")))  # of [B, S, K, H]
+    sharding = jax.NamedSharding(mesh, jax.P(None, ("host", "device")))  # for [B, S, K, H]
     query, key, value = sequence()
-    positions = dealt(jax.process_count())
+    positions = deal(jax.process_count())
     mine = positions[jax.process_index()]
     keys, values, key_positions = distattn.distributed.from_process_local(
         key[:, mine], value[:, mine], mine, sharding
@@ -95,11 +95,11 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one process; the first one prints what it saw."""
+    """Run one process; the first one prints its result."""
     parser = argparse.ArgumentParser(description="One attention over the keys of many processes.")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of rank 0, a free port")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--rank", type=int, metavar="R", help="the number of this one, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="rank 0's host and a free port")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--rank", type=int, metavar="R", help="rank of this one, from 0")
     parser.add_argument("--cpu-devices", type=int, metavar="N", help="run on the CPU, as N devices")
     line = run(**vars(parser.parse_args(arguments)))
     if jax.process_index() == 0:

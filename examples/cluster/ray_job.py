@@ -7,13 +7,13 @@ To change: the counts, and the program, which is `job.run` in each actor. All no
 jax and distattn; `ray job submit` sends this folder to them. JAX does not detect Ray: the first actor
 says where it is, and each is told that, how many there are and which of them it is.
 
-What goes wrong elsewhere:
+Elsewhere:
 
-* The actors come one on each node (STRICT_SPREAD), which needs as many nodes with so many GPUs free; for
-  several on a node --strategy PACK. An actor sees the GPUs that Ray gives it: do not pass
+* Each node gets one actor (STRICT_SPREAD), so there must be as many nodes with that many free GPUs; for
+  several actors on a node pass --strategy PACK. An actor sees the GPUs that Ray gives it: do not pass
   `local_device_ids`. Without --gpus-per-actor it sees none.
 * The driver must not use the accelerators: Ray gives them to the actors. Nothing here uses JAX outside
-  of an actor, and each actor is a process of its own, which `initialize` needs.
+  of an actor, and each actor is a separate process, which `initialize` needs.
 * NCCL and gloo use arbitrary ports between all nodes, and the coordinator one that is free on its node.
 * Ray would start an actor again that died, alone, and it could not join the others: max_restarts=0, and
   the first that fails ends all. To start all of them again, call `run_all` again.
@@ -28,23 +28,23 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
 class Process:
-    """One process of the job."""
+    """Process of the job."""
 
     def address(self) -> str:
-        """Where this process could be the coordinator: its node, and a port that is free there."""
+        """Return an address for the coordinator: this node, and a port that is free here."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def run(self, coordinator: str, processes: int, rank: int, cpu_devices: int | None) -> str:
-        """Runs the job, as the process of this rank."""
+        """Run the job, as the process of this rank."""
         import job  # here: it imports JAX, which only the actors use
 
         return job.run(coordinator, processes, rank, cpu_devices)
 
 
 def run_all(options: argparse.Namespace) -> list[str]:
-    """What each process returns, by rank; the exception of the first that fails."""
+    """Return the result of each process, by rank, or raise the exception of the first that fails."""
     bundle = {"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}
     group = placement_group(
         [{name: n for name, n in bundle.items() if n}] * options.actors, options.strategy
@@ -76,7 +76,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
         waited_for = running
         while waited_for:
             done, waited_for = ray.wait(waited_for)
-            ray.get(done)  # raises what one of them has raised, while others wait for it
+            ray.get(done)  # raises the exception of one, while others wait for it
         return ray.get(running)
     finally:
         for actor in actors:
@@ -85,7 +85,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    """Runs the job in the cluster that there is, or in one that lives as long as this script."""
+    """Run the job in the existing cluster, or in one that ends with this script."""
     parser = argparse.ArgumentParser(description="job.py as actors of Ray.")
     argument = parser.add_argument
     argument("--actors", type=int, default=2, metavar="N", help="how many processes")

@@ -4,18 +4,18 @@
     cluster.py --loopback --hosts 2 --devices-per-host 4 --delay-ms 0 ...
     cluster.py --plot-from FILE --plot FILE
 
-Each host is a network namespace with one process, and one CPU device unless more are asked for; with
---loopback it is a plain process. The query is on all of them, keys and values are spread over them.
-Contenders take turns within one run, in another order each time; all hosts start each call at the same
-moment, and the median of rank 0's time counts. All results are checked before they are timed.
+Each host is a network namespace with one process, or a plain process with --loopback. It has one CPU device
+unless you ask for more. Every host has the query; keys and values are sharded over the hosts. The
+contenders alternate within one run, in a new order each time. All hosts start each call at the same moment,
+and the median time of rank 0 counts. All results are checked before they are timed.
 
-auto, butterfly, psum, all_gather, ring: distattn's strategies (ring: keys and values travel). xla:
-jax.nn.dot_product_attention as XLA partitions it. pmax_psums: one pmax and two psums, written by hand.
+auto, butterfly, psum, all_gather, ring: distattn's strategies (ring sends keys and values). xla:
+jax.nn.dot_product_attention, partitioned by XLA. pmax_psums: one pmax and two psums, written by hand.
 
-A slow contender sits out after 15 s of calls. The wires' bandwidth is what this machine's cores move, some
-20 MB/s in all, and without delay the hosts mostly wait for a core: the delays are what is simulated.
+A slow contender sits out after 15 s of calls. This machine's cores limit the bandwidth of all wires
+together to some 20 MB/s, and without delay the hosts mostly wait for a core: only the delays are simulated.
 
-Needs Linux, root, and on Debian the packages iproute2 and vde2. Hosts are taken down whatever ends the run.
+Needs Linux, root, and on Debian the packages iproute2 and vde2. The hosts end with the run.
 """
 
 import argparse
@@ -40,15 +40,17 @@ from cluster_host import LIMIT_S, Plan
 from cluster_report import CONTENDERS, SUFFIXES, fits, load, plot, table
 from hosts import MAX_HOSTS, HostError, Hosts, lacking, named
 
+from distattn.cli.arguments import at_least, some_of
+
 PASSES = ("forward", "gradient")
 HEADS = {"heads": 8, "kv_heads": 2, "width": 64}
 MAX_DELAY_MS = 100
-LEAD_S = 0.02  # from when the last host has come to when all go on: enough to wake all of them
-SHARE_S, LEAST_CALLS = 15, 3  # of a contender: after so long, and so many calls, it sits out
+LEAD_S = 0.02  # between the arrival of the last host and the start of all: enough to wake them
+SHARE_S, LEAST_CALLS = 15, 3  # seconds and calls after which a contender sits out
 
 
 def numbers(least: int, most: int):
-    """The type of an argument: whole numbers in these bounds, between commas; in order, each once."""
+    """Return a parser of whole numbers in these bounds, with commas between them."""
 
     def parse(text: str) -> tuple[int, ...]:
         try:
@@ -62,24 +64,6 @@ def numbers(least: int, most: int):
         return found
 
     return parse
-
-
-def words(allowed: Sequence[str]):
-    """The type of an argument: some of these words, between commas."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = tuple(dict.fromkeys(text.split(",")))
-        if not set(found) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"{text!r} must be some of {','.join(allowed)}")
-        return found
-
-    return parse
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 def output(text: str) -> Path:
@@ -100,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, at_least(1)
     add("--hosts", type=numbers(2, MAX_HOSTS), default=(2, 4, 8, 16), metavar="D,D,...")
     add(
         "--delay-ms",
@@ -109,25 +93,35 @@ def arguments() -> argparse.ArgumentParser:
         metavar="MS,MS,...",
         help="one way, in whole milliseconds",
     )
-    add("--pass", dest="passes", type=words(PASSES), default=PASSES, metavar=",".join(PASSES))
+    add("--pass", dest="passes", type=some_of(PASSES), default=PASSES, metavar=",".join(PASSES))
     add(
-        "--contenders", type=words(tuple(CONTENDERS)), default=tuple(CONTENDERS), metavar="NAME,..."
+        "--contenders",
+        type=some_of(tuple(CONTENDERS)),
+        default=tuple(CONTENDERS),
+        metavar="NAME,...",
     )
-    add("--tokens", type=count, default=1, metavar="T", help="of the query (default %(default)s)")
+    add("--tokens", type=count, default=1, metavar="T", help="query length (default %(default)s)")
     add("--devices-per-host", type=count, default=1, metavar="N", help="default %(default)s")
     add("--loopback", action="store_true", help="plain processes: no root, and no delay but 0")
-    add("--keys", type=count, default=512, metavar="N", help="of each device (default %(default)s)")
+    add(
+        "--keys", type=count, default=512, metavar="N", help="keys per device (default %(default)s)"
+    )
     add(
         "--repeats", type=count, default=15, metavar="N", help="calls of each (default %(default)s)"
     )
-    add("--json", type=output, metavar="FILE", help="save what was measured")
-    add("--plot", type=figure, metavar="FILE", help="draw it, as .svg, .png or .pdf")
-    add("--plot-from", type=Path, metavar="JSON", help="draw what was saved; measure nothing")
+    add("--json", type=output, metavar="FILE", help="save the measurements")
+    add("--plot", type=figure, metavar="FILE", help="draw them, as .svg, .png or .pdf")
+    add(
+        "--plot-from",
+        type=Path,
+        metavar="JSON",
+        help="draw saved measurements, and measure nothing",
+    )
     return parser
 
 
 class Meeting:
-    """Where the hosts meet, beside the network between them."""
+    """Meeting point of the hosts, outside the network between them."""
 
     def __init__(self, path: Path, hosts: Hosts) -> None:
         self._hosts = hosts
@@ -141,11 +135,11 @@ class Meeting:
 
     def __exit__(self, kind, error, trace) -> None:
         for connection in (self._listener, *self._files.values(), *self._files):
-            with contextlib.suppress(BrokenPipeError):  # with a line that nobody reads any more
+            with contextlib.suppress(BrokenPipeError):  # a line was not read
                 connection.close()
 
     def gather(self) -> tuple[list, dict[int, object]]:
-        """Waits for all hosts: the place that they have come to, and what each hands in."""
+        """Wait for all hosts; return the place that they have reached, and the value of each."""
         came: dict[int, tuple[list, object]] = {}
         waiting = set(self._files)
         deadline = time.monotonic() + LIMIT_S
@@ -159,8 +153,8 @@ class Meeting:
                     continue
                 waiting.remove(ready)
                 if line := self._files[ready].readline():  # else it has ended, which `check` finds
-                    rank, place, handed_in = json.loads(line)
-                    came[rank] = place, handed_in
+                    rank, place, value = json.loads(line)
+                    came[rank] = place, value
             if time.monotonic() > deadline:
                 missing = named([i for i in range(self._hosts.count) if i not in came])
                 where = " ".join(map(str, next(iter(came.values()))[0])) if came else "the start"
@@ -168,10 +162,10 @@ class Meeting:
         place = came[0][0]
         if any(other != place for other, _ in came.values()):
             raise HostError(f"the hosts are at different places: {sorted(came.items())}")
-        return place, {rank: handed_in for rank, (_, handed_in) in came.items()}
+        return place, {rank: value for rank, (_, value) in came.items()}
 
     def go_on(self, wanted: bool) -> None:
-        """At the same moment: the clock is the machine's, the hosts share it."""
+        """Let all hosts continue at the same moment of the machine's clock, which they share."""
         text = json.dumps([time.monotonic() + LEAD_S, wanted])
         for file in self._files.values():
             with contextlib.suppress(BrokenPipeError):
@@ -180,7 +174,7 @@ class Meeting:
 
 
 def measure(count: int, plan: Plan, *, loopback: bool) -> list[dict]:
-    """One result for each pass and delay, on so many hosts."""
+    """Return one result per pass and delay, on `count` hosts."""
     program = Path(__file__).with_name("cluster_host.py")
     sent: dict[tuple[str, str], dict] = {}
     trips: dict[int, float] = {}
@@ -192,26 +186,26 @@ def measure(count: int, plan: Plan, *, loopback: bool) -> list[dict]:
         text = json.dumps(dataclasses.asdict(plan))
         hosts.run([sys.executable, str(program), str(hosts.directory / "meeting"), text])
         while True:
-            place, handed_in = meeting.gather()
+            place, values = meeting.gather()
             wanted = True
             match place:
                 case ["compiled", direction, name]:
                     say(f"{count} hosts: {direction} by {name}")
-                    sent[direction, name] = handed_in[0]
+                    sent[direction, name] = values[0]
                 case ["delay", delay_ms]:
                     say(f"{count} hosts: {delay_ms} ms, {plan.repeats} calls of each")
                     hosts.delay(delay_ms)
                 case ["round trip", delay_ms]:
-                    trips[delay_ms] = handed_in[1]
+                    trips[delay_ms] = values[1]
                 case ["call", delay_ms, direction, name]:
-                    of_panel = times.setdefault((delay_ms, direction), {})
-                    wanted = not enough(call[0] for call in of_panel.setdefault(name, []))
+                    calls = times.setdefault((delay_ms, direction), {})
+                    wanted = not enough(call[0] for call in calls.setdefault(name, []))
                 case ["time", delay_ms, direction, name]:
-                    times[delay_ms, direction][name].append(handed_in)
+                    times[delay_ms, direction][name].append(values)
                 case ["done"]:
                     break
             meeting.go_on(wanted)
-    names = plan.contenders  # the order in which they take turns is another one each time
+    names = plan.contenders
     return [
         {
             "hosts": count,
@@ -231,7 +225,7 @@ def measure(count: int, plan: Plan, *, loopback: bool) -> list[dict]:
 
 
 def enough(seconds: Iterable[float]) -> bool:
-    """Whether a slow contender has had its share of the run."""
+    """Return whether a slow contender has had its share of the run."""
     taken = list(seconds)
     return len(taken) >= LEAST_CALLS and sum(taken) > SHARE_S
 
@@ -247,7 +241,7 @@ def environment(plan: Plan) -> dict:
         "cores": os.cpu_count(),
         "repeats": plan.repeats,
         "shape": f"B 1, T {plan.tokens}, N {plan.heads}, K {plan.kv_heads}, H {plan.width}, "
-        f"{plan.keys} keys a device, float32",
+        f"{plan.keys} keys per device, float32",
     }
 
 
@@ -257,7 +251,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the run by an exception, as Ctrl-C does: the hosts are taken down."""
+    """Make SIGTERM and SIGHUP raise an exception, as Ctrl-C does, so that the hosts end too."""
 
     def leave(number, frame):
         raise SystemExit(128 + number)
@@ -292,7 +286,7 @@ def run(options: argparse.Namespace) -> int:
             for hosts in options.hosts:
                 saved["results"] += measure(hosts, plan, loopback=options.loopback)
                 saved["fits"] = fits(saved["results"])
-                if options.json:  # what there is, should the rest not come
+                if options.json:  # keep these results if the rest fails
                     options.json.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     except HostError as error:
         say(str(error))
@@ -312,7 +306,7 @@ def main(given: Sequence[str] | None = None) -> int:
         parser.error("--plot needs matplotlib; pip install matplotlib")
     if options.plot_from:
         if not options.plot:
-            parser.error("--plot-from needs --plot FILE, where the figure is to go")
+            parser.error("--plot-from needs --plot FILE, the file of the figure")
         try:
             saved = load(options.plot_from)
         except ValueError as error:

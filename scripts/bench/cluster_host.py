@@ -1,4 +1,4 @@
-"""What each host of `scripts/bench/cluster` runs: the contenders, checked and timed. Not run by hand.
+"""Program of each host of `scripts/bench/cluster`: check and time the contenders. Not run by hand.
 
 cluster_host.py SOCKET PLAN    the socket of the bench, and a `Plan` as JSON
 """
@@ -26,42 +26,44 @@ from distattn.distributed import start
 from distattn.testing import collectives, reference
 
 AXES = ("host", "device")
-TOLERANCE = 1e-4  # of the largest magnitude: float32, sums over thousands of keys
+TOLERANCE = 1e-4  # relative to the largest magnitude: float32 sums over thousands of keys
 ECHO_PORT, ECHOES = 4712, 21
-LIMIT_S = 180  # to start, to compile, for a call
+LIMIT_S = 180  # for the start, a compilation, a call
 WARM_UPS = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all hosts do, in the same order."""
+    """Work of all hosts, in the same order."""
 
     delays_ms: tuple[int, ...]
     passes: tuple[str, ...]
     contenders: tuple[str, ...]
     repeats: int
     tokens: int  # T
-    keys: int  # of a device
-    devices: int  # of a host
+    keys: int  # per device
+    devices: int  # per host
     heads: int
     kv_heads: int
     width: int
 
 
 class Bench:
-    """The way to the bench, beside the network that is measured."""
+    """Connection to the bench, outside the network that is measured."""
 
     def __init__(self, path: str, rank: int) -> None:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(path)
         self._file, self._rank = connection.makefile("rw", encoding="utf-8"), rank
 
-    def meet(self, *place: Any, hand_in: Any = None) -> bool:
-        """Waits until all hosts have come here, and then until the moment at which all go on.
+    def meet(self, *place: Any, value: Any = None) -> bool:
+        """Wait for all hosts, and until all continue; return whether to do the next step.
 
-        Returns whether to do what is next; the same on all hosts.
+        Args:
+          place: place in the program, equal on all hosts.
+          value: result for the bench.
         """
-        self._file.write(json.dumps([self._rank, place, hand_in]) + "\n")
+        self._file.write(json.dumps([self._rank, place, value]) + "\n")
         self._file.flush()
         line = self._file.readline()
         if not line:  # the bench has ended
@@ -72,15 +74,17 @@ class Bench:
 
 
 def arrays_of(plan: Plan, devices: int) -> tuple[np.ndarray, ...]:
-    """Query, key, value, and the cotangent of the output."""
+    """Return query, key, value, and the cotangent of the output."""
     rng = np.random.default_rng(0)
-    rows = (1, plan.tokens, plan.heads, plan.width)
+    queries = (1, plan.tokens, plan.heads, plan.width)
     slots = (1, devices * plan.keys, plan.kv_heads, plan.width)
-    return tuple(rng.normal(size=shape).astype(np.float32) for shape in (rows, slots, slots, rows))
+    return tuple(
+        rng.normal(size=shape).astype(np.float32) for shape in (queries, slots, slots, queries)
+    )
 
 
 def pmax_psums(mesh: Mesh, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """What one writes by hand: a maximum, and two sums."""
+    """Compute attention by hand: a maximum, and two sums."""
 
     def one_host(query, key, value):
         grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
@@ -136,7 +140,7 @@ class Contender:
 
 
 def wanted(direction: str, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """What all contenders must give, in float64."""
+    """Return the results of all contenders, in float64."""
     *inputs, cotangent = arrays
     if direction == "gradient":
         gradients = reference.attention_gradients(*inputs, dout=cotangent)
@@ -145,7 +149,7 @@ def wanted(direction: str, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, 
 
 
 def check(what: str, got: tuple[jax.Array, ...], want: tuple[np.ndarray, ...]) -> None:
-    """Raises where this host's part of a result is wrong."""
+    """Raise AssertionError if a shard of this host is wrong."""
     for x, y in zip(got, want, strict=True):
         for shard in x.addressable_shards:
             error = np.abs(np.asarray(shard.data) - y[shard.index]).max() / np.abs(y).max()
@@ -154,7 +158,7 @@ def check(what: str, got: tuple[jax.Array, ...], want: tuple[np.ndarray, ...]) -
 
 
 def echo() -> None:
-    """Rank 0 sends back what comes."""
+    """Start rank 0's server, which sends back all messages."""
     server = socket.create_server(("", ECHO_PORT))
 
     def serve() -> None:
@@ -169,7 +173,7 @@ def echo() -> None:
 
 
 def round_trip_ms(first: str) -> float:
-    """To rank 0 and back, the median of small messages on one connection."""
+    """Return the median round trip of small messages to rank 0, on one connection."""
     times = []
     with socket.create_connection((first, ECHO_PORT), timeout=10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -186,7 +190,7 @@ def main() -> None:
     place = start.JobPlace.from_environment(os.environ)
     rank, first = place.process_id, place.coordinator_address.partition(":")[0]
     bench = Bench(path, rank)
-    bench.meet("the start")  # whoever is late is named: in what follows all wait for it
+    bench.meet("the start")  # it names late hosts; later steps only wait for them
     distributed.initialize(initialization_timeout_s=LIMIT_S)
     if rank == 0:
         echo()
@@ -199,11 +203,11 @@ def main() -> None:
         for name in plan.contenders:
             contenders[direction, name] = contender = Contender(name, direction, arrays, mesh)
             # Gloo gives the hosts 30 s to connect at the first collective: all come to it together.
-            bench.meet("compiled", direction, name, hand_in=contender.collectives)
+            bench.meet("compiled", direction, name, value=contender.collectives)
             check(f"{direction} by {name}", contender(), want)
     for delay_ms in plan.delays_ms:
         bench.meet("delay", delay_ms)
-        bench.meet("round trip", delay_ms, hand_in=round_trip_ms(first) if rank == 1 else None)
+        bench.meet("round trip", delay_ms, value=round_trip_ms(first) if rank == 1 else None)
         for repeat in range(WARM_UPS + plan.repeats):
             order = list(contenders.items())
             np.random.default_rng(repeat).shuffle(order)  # the one before may leave its mark
@@ -214,7 +218,7 @@ def main() -> None:
                 contender()
                 seconds = time.perf_counter() - began
                 if repeat >= WARM_UPS:
-                    bench.meet("time", delay_ms, direction, name, hand_in=seconds)
+                    bench.meet("time", delay_ms, direction, name, value=seconds)
     bench.meet("done")
 
 

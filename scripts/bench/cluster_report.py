@@ -1,4 +1,4 @@
-"""What `scripts/bench/cluster` measured: fits, tables, a figure. Needs no JAX."""
+"""Fits, tables and figures of the measurements of `scripts/bench/cluster`, without JAX."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
-    """(a, b, residual): least squares of y = a + b x, and the root mean square of what is left."""
+    """Return (a, b, residual) of the least squares of y = a + b x; the residual is a root mean square."""
     count = len(xs)
     x_mean, y_mean = sum(xs) / count, sum(ys) / count
     spread = sum((x - x_mean) ** 2 for x in xs)
@@ -33,7 +33,7 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
 
 
 def fits(results: Sequence[dict]) -> list[dict]:
-    """Both models of each contender, where there are three numbers of hosts or more to tell them apart."""
+    """Return both models of each contender, if three or more numbers of hosts tell them apart."""
     found = []
     for (direction, delay_ms), rows in panels(results):
         hosts = [row["hosts"] for row in rows]
@@ -55,7 +55,7 @@ def fits(results: Sequence[dict]) -> list[dict]:
 
 
 def panels(results: Sequence[dict]) -> Iterator[tuple[tuple[str, int], list[dict]]]:
-    """The rows of each pass and delay, by number of hosts."""
+    """Yield the results of each pass and delay, by number of hosts."""
     keys = dict.fromkeys((row["pass"], row["delay_ms"]) for row in results)
     for key in keys:
         rows = [row for row in results if (row["pass"], row["delay_ms"]) == key]
@@ -63,7 +63,7 @@ def panels(results: Sequence[dict]) -> Iterator[tuple[tuple[str, int], list[dict
 
 
 def table(results: Sequence[dict]) -> str:
-    """For each pass and delay: ratios to `auto` where it took part, then milliseconds, then fits."""
+    """Return, for each pass and delay, milliseconds, ratios to `auto` if it took part, and fits."""
     lines, fitted = [], fits(results)
     for (direction, delay_ms), rows in panels(results):
         trips = ", ".join(f"{row['round_trip_ms']:.1f}" for row in rows)
@@ -89,7 +89,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def load(path: Path) -> dict:
-    """What was saved. Raises ValueError where it is something else."""
+    """Return saved measurements; raise ValueError if the file has none."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         rows = saved["results"]
@@ -104,7 +104,7 @@ def load(path: Path) -> dict:
 
 
 def plot(saved: dict, path: Path) -> None:
-    """Time against hosts: a row of panels for each pass, a panel for each delay."""
+    """Draw time against hosts: a row of panels per pass, a panel per delay."""
     plt = drawing.start("cluster")
     results = saved["results"]
     passes = list(dict.fromkeys(row["pass"] for row in results))
@@ -138,7 +138,7 @@ def plot(saved: dict, path: Path) -> None:
 
 
 def headline(saved: dict, path: Path, *, delay_ms: int = 5) -> None:
-    """One panel of it: what becomes of the time of a forward pass as hosts are added."""
+    """Draw one panel: the time of a forward pass against the number of hosts."""
     plt = drawing.start("headline")
     rows = dict(panels(saved["results"]))["forward", delay_ms]
     figure, ax = plt.subplots(figsize=(8.6, 4.4), layout="constrained")
@@ -147,7 +147,7 @@ def headline(saved: dict, path: Path, *, delay_ms: int = 5) -> None:
     draw_lines(ax, rows, names, hosts)
     ax.set_xlabel(f"hosts, {delay_ms} ms one way between any two")
     ax.set_ylabel("attention of one query (ms)")
-    floor = 0.0  # of the next label: lines may end closer together than text can
+    floor = 0.0  # lowest place of the next label: lines may end closer together than text can
     for name in reversed(names):
         ms = rows[-1]["ms"][name]
         floor = max(ms, floor * 1.45)
@@ -165,7 +165,7 @@ def headline(saved: dict, path: Path, *, delay_ms: int = 5) -> None:
 
 
 def draw_lines(ax: Any, rows: Sequence[dict], names: Sequence[str], hosts: set[int]) -> None:
-    """The lines of a panel, on logarithmic axes."""
+    """Draw the lines of a panel, on logarithmic axes."""
     for name in names:
         label, colour, marker = CONTENDERS[name]
         times = [row["ms"][name] for row in rows]

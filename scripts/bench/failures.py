@@ -1,11 +1,11 @@
-"""What the user of a job on several processes sees when it goes wrong, and after how many seconds.
+"""Failures of a job on several processes: what the user sees, and after how many seconds.
 
     python scripts/bench/failures.py            # all cases, as the table in docs/pages/hosts.md
     python scripts/bench/failures.py killed ...
 
-Two or three processes under `distattn launch`, in which one does something wrong. Seconds count from that
-moment to the end of the launcher, when all processes are seen to be gone; where they wait for a time-out it
-is set to a few seconds here, which the table says beside its default.
+Two or three processes run under `distattn launch`, and one of them does something wrong. Seconds count from
+that moment to the end of the launcher, which leaves no process. Time-outs are set to a few seconds here;
+the table shows their defaults too.
 """
 
 import argparse
@@ -32,19 +32,19 @@ LIMIT_S = 120
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Something that goes wrong."""
+    """Failure that the script causes."""
 
     what: str
-    default: str  # the time that it takes without the time-outs that are set here
-    says: str  # a pattern of what the user sees; the groups of it are shown
-    arguments: Callable[[int], dict] = lambda rank: {}  # of initialize, by rank
-    then: Callable[[int, Mesh], None] | None = None  # what the processes do when they have started
+    default: str  # seconds with the default time-outs
+    says: str  # pattern of the user's message; its groups are shown
+    arguments: Callable[[int], dict] = lambda rank: {}  # for initialize, by rank
+    then: Callable[[int, Mesh], None] | None = None  # work after the start
     processes: int = 2
     launcher: tuple[str, ...] = ()
 
 
 def summed(mesh: Mesh, size: int = 8) -> int:
-    """A collective in which all devices take part."""
+    """Run a collective of all devices."""
     along = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     shape = (mesh.size * size,)
     ones = jax.make_array_from_callback(shape, along, lambda index: np.ones(size, np.int32))
@@ -53,7 +53,7 @@ def summed(mesh: Mesh, size: int = 8) -> int:
 
 
 def fault() -> None:
-    """From now on seconds count."""
+    """Start to count seconds."""
     print("fault at", time.time(), flush=True)
 
 
@@ -93,7 +93,7 @@ def late(rank: int, mesh: Mesh) -> None:
 
 
 def occupied() -> str:
-    """An address at which another program listens."""
+    """Return an address at which another program listens."""
     other = socket.create_server(("127.0.0.1", 0))
     KEPT.append(other)
     return f"127.0.0.1:{other.getsockname()[1]}"
@@ -195,7 +195,7 @@ def run_rank(name: str) -> None:
 
 
 def measure(name: str) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     case = CASES[name]
     command = [sys.executable, "-m", "distattn", "launch", "-n", str(case.processes)]
     command += ["--devices-per-process", "2", "--timeout", str(LIMIT_S), *case.launcher]

@@ -1,11 +1,11 @@
-"""Hosts on this machine: each has a network, a name and an address of its own, and is some way away.
+"""Simulated hosts on this machine, each with its own network, name, address and distance.
 
                        wire, delays what leaves          no delay
     host-0: tap0 -- its switch ======================= central switch ==== host-1, host-2, ...
 
-A host is a process in namespaces without a name (of the network, the host's name and /etc/hosts): they
-end with the last process in them, so that to end the processes is to take the hosts down. Nothing stays
-if this process is killed: switches and wires end with their standard input, hosts with their supervisor.
+A host is a process in unnamed namespaces (for the network, the host name and /etc/hosts), which end with
+their last process. If this process is killed, switches and wires end with their standard input, and hosts
+with their supervisor.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from distattn.distributed.agreement import ranks as ranks_text
 from distattn.distributed.start import JobPlace
 
 MAX_HOSTS = 64
-PORT = 4711  # of rank 0's coordinator: nobody else is in its network
+PORT = 4711  # rank 0's coordinator; its network has no other program
 READY_S, SETTLE_S = 10.0, 1.0
 # The programs, and the Debian packages that they are in.
 PROGRAMS = {
@@ -31,10 +31,10 @@ PROGRAMS = {
     "wirefilter": "vde2",
     "vde_plug2tap": "vde2",
 }
-# The queues between switches, wires and hosts hold 10 frames, and lose what comes when they are full; a
-# network card's hold a thousand. The number is of the network of the process that makes the queue.
+# Queues between switches, wires and hosts hold 10 frames, and lose frames when full; a network card's hold
+# a thousand. The limit belongs to the network of the process that makes the queue.
 QUEUES = "echo 1000 >/proc/sys/net/unix/max_dgram_qlen"
-# What a host does first. $1 the directory, $2 its number, $3 its address, then what it is to become.
+# First commands of a host. $1 is the directory, $2 its number, $3 its address; then comes its command.
 BOOT = (
     f"set -e; {QUEUES}"
     """
@@ -56,13 +56,13 @@ exec "$@" >/dev/null # Gloo greets each new connection there
 
 
 class HostError(Exception):
-    """A host, a switch or a wire that failed; the message is for the user."""
+    """Failure of a host, a switch or a wire; the message is for the user."""
 
 
 def lacking(platform: str, user: int, which: Callable[[str], str | None] = shutil.which) -> str:
-    """What hosts need that is not here, and how to get it; empty if nothing."""
+    """Return what this machine lacks for hosts, and how to get it; empty if nothing."""
     if not platform.startswith("linux"):
-        return f"network namespaces are of Linux, and this is {platform}; run it on Linux"
+        return f"only Linux has network namespaces, and this is {platform}; run it on Linux"
     problems = []
     if packages := sorted({PROGRAMS[name] for name in PROGRAMS if which(name) is None}):
         names = ", ".join(name for name in PROGRAMS if which(name) is None)
@@ -77,7 +77,7 @@ def address(number: int) -> str:
 
 
 def hosts_file(count: int) -> str:
-    """Gloo listens at the address of the host's own name, which /etc/hosts says."""
+    """Return the text of /etc/hosts: Gloo listens at the address of its host's name."""
     return "127.0.0.1 localhost\n" + "".join(f"{address(i)} host-{i}\n" for i in range(count))
 
 
@@ -95,9 +95,9 @@ def wire_command(directory: Path, number: int) -> list[str]:
 
 
 def delay_command(delay_ms: int) -> str:
-    """To a wire: all of the delay lies on the way out of the host.
+    """Return the command that sets a wire's delay, all of it on the way out of the host.
 
-    It counts whole milliseconds and drops what is less: half of 1 ms on either side would be none.
+    A wire rounds down to whole milliseconds: half of 1 ms on either side would be 0.
     """
     return f"delay LR{delay_ms}\n"
 
@@ -112,14 +112,14 @@ def host_command(directory: Path, number: int, command: Sequence[str]) -> list[s
 
 
 class Hosts:
-    """A network for so many hosts, and the hosts when they `run`; a context, which takes all down.
+    """Network for `count` hosts, and the hosts once they `run`; leaving the context ends them all.
 
-    Without a network of their own (`loopback`) the hosts are plain processes of this machine.
+    With `loopback` the hosts are plain processes of this machine.
     """
 
     def __init__(self, count: int, *, devices: int = 1, loopback: bool = False) -> None:
         self.count, self._devices_each, self._loopback = count, devices, loopback
-        self.directory: Path  # which the hosts and this process share
+        self.directory: Path  # shared by the hosts and this process
         self._devices: list[subprocess.Popen] = []
         self._wires: list[subprocess.Popen] = []
         self._ranks: list[Rank] = []
@@ -148,7 +148,7 @@ class Hosts:
         self._stack.__exit__(kind, error, trace)
 
     def run(self, command: Sequence[str]) -> None:
-        """Starts the hosts: each runs the command, as a rank of one job."""
+        """Start the hosts: each runs the command, as a rank of one job."""
         for number in range(self.count):
             place = JobPlace(
                 coordinator_address=self._coordinator,
@@ -161,14 +161,14 @@ class Hosts:
             self._ranks.append(Rank(place, becoming, None, False))
 
     def delay(self, delay_ms: int) -> None:
-        """Sets the one-way delay between any two hosts."""
+        """Set the one-way delay between any two hosts."""
         for wire in self._wires:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: `check` will say so
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `check` reports it
                 wire.stdin.write(delay_command(delay_ms).encode())
                 wire.stdin.flush()
 
     def check(self) -> None:
-        """Raises HostError where a host, a switch or a wire has ended."""
+        """Raise HostError if a host, a switch or a wire has ended."""
         if ended := [rank for rank in self._ranks if rank.code() is not None]:
             deadline = time.monotonic() + SETTLE_S  # others may turn out to be the cause
             while time.monotonic() < deadline:
@@ -193,7 +193,7 @@ class Hosts:
             self._wires.append(self._device(wire_command(self.directory, number)))
 
     def _device(self, command: Sequence[str]) -> subprocess.Popen:
-        """A switch or a wire: it reads commands, and ends when nobody is left to give any."""
+        """Start a switch or a wire, which reads commands and ends with its standard input."""
         quiet = subprocess.DEVNULL
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
@@ -221,5 +221,5 @@ class Hosts:
 
 
 def named(numbers: Sequence[int]) -> str:
-    """'host 3', or 'hosts 0, 2-5'."""
+    """Return 'host 3' or 'hosts 0, 2-5'."""
     return ranks_text(numbers).replace("rank", "host", 1)

@@ -1,9 +1,9 @@
-"""What the model of `distattn plan` says beside what others have published or computed.
+"""Comparison of `distattn plan` with published and computed figures.
 
     python scripts/bench/known_answers.py
 
-No device is needed. The published figures are of Tree Attention (arXiv 2408.04093); the compiler's are
-XLA:TPU's own estimates of a packed butterfly (jax 0.10.2, libtpu). No constant is tuned to any of them.
+It needs no device. The published figures are those of Tree Attention (arXiv 2408.04093); the compiler's are
+XLA:TPU's estimates of a packed butterfly (jax 0.10.2, libtpu). No constant is tuned to any of them.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ LLAMA_PARAMETERS, LLAMA_WEIGHTS_BYTES, TOKENS = 8.03e9, 2 * 8.03e9, 10
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A figure of the model beside a published one."""
+    """Figure of the model and the published one."""
 
     what: str
     model: float
@@ -47,7 +47,7 @@ class Answer:
 
 
 def compiler() -> list[Answer]:
-    """Microseconds of a layer, beside the compiler's estimate."""
+    """Return microseconds of a layer, by the model and by the compiler's estimate."""
     found = []
     for name, estimate_us in XLA_US.items():
         where = pod(name)
@@ -60,11 +60,11 @@ def compiler() -> list[Answer]:
 def volumes(
     devices: int = 128, keys: int = 40_000, heads: int = 16, kv_heads: int = 16
 ) -> list[Answer]:
-    """Elements that a device sends for a token, beside V_tree and V_ring; heads of 128.
+    """Return the elements that a device sends for a token, by the model and as V_tree and V_ring; H=128.
 
-    V_tree is what psum sends: max, sum and weighted sum are reduced, packed or as three arrays.
-    A butterfly sends that state, b n_h (V + 2), whole in each of log2 p rounds: more bytes in fewer
-    messages. V_ring counts p hops where p - 1 do, and as many heads of keys as of queries.
+    psum sends V_tree: it reduces max, sum and weighted sum, packed or as three arrays. A butterfly sends
+    this whole state, b n_h (V + 2), in each of log2 p rounds: more bytes in fewer messages. V_ring counts p
+    hops, of which p - 1 are enough, and as many heads of keys as of queries.
     """
     p, b, t, d = devices, 1, keys, 128 * heads
     shape = Workload(b, 1, t * p, heads, kv_heads, 128, 128, 2)
@@ -84,11 +84,11 @@ def volumes(
 
 
 def speedup() -> Answer:
-    """A ring's time over that of psum for one token, 5.12M of them on 128 H100: published 'close to x8'.
+    """Return a ring's time over psum's for one query and 5.12M keys on 128 H100; published: 'close to x8'.
 
-    Heads are assumed, 16 of 128; more or fewer change both alike. Passing 5.12M keys and values round at
-    50 GB/s takes most of a second, and merging states tens of microseconds, so what was measured for the
-    ring cannot be that, or for the tree is nearly all something else.
+    16 heads of 128 are assumed; another number changes both alike. Sending 5.12M keys and values around the
+    ring at 50 GB/s takes most of a second, and merging states takes tens of microseconds. So the published
+    ring did not do that, or nearly all of the published tree's time is something else.
     """
     where = pod("h100:16x8")
     step = dataclasses.replace(TOKEN, key_length=5_120_000, num_heads=16, num_kv_heads=16)
@@ -101,14 +101,14 @@ def speedup() -> Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Seconds of the parts of Table 1, by the model."""
+    """Terms of a line of Table 1, by the model, in seconds."""
 
     tokens: int
-    prompt_s: float  # attention of the prompt, causal, keys and values gathered or passed round
-    dense_s: float  # all products with weights, of the prompt
-    weights_s: float  # ten times the weights, read from each GPU's memory
-    tree_s: float  # attention of ten tokens, psum
-    ring_s: float  # the same by a ring
+    prompt_s: float  # causal attention of the prompt, keys and values gathered or sent around
+    dense_s: float  # all matmuls of the prompt with weights
+    weights_s: float  # ten reads of the weights from each GPU's memory
+    tree_s: float  # attention of ten tokens by psum
+    ring_s: float  # attention of ten tokens by a ring
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
@@ -122,10 +122,10 @@ class Row:
 
 
 def table_1() -> list[Row]:
-    """The parts of a prompt and ten tokens on 8 H100, with all weights on each.
+    """Return the terms of a prompt and ten tokens on 8 H100, with all weights on each.
 
-    The model's attention over the prompt grows with the square of its length, and the published times do
-    not; and ten tokens by a ring take 2 to 5 s more there than by the tree, here 0.1 to 0.7 s.
+    The model's attention over the prompt grows with the square of its length; the published times do not.
+    Ten tokens by a ring take 2 to 5 s more than by the tree in the published table, and 0.1 to 0.7 s here.
     """
     where, chip, found = pod("h100:8"), CHIPS["h100"], []
     for tokens in TABLE_1:
@@ -151,7 +151,7 @@ def main() -> None:
     print("| | model | published | model / published |\n|---|---|---|---|")
     for x in (*compiler(), *volumes(), *volumes(kv_heads=4)[2:], speedup(), *of_table):
         print(f"| {x.what} | {x.model:.4g} | {x.published:.4g} | {x.ratio:.3g} |")
-    print("\nTable 1 by parts, in seconds:\n")
+    print("\nTable 1 by terms, in seconds:\n")
     names = [field.name for field in dataclasses.fields(Row)]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:

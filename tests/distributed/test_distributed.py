@@ -654,9 +654,9 @@ def test_tokens_that_do_not_fit(changed, says):
 
 
 def test_what_make_mesh_and_fetch_refuse():
-    with pytest.raises(ValueError, match=r"axis_names is \('a',\); it must have two"):
+    with pytest.raises(ValueError, match=r"len\(axis_names\) == 1"):
         distattn.distributed.make_mesh(("a",))
-    with pytest.raises(ValueError, match="axis_types is .* it must have two"):
+    with pytest.raises(ValueError, match="(?i)number of axis.names should match"):
         distattn.distributed.make_mesh(axis_types=(AxisType.Auto,))
     for to in (1, -1, "one"):
         with pytest.raises(ValueError, match=r"it must be 'all' or a rank from 0 to 0"):

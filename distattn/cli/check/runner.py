@@ -1,4 +1,4 @@
-"""Runner of `distattn check`: correctness, equal replicas, links and times of strategies, as one JSON report.
+"""Runner of `distattn check`: correctness, replicas, links and times of strategies, as one JSON report.
 
 Every process of the job calls it and gets the same report.
 """
