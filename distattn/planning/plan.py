@@ -89,10 +89,8 @@ def bytes_per_device(strategy: str, workload: Workload, sizes: tuple[int, ...]) 
     arriving = key_items * _arriving_shards(strategy, w, sizes)
     total = key_value_bytes(w, sizes) + (items + arriving) * w.itemsize
     total += _state_bytes(strategy, w, rows, devices)
-    if (
-        strategy in HEADS_SHARDED and devices > 1
-    ):  # rows of some heads, beside some rows of all heads
-        total += items * w.itemsize
+    if strategy in HEADS_SHARDED and devices > 1:
+        total += items * w.itemsize  # rows of some heads, beside some rows of all heads
     if w.training:
         total += (w.layers - 1) * items * w.itemsize + w.layers * rows * 4
         total += (key_items + items + arriving) * 4  # a gradient of everything that is held
@@ -107,13 +105,13 @@ def key_value_bytes(workload: Workload, sizes: tuple[int, ...], scale_bytes: int
 
 
 def _state_bytes(strategy: str, w: Workload, rows: int, devices: int) -> int:
-    """Return the bytes of states, and of the queries of others for whom they are."""
+    """Return the bytes of states, and of the gathered queries that they belong to."""
     state = max(4, w.itemsize) * rows * (w.value_dim + 2)
     if devices == 1:
         return state
     if (
         strategy == "reduce_scatter"
-    ):  # queries and states of all rows, of which half arrive at first
+    ):  # queries and states of all rows; half of these arrive at first
         return devices * rows * w.head_dim * w.itemsize + devices * state + -(-devices * state // 2)
     if strategy == "all_gather":
         return (1 + devices) * state

@@ -3,14 +3,14 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from distattn.cli.check.runner import versions
-from distattn.planning.text import count_text, seconds_text
+from distattn.planning.text import count_text, seconds_text, table
 
 Json = dict[str, Any]
 SHOWN = 4  # differing replicas per strategy
@@ -39,7 +39,7 @@ def report_text(report: Json) -> str:
             *_machine(report),
             "",
             "correctness, forward and gradient, against float64; errors in units of the tolerance:",
-            *_table(checks),
+            *table(checks),
             *(f"  not checked: {reason}" for reason in report["not_checked"]),
             "",
             *_replicas(report),
@@ -106,7 +106,7 @@ def _axes(report: Json) -> Iterable[str]:
     for name, axis in report["axes"].items():
         bandwidth = f"{axis['bytes_per_s'] / 1e9:.3g} GB/s"
         rows.append((name, seconds_text(axis["latency_s"]), bandwidth, f"{axis['residual']:.0%}"))
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _times(report: Json) -> Iterable[str]:
@@ -165,12 +165,6 @@ def _reasons(check: Json) -> list[str]:
     elif not check["pass"]:
         reasons.append(f"{check['worst']} is off by {_error(check)} times the tolerance")
     return reasons + (["replicas differ"] if check["unequal_replicas"] else [])
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows)
-    return [f"  {line}".rstrip() for line in lines]
 
 
 def environment_text(mesh: Mesh) -> str:
