@@ -263,12 +263,12 @@ def sum_traffic(strategy: str, payload_bytes: float, topology: Topology) -> Traf
 
 
 def _butterfly(w: Workload, topology: Topology) -> Traffic:
-    """n log2 D, in as many launches, each along one axis."""
+    """Send n log2 D bytes in as many launches, each along one axis."""
     return sum_traffic("butterfly", w.payload_bytes, topology)
 
 
 def _psum(w: Workload, topology: Topology) -> Traffic:
-    """2 n (D-1)/D in a pmax and one packed psum; the rescaling in between counts as a merge."""
+    """Send 2 n (D-1)/D bytes in a pmax and a packed psum; the rescaling in between counts as a merge."""
     n = w.payload_bytes
     maxima = n / (w.value_dim + 2)
     sums = sum_traffic("psum", maxima, topology) + sum_traffic("psum", n - maxima, topology)
@@ -276,13 +276,13 @@ def _psum(w: Workload, topology: Topology) -> Traffic:
 
 
 def _all_gather(w: Workload, topology: Topology) -> Traffic:
-    """n (D-1), and D - 1 states merged at once."""
+    """Send n (D-1) bytes, and merge D - 1 states at once."""
     n, others = w.payload_bytes, topology.size - 1
     return gather_traffic(n * topology.size, topology) + Traffic(merges=1, merged_bytes=others * n)
 
 
 def _reduce_scatter(w: Workload, topology: Topology) -> Traffic:
-    """(query + n) (D-1)/D: the query gathered, the states halved log2 D times."""
+    """Send (query + n) (D-1)/D bytes: gather the query, and halve the states log2 D times."""
     rounds, n = (topology.size - 1).bit_length(), w.payload_bytes
     sent = n * (topology.size - 1) / topology.size
     seconds = halving_s(topology.network, n)
@@ -291,13 +291,13 @@ def _reduce_scatter(w: Workload, topology: Topology) -> Traffic:
 
 
 def _gather_kv(w: Workload, topology: Topology) -> Traffic:
-    """(key + value) (D-1)/D in two launches, and no merges."""
+    """Send (key + value) (D-1)/D bytes in two launches, and merge nothing."""
     each = gather_traffic(w.key_value_bytes / 2, topology)
     return each + each
 
 
 def _ring(w: Workload, topology: Topology) -> Traffic:
-    """(key + value) (D-1)/D in D - 1 hops of two messages, hidden while the device computes."""
+    """Send (key + value) (D-1)/D bytes in D - 1 hops of two messages, hidden while the device computes."""
     size, hops, row = topology.size, topology.size - 1, topology.constants
     if not hops:
         return Traffic()
@@ -317,7 +317,7 @@ def _ring(w: Workload, topology: Topology) -> Traffic:
 
 
 def _ulysses(w: Workload, topology: Topology) -> Traffic:
-    """(query + key + value + out) / D (D-1)/D in three all-to-alls."""
+    """Send (query + key + value + out) / D (D-1)/D bytes in three all-to-alls."""
     return _shard_heads(w, topology, topology.size)
 
 
@@ -336,7 +336,7 @@ def _shard_heads(w: Workload, topology: Topology, devices: int) -> Traffic:
 
 
 def _two_levels(outer_formula: "Formula", w: Workload, topology: Topology) -> Traffic:
-    """Heads sharded over the last axis, then `outer_formula` over the others, for some heads each."""
+    """Shard heads over the last axis, then apply `outer_formula` over the others, for some heads each."""
     inner, outer = topology.take(slice(-1, None)), topology.take(slice(-1))
     group = w.of_group(batch=1, heads=inner.size)
     return _shard_heads(w, inner, topology.size) + outer_formula(group, outer)
@@ -382,9 +382,7 @@ def backward_traffic(strategy: str, workload: Workload, topology: Topology) -> T
     if strategy not in QUERY_SHARDED:
         return sum_traffic(choose_sum(wide.query_bytes, topology), wide.query_bytes, topology)
     if strategy == "reduce_scatter":
-        rows_bytes = (
-            workload.query_bytes + wide.out_bytes
-        )  # queries, and cotangents of their results
+        rows_bytes = workload.query_bytes + wide.out_bytes  # queries, and cotangents of results
         return gather_traffic(rows_bytes, topology) + gather_traffic(wide.query_bytes, topology)
     return traffic(strategy, workload, topology) + traffic(strategy, wide, topology)
 

@@ -21,9 +21,8 @@ class Dimension:
     name: str
     size: int
     link: Link  # one hop, in one direction
-    kind: Literal[
-        "torus", "ring", "tree"
-    ]  # over a switch: its collectives, D - 1 or log2 D messages
+    # A torus, or a switch by the collectives over it: a ring of D - 1 messages, a tree of log2 D.
+    kind: Literal["torus", "ring", "tree"]
     closed: bool = False  # a torus: the last device is linked to the first
     sharers: int = 1  # over a switch: devices that share the link of a host
 
@@ -48,9 +47,8 @@ class Dimension:
     def butterfly_s(self, message_bytes: float) -> float:
         """Return the seconds that the messages of a butterfly take."""
         hops = load = butterfly_round_count(self.size)
-        if (
-            self.torus
-        ):  # over 1, 2, 4, ... links, and to fold and unfold a size that is no power of two
+        if self.torus:
+            # Messages go over 1, 2, 4, ... links. A size that is no power of two is folded and unfolded.
             doublings = 1 << self.size.bit_length() - 1
             load = doublings - 1 + 2 * (self.size - doublings)
             hops = load if self.closed or self.size == doublings else 3 * doublings - 1

@@ -109,9 +109,8 @@ def _state_bytes(strategy: str, w: Workload, rows: int, devices: int) -> int:
     state = max(4, w.itemsize) * rows * (w.value_dim + 2)
     if devices == 1:
         return state
-    if (
-        strategy == "reduce_scatter"
-    ):  # queries and states of all rows; half of these arrive at first
+    if strategy == "reduce_scatter":
+        # The queries and states of all rows; half of the states arrive at first.
         return devices * rows * w.head_dim * w.itemsize + devices * state + -(-devices * state // 2)
     if strategy == "all_gather":
         return (1 + devices) * state

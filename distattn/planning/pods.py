@@ -22,9 +22,7 @@ class Pod:
     """Chips of one kind, in a shape."""
 
     chip: Chip
-    shape: tuple[
-        int, ...
-    ]  # TPU: chips along each dimension of the torus; otherwise (hosts, devices of each)
+    shape: tuple[int, ...]  # TPU: chips along the torus of a slice; else (hosts, devices of each)
     slices: int = 1  # TPU slices, connected by the network of the data centre
 
     @property

@@ -21,9 +21,7 @@ class Step:
 
     pairs: Pairs  # (source, destination), as `ppermute` takes them
     receives: tuple[bool, ...]  # a message arrives; other devices keep their state
-    replaces: tuple[
-        bool, ...
-    ]  # it holds all shards of the receiver and more: taken instead of merged
+    replaces: tuple[bool, ...]  # it holds all of the receiver's shards: taken instead of merged
     source_first: tuple[bool, ...]  # the message is the first operand of the merge
 
 
