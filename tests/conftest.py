@@ -57,6 +57,7 @@ DEFAULT_VERSION_ALONE = {
     "test_distributed.py",
     "test_examples.py",
     "test_fixed_point.py",
+    "test_cudnn.py",
     "test_fused.py",
     "test_generation.py",
     "test_kernels.py",
@@ -72,9 +73,7 @@ DEFAULT_VERSION_ALONE = {
     "test_reproducible_cache.py",
     "test_reproducible_training.py",
     "test_streaming.py",
-    "test_theirs.py",
     "test_training.py",
-    "test_tune.py",
 }
 # Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
 # are the same there, and kernels right.
@@ -87,7 +86,6 @@ ON_ALL_VERSIONS = {
     "test_devices_and_strategies",
     "test_inside",
     "test_reproducible_sum_over_devices",
-    "test_splash",
     "test_those_who_are_left_go_on",
 }
 

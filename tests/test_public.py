@@ -54,7 +54,7 @@ def test_what_is_optional_is_imported_where_it_is_used():
     code = f"""
 import sys
 import distattn, distattn.integrations, distattn.integrations.jax_nn, distattn.testing
-from distattn.local.kernels import cudnn, splash
+from distattn.local.kernels import cudnn
 from distattn.local.kernels.gpu import support
 from distattn.local.kernels.tpu import support
 print(*sorted({OPTIONAL} & sys.modules.keys()))

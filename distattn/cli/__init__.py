@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distattn.cli import bench, launch, plan
+from distattn.cli import launch, plan
 from distattn.cli.arguments import CommandError
 from distattn.cli.check import command as check
 
-COMMANDS = (check, plan, bench, launch)
+COMMANDS = (check, plan, launch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

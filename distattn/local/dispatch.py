@@ -7,21 +7,13 @@ positions, not by its index; 2. the fold is the public `merge`, so that a block'
 its own; 3. few queries meet the keys head by head (`flat`), which on CPU spares a transposed copy of
 all keys and values.
 
-The local part by kernels: which there are, and which one computes a call.
-
-A kernel is a module with the functions `refusal`, `fold` and `fold_gradients`. The latter two are those of
-`distattn.local`, for calls that the first does not refuse. Those of others, `cudnn` and `splash`, have no
-gradient of a device's part: instead of `fold_gradients` they name in `GRADIENTS_BY` whose is taken. A
-`reservation`, where there is one, says why None does not take it. None of them has been timed: each says
-how it is checked.
-
 What is not differentiated, and says what to do instead: gradients, and what has only these.
 """
 
 import contextlib
-import importlib
+import dataclasses
 from collections.abc import Callable, Generator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +25,10 @@ from distattn.algebra.softmax_state import SoftmaxState
 from distattn.local import reproducible
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.blockwise import dense_state, fold, fold_gradients
-from distattn.local.inputs import KERNELS, AttentionInputs
+from distattn.local.inputs import AttentionInputs
+from distattn.local.kernels import cudnn
+from distattn.local.kernels.gpu import support as pallas_gpu
+from distattn.local.kernels.tpu import support as pallas_tpu
 from distattn.local.mask import Mask
 from distattn.local.reproducible import ReproducibleBlocks
 from distattn.local.tiling import (
@@ -58,7 +53,7 @@ def local_fold(
         return lambda inputs: dense_state(inputs, logit_config)
 
     def run(inputs: AttentionInputs) -> SoftmaxState:
-        kernel = chosen(inputs, logit_config, machine, implementation)
+        kernel = chosen_kernel(inputs, logit_config, machine, implementation)
         return (kernel.fold if kernel else fold)(inputs, logit_config, machine)
 
     return run
@@ -84,7 +79,7 @@ def local_gradients(
         )
 
     def run(inputs: AttentionInputs) -> tuple[Sum, Sum, Sum, Sum | None]:
-        kernel = chosen(inputs, logit_config, machine, implementation, backward=True)
+        kernel = chosen_kernel(inputs, logit_config, machine, implementation, backward=True)
         gradients = kernel.fold_gradients if kernel else fold_gradients
         return gradients(inputs, logit_config, machine, cotangents, key_dtype=key_dtype)
 
@@ -154,50 +149,30 @@ def with_gradients(
     return state(inputs.query, inputs.key, inputs.value, inputs.bias, inputs.mask)
 
 
-_MODULES = {
-    "pallas_tpu": "tpu.support",
-    "pallas_gpu": "gpu.support",
-    "cudnn": "cudnn",
-    "splash": "splash",
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel: functions that import Pallas when they run."""
+
+    platform: str
+    # Return which argument the kernel does not support, and why; None if it supports the call.
+    unsupported: Callable[..., str | None]
+    fold: Callable[[AttentionInputs, LogitConfig, Machine], SoftmaxState]  # as `blockwise.fold`
+    fold_gradients: Callable[..., tuple[Any, ...]]  # as `blockwise.fold_gradients`, without a bias
+    # Return why implementation=None does not select it for a call that it supports; None if it does.
+    not_by_default: Callable[[AttentionInputs], str | None] = lambda inputs: None
+
+
+# implementation=None selects the first of its platform that supports a call.
+KERNELS = {
+    "pallas_tpu": Kernel("tpu", pallas_tpu.unsupported, pallas_tpu.fold, pallas_tpu.fold_gradients),
+    "cudnn": Kernel(
+        "gpu", cudnn.unsupported, cudnn.fold, cudnn.fold_gradients, cudnn.not_by_default
+    ),
+    "pallas_gpu": Kernel("gpu", pallas_gpu.unsupported, pallas_gpu.fold, pallas_gpu.fold_gradients),
 }
-# What None takes, the first that serves; where none does, XLA's operations on blocks.
-# Not 'splash': `pallas_tpu` does all that it does, and copies nothing.
-_OF_PLATFORM = {"tpu": ("pallas_tpu",), "gpu": ("cudnn", "pallas_gpu")}
 
 
-class Kernel(Protocol):
-    """A kernel, a module."""
-
-    @staticmethod
-    def refusal(
-        inputs: AttentionInputs,
-        logit_config: LogitConfig,
-        machine: Machine,
-        *,
-        backward: bool = False,
-    ) -> str | None:
-        """Which argument the kernel does not do, and why; None: it does the call."""
-        ...
-
-    @staticmethod
-    def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
-        """As `distattn.local.fold`."""
-        ...
-
-    @staticmethod
-    def fold_gradients(
-        inputs: AttentionInputs,
-        logit_config: LogitConfig,
-        machine: Machine,
-        cotangents: Cotangents,
-        *,
-        key_dtype: Any = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-        """As `distattn.local.fold_gradients`, of a call without a bias."""
-        ...
-
-
-def chosen(
+def chosen_kernel(
     inputs: AttentionInputs,
     logit_config: LogitConfig,
     machine: Machine,
@@ -205,58 +180,37 @@ def chosen(
     *,
     backward: bool = False,
 ) -> Kernel | None:
-    """The kernel that computes this: the one that is named, or one of the platform's; None: none does.
+    """Return the named kernel, or one of the platform; None for XLA's operations.
 
-    With `backward` it computes the gradient: another one, or none, where the one that folds has none.
+    Args:
+      inputs: of the call.
+      logit_config: of the call.
+      machine: the machine it runs on.
+      implementation: the name of a kernel, 'auto', or another implementation.
+      backward: whether the gradient is computed.
 
     Raises:
-      NotImplementedError: one is named, and does not do such a call.
+      NotImplementedError: a kernel is named, and does not support the call.
     """
-    named = implementation in KERNELS
     if min(*inputs.query.shape, *inputs.value.shape) == 0:
         return None  # nothing to compute
-    if not named and (implementation != "auto" or not _is_alone()):
+    if implementation in KERNELS:
+        kernel = KERNELS[implementation]
+        reason = kernel.unsupported(inputs, logit_config, machine, backward=backward)
+        if reason is None:
+            return kernel
+        raise NotImplementedError(
+            f"implementation={implementation!r} does not support this call: {reason}; pass "
+            "implementation=None, which selects one that does"
+        )
+    if implementation != "auto" or not _is_alone():
         return None
-    names = (implementation,) if named else _OF_PLATFORM.get(machine.platform, ())
-    for name in names:
-        # Imported where it is needed: a kernel brings Pallas, which is large.
-        kernel: Any = importlib.import_module(f"distattn.local.kernels.{_MODULES[name]}")
-        reason = kernel.refusal(inputs, logit_config, machine, backward=backward)
-        if not named and hasattr(kernel, "reservation"):
-            reason = reason or kernel.reservation(inputs)
-        if not reason:
-            substitutes = getattr(kernel, "GRADIENTS_BY", None) if backward else None
-            if substitutes is None:
-                return kernel
-            return _serving(substitutes, inputs, logit_config, machine)
-        if named:
-            raise NotImplementedError(
-                f"implementation={name!r} is not built for this call: {reason}; pass implementation=None, "
-                "which takes what there is"
-            )
-    return None
-
-
-def own(platform: str) -> Any:
-    """The kernel of the library's own for a platform; on a CPU that of TPUs, which `interpreted` runs.
-
-    Beside what a `Kernel` has it has `CANDIDATES`, rows and keys of a block that are worth timing, and
-    `sizes_of`, those that a call has.
-    """
-    return importlib.import_module(
-        f"distattn.local.kernels.{'gpu' if platform == 'gpu' else 'tpu'}.support"
-    )
-
-
-def _serving(
-    names: tuple[str, ...], inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine
-) -> Kernel | None:
-    """The first of these kernels that computes the gradient."""
-    for name in names:
-        if name in KERNELS:
-            kernel: Any = importlib.import_module(f"distattn.local.kernels.{_MODULES[name]}")
-            if not kernel.refusal(inputs, logit_config, machine, backward=True):
-                return kernel
+    for kernel in KERNELS.values():
+        if kernel.platform == machine.platform and not (
+            kernel.unsupported(inputs, logit_config, machine, backward=backward)
+            or kernel.not_by_default(inputs)
+        ):
+            return kernel
     return None
 
 

@@ -179,8 +179,8 @@ def hashable(precision: Any) -> Any:
     return tuple(precision) if isinstance(precision, list) else precision
 
 
-KERNELS = ("pallas_tpu", "pallas_gpu", "cudnn", "splash")  # in `distattn.local.dispatch`
-IMPLEMENTATIONS = ("xla", "dense", *KERNELS)
+KERNEL_NAMES = ("pallas_tpu", "pallas_gpu", "cudnn")  # `KERNELS` in `distattn.local.dispatch`
+IMPLEMENTATIONS = ("xla", "dense", *KERNEL_NAMES)
 
 
 @jax.tree_util.register_dataclass

@@ -53,7 +53,7 @@ def partial_attention(
       query_seq_lengths: int32[B]; query rows t >= length attend to nothing.
       key_value_seq_lengths: int32[B]; attend iff key position < length.
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
-      implementation: None, 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn', 'splash', or 'dense' for plain
+      implementation: None, 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn', or 'dense' for plain
         operations of size [T, S]; see `dot_product_attention`.
       logits_soft_cap: c in c * tanh(logit / c).
       precision: of the matrix products, as in `jax.numpy.einsum`.

@@ -54,7 +54,7 @@ from distattn.local.block import (
     finish_logits,
     gradient_of_logits,
 )
-from distattn.local.inputs import KERNELS, AttentionInputs
+from distattn.local.inputs import KERNEL_NAMES, AttentionInputs
 from distattn.local.tiling import (
     Machine,
     Place,
@@ -222,7 +222,7 @@ def reproducible_blocks_of(
             "implementation='dense' sums keys in the compiler's order, and reproducible=True in none; pass "
             "implementation=None, or reproducible=False"
         )
-    if implementation in KERNELS:
+    if implementation in KERNEL_NAMES:
         raise NotImplementedError(
             f"implementation={implementation!r} with reproducible=True is not built, its sums not being of "
             "integers; pass implementation=None, or reproducible=False"

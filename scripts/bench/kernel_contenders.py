@@ -19,7 +19,7 @@ import numpy as np
 from samples import interleaved_medians
 
 import distattn
-from distattn.local.inputs import KERNELS
+from distattn.local.inputs import KERNEL_NAMES
 from distattn.planning.chips import chip_of
 from distattn.planning.cost import Topology, Workload
 from distattn.planning.plan import local_s
@@ -77,7 +77,7 @@ def small(case: Case) -> Case:
 def contenders() -> dict[str, Callable]:
     """Functions of query, key and value and `is_causal`, by name."""
     ours = distattn.dot_product_attention
-    names = {OURS: None, "distattn xla": "xla"} | {f"distattn {x}": x for x in KERNELS}
+    names = {OURS: None, "distattn xla": "xla"} | {f"distattn {x}": x for x in KERNEL_NAMES}
     found: dict[str, Callable] = {
         name: functools.partial(ours, implementation=implementation)
         for name, implementation in names.items()

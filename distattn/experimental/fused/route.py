@@ -1,8 +1,8 @@
 """Who sends to whom in one kernel: the steps of a `Schedule` for each axis, as a device sees them.
 
-A mesh is exchanged over axis by axis, the last and fastest one first, by a butterfly over each: these are
-the rounds of `schedule.hierarchical`, whose pairs differ in one coordinate. So a device needs no more than
-its own coordinate on an axis, and the table of the axis.
+A mesh is exchanged over axis by axis, the last and fastest first, by a butterfly over each: the rounds of
+`schedule.hierarchical`, whose pairs differ in one coordinate. So a device needs only its own coordinate on an
+axis, and the table of the axis.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from distattn._compat import varying_axes
 from distattn.collectives.mesh import sizes_of, typed_as_varying
 from distattn.planning.schedule import Step, butterfly
 
-# What a device does in a round with what it receives.
+# Actions of a device on what it receives in a round.
 KEEP, OWN_FIRST, SOURCE_FIRST, REPLACE = range(4)
 NOBODY = -1
 
@@ -32,7 +32,7 @@ class Round:
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """int32[size, 3]: to whom each sends, from whom it receives, and what it does with that."""
+        """int32[size, 3]: receiver, source and action of each device."""
         size = len(self.step.receives)
         rows = np.full((size, 3), NOBODY, np.int32)
         for source, rank in self.step.pairs:
@@ -44,7 +44,7 @@ class Round:
 
     @functools.cached_property
     def flip(self) -> int | None:
-        """The bit that differs, where every device exchanges with the one that differs in it; or None."""
+        """The bit in which each device differs from its partner; None if the table has another pattern."""
         ranks = np.arange(len(self.table))
         flip = int(self.table[0, 0])
         partner = ranks ^ flip
@@ -55,13 +55,12 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """All rounds over some axes of the `shard_map` around."""
+    """All rounds over some axes of the `shard_map`."""
 
     rounds: tuple[Round, ...]
-    collective_id: int  # of the barrier: that of another kernel only if its rounds are the same
-    # All axes of the mesh, where a kernel must be told where in it the device is: under check_vma=True, as
-    # it cannot bring numbers that vary over several axes to one type. What it computes then counts as
-    # varying over them all.
+    collective_id: int  # id of the barrier: shared with another kernel only if its rounds are the same
+    # All axes of the mesh if a kernel must be told its coordinates: under check_vma=True it cannot bring
+    # numbers that vary over several axes to one type. Its results then count as varying over them all.
     told: tuple[str, ...] = ()
 
     @property
@@ -70,7 +69,7 @@ class Route:
         return bool(self.told) or any(x.flip is None for x in self.rounds)
 
     def own_rows(self) -> jax.Array:
-        """int32[rounds, .]: what the tables say of this device; at the end its coordinates, if told."""
+        """Return int32[rounds, .]: this device's rows of the tables, then its coordinates, if told."""
         rows = [jnp.asarray(x.table)[lax.axis_index(x.axis)] for x in self.rounds]
         if self.told:
             rows.append(jnp.stack([lax.axis_index(axis) for axis in self.told]))
@@ -79,23 +78,23 @@ class Route:
 
     @property
     def varying(self) -> frozenset[str]:
-        """The axes over which the state must be typed as varying before it is exchanged, and is after."""
+        """The axes over which the state is typed as varying, before the exchange and after."""
         axes = {*self.told, *(x.axis for x in self.rounds)}
         return varying_axes(*(lax.axis_index(axis) for axis in axes))
 
 
 def rounds_over(axes: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[Round, ...]:
-    """Those of `hierarchical(sizes)`."""
+    """Return the rounds of `hierarchical(sizes)`."""
     by_axis = list(zip(axes, sizes, strict=True))[::-1]
     return tuple(Round(axis, step) for axis, size in by_axis for step in butterfly(size).steps)
 
 
 def route_over(axes: tuple[str, ...]) -> Route:
-    """The rounds over the axes, which are in the order of the mesh."""
-    # A signal of the next kernel counts at the barrier of this one if both have one barrier. With equal
-    # rounds it cannot come too early: it goes to those from whom this kernel has received, and they had
-    # passed their barrier. With others it can; so the barrier is that of a mesh and of axes. XLA numbers
-    # the barriers of a program itself, and asks only which are the same; 31 bits.
+    """Return the rounds over the axes, which are in the order of the mesh."""
+    # If two kernels share a barrier, a signal of the second counts at the barrier of the first. With equal
+    # rounds it cannot come too early: it goes to devices from which this kernel has received, and they had
+    # passed their barrier. With other rounds it can, so each mesh and each tuple of axes has a barrier. XLA
+    # numbers the barriers of a program itself, and asks only which are equal; 31 bits.
     mesh = jax.sharding.get_abstract_mesh()
     pattern = repr((mesh.axis_names, mesh.axis_sizes, axes)).encode()
     told = mesh.axis_names if len(mesh.axis_names) > 1 and typed_as_varying(axes) else ()

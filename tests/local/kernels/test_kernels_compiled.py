@@ -102,24 +102,42 @@ KINDS_OF = {
 }
 
 
-@pytest.mark.parametrize("target", tpu_tiling.TARGETS, ids=lambda x: x.name)
-def test_blocks_fit_a_tpu(target):
-    assert tpu_tiling.target_of(KINDS_OF[target.name]) == target
+def call_sizes(rows, groups, width):
+    return {
+        "batch": 1,
+        "queries": rows,
+        "keys": 100_000,
+        "groups": groups,
+        "width": width,
+        "value_width": width,
+        "row_block": 16,
+        "key_block": 128,
+    }
+
+
+@pytest.mark.parametrize("chip", tpu_tiling.CHIPS, ids=lambda x: x.name)
+def test_blocks_fit_a_tpu(chip):
+    assert tpu_tiling.limits_of(KINDS_OF[chip.name]) == chip
     for rows, groups, heads, width, itemsize, backward in itertools.product(
         (1, 96, 100_000),
         (1, 3, 8),
-        (1, 3) if target.name == "v4" else (1, 3, 8),
+        (1, 3) if chip.name == "v4" else (1, 3, 8),
         WIDTHS,
         (2, 4),
         (False, True),
     ):
-        shape = tpu_tiling.Shape(
-            rows * groups, groups, 100_000, heads, width, width, itemsize, backward
-        )
-        size = tpu_tiling.sizes(shape, target)
-        assert tpu_tiling.vmem_bytes(shape, *size) <= target.budget_bytes, shape
-        assert size[1] % 128 == 0
-        assert size[0] % 128 == 0 or size[0] >= rows * groups
+        config = tpu_tiling.TpuTileConfig(
+            **call_sizes(rows, groups, width),
+            kv_heads=heads,
+            chip=chip,
+            heads=heads,
+            itemsize=itemsize,
+            key_itemsize=itemsize,
+            backward=backward,
+        ).chosen()
+        assert config.vmem_bytes <= chip.budget_bytes, config
+        assert config.key_block % 128 == 0
+        assert config.row_block % 128 == 0 or config.row_block >= rows * groups
 
 
 GPU_KINDS = {
@@ -131,15 +149,20 @@ GPU_KINDS = {
 }
 
 
-@pytest.mark.parametrize("target", gpu_tiling.TARGETS, ids=lambda x: x.name)
-def test_blocks_fit_a_gpu(target):
-    assert gpu_tiling.target_of(GPU_KINDS[target.name]) == target
+@pytest.mark.parametrize("chip", gpu_tiling.CHIPS, ids=lambda x: x.name)
+def test_blocks_fit_a_gpu(chip):
+    assert gpu_tiling.limits_of(GPU_KINDS[chip.name]) == chip
     for rows, groups, width, itemsize, backward in itertools.product(
         (1, 96, 100_000), (1, 3, 8), WIDTHS, (2, 4), (False, True)
     ):
-        shape = gpu_tiling.Shape(rows * groups, groups, 100_000, width, width, itemsize, backward)
-        size = gpu_tiling.sizes(shape, target)
-        assert gpu_tiling.fits(shape, size, target), shape
-        for x in (size.rows, size.keys):
+        config = gpu_tiling.GpuTileConfig(
+            **call_sizes(rows, groups, width),
+            kv_heads=1,
+            chip=chip,
+            itemsize=itemsize,
+            backward=backward,
+        ).chosen()
+        assert config.fits, config
+        for x in (config.row_block, config.key_block):
             assert x >= 16
             assert x & (x - 1) == 0

@@ -6,7 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import distattn
 from distattn.local.kernels.tpu import tiling
-from distattn.local.kernels.tpu.tiling import TARGETS, V4
+from distattn.local.kernels.tpu.tiling import CHIPS, V4
 from distattn.testing import interpreted
 from tests.cases import Case, check
 from tests.kernel_calls import arrays_like_keys, compiled, launches
@@ -31,10 +31,10 @@ def in_blocks(**arguments):
 @pytest.mark.parametrize("name", ODD)
 def test_two_parts(name, monkeypatch):
     counted = []
-    parts = tiling.parts
+    key_parts = tiling.key_parts
     monkeypatch.setattr(
-        "distattn.local.kernels.tpu.tiling.parts",
-        lambda *x: counted.append(parts(*x)) or counted[-1],
+        "distattn.local.kernels.tpu.tiling.key_parts",
+        lambda *x: counted.append(key_parts(*x)) or counted[-1],
     )
     with interpreted(pltpu.InterpretParams()):
         check(ODD[name], in_blocks, what=f"two parts, {name}")
@@ -42,11 +42,11 @@ def test_two_parts(name, monkeypatch):
 
 
 def test_only_where_cores_would_idle():
-    two_cores = {x.name for x in TARGETS if tiling.parts(x, 1, 64) == 2}
+    two_cores = {x.name for x in CHIPS if tiling.key_parts(x, 1, 64) == 2}
     assert two_cores == {"v4", "v5p"}
-    found = [tiling.parts(V4, steps, 64) for steps in range(1, 13)]
+    found = [tiling.key_parts(V4, steps, 64) for steps in range(1, 13)]
     assert found == [2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1]
-    assert tiling.parts(V4, 1, 1) == 1  # one block of keys is not cut
+    assert tiling.key_parts(V4, 1, 1) == 1  # one block of keys is not cut
 
 
 @pytest.mark.parametrize("target", ["v4:2x2x1", "v5p:2x2x1"])

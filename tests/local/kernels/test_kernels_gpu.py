@@ -41,30 +41,30 @@ def watched(monkeypatch, module=forward):
     """The sizes of the calls that are made from here on."""
     found = []
 
-    def cut_of(*arguments, **options):
-        found.append(tiling.cut_of(*arguments, **options))
+    def tile_config(*arguments, **options):
+        found.append(tiling.tile_config(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr(module, "cut_of", cut_of)
+    monkeypatch.setattr(module, "tile_config", tile_config)
     return found
 
 
 def test_few_queries_share_their_keys_out(monkeypatch):
-    cuts = watched(monkeypatch)
+    configs = watched(monkeypatch)
     with interpreted():
         check(FEW_QUERIES, in_blocks, what="pallas_gpu splits")
-    assert {cut.splits for cut in cuts} == {7}
+    assert {config.splits for config in configs} == {7}
 
 
 def test_a_table_that_would_be_too_long_is_of_spans(monkeypatch):
-    monkeypatch.setattr(tiling, "TABLE_ENTRIES", 8)
-    cuts = watched(monkeypatch)
+    monkeypatch.setattr(tiling, "MAX_TABLE_ENTRIES", 8)
+    configs = watched(monkeypatch)
     case = dataclasses.replace(FEW_QUERIES, queries=50, lengths=True, query_lengths=True)
     with interpreted():
         check(case, in_blocks, what="pallas_gpu spans")
-    (cut,) = set(cuts)
-    assert (cut.row_span, cut.key_span) == (2, 8)
-    assert (cut.row_blocks, cut.used_key_blocks, cut.key_blocks) == (4, 10, 16)
+    (config,) = set(configs)
+    assert (config.row_span, config.key_span) == (2, 8)
+    assert (config.row_blocks, config.used_key_blocks, config.key_blocks) == (4, 10, 16)
 
 
 def test_scales_of_slots_that_nobody_attends_to_may_be_anything():
@@ -101,8 +101,8 @@ def test_products_are_as_narrow_as_the_precision_allows():
             struct((1, 9, 2, 64), key),
             key_scale=struct((1, 9, 2), jnp.float32) if quantised else None,
         )
-        numbers = tiling.numbers_of(inputs, LogitConfig(1.0, None, precision), backward=backward)
-        return numbers.dtype, numbers.precision
+        matmul = tiling.matmul_config(inputs, LogitConfig(1.0, None, precision), backward=backward)
+        return matmul.dtype, matmul.precision
 
     fast, exact = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
     assert dtype(jnp.bfloat16, jnp.bfloat16) == (jnp.bfloat16, fast)
@@ -120,17 +120,20 @@ def test_products_are_as_narrow_as_the_precision_allows():
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_is_quantised(backward):
     struct = jax.ShapeDtypeStruct
-    refusal = functools.partial(
-        support.refusal, logit_config=LogitConfig(1.0), machine=Machine("gpu"), backward=backward
+    unsupported = functools.partial(
+        support.unsupported,
+        logit_config=LogitConfig(1.0),
+        machine=Machine("gpu"),
+        backward=backward,
     )
     query, scale = struct((1, 1, 8, 128), jnp.bfloat16), struct((1, 9, 8), jnp.float32)
     sizes = {9: None, 2**21: None, 2**21 + 1: "key has 2147484672 items", 2**22 + 1: None}
     for keys, reason in sizes.items():
         key = struct((1, keys, 8, 128), jnp.int8)
-        found = refusal(inputs_of(query, key, key_scale=scale, value_scale=scale))
+        found = unsupported(inputs_of(query, key, key_scale=scale, value_scale=scale))
         if backward:
             assert "key and value are quantised, and gradients" in found
         else:
             assert (found or "").startswith(reason or "")
             assert bool(found) == bool(reason)
-    assert "key has dtype int8" in refusal(inputs_of(query, struct((1, 9, 8, 128), jnp.int8)))
+    assert "key has dtype int8" in unsupported(inputs_of(query, struct((1, 9, 8, 128), jnp.int8)))

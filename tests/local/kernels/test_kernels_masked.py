@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import distattn
-from distattn.local.kernels.shared import tables
+from distattn.local.kernels.shared import block_tables
 from distattn.local.mask import Mask
 from tests.cases import CASES, as_float32
 from tests.kernel_calls import attention_by, every_kernel, simulated
@@ -21,26 +21,34 @@ def random(*shape, seed=0):
 
 @every_kernel
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
-def test_nothing_leaks_from_slots_that_some_rows_may_not_see(implementation, garbage):
-    # The last key is garbage, and the last query sees it.
-    keys = 12
+def test_nothing_leaks_from_slots_that_no_row_may_see(implementation, garbage):
+    """Empty slots in the middle, and queries past their length."""
+    keys, empty, length = 12, (3, 4, 9), 10
     query, key, value = random(1, keys, 4, 8), random(1, keys, 2, 8, seed=1), random(1, keys, 2, 8)
+    positions = np.arange(keys, dtype=np.int32)
+    positions[list(empty)] = -1
     dirty = [x.copy() for x in (query, key, value)]
+    dirty[0][:, length:] = garbage
     for x in dirty[1:]:
-        x[:, -1] = garbage
+        x[:, empty] = garbage
 
     def loss(query, key, value):
-        out, lse = attention_by(implementation)(query, key, value, is_causal=True)
-        return (out[:, :-1] ** 2).sum() + lse[:, :-1].sum(), (out[:, :-1], lse[:, :-1])
+        out, lse = attention_by(implementation)(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=np.array([length], np.int32),
+            query_positions=np.arange(keys, dtype=np.int32),
+            key_positions=positions,
+        )
+        return (out**2).sum() + lse[:, :length].sum(), (out, lse)
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
     with simulated(implementation):
-        grads, results = run(*dirty)
-        clean_grads, clean = run(query, key, value)
-    for x, y in zip(results, clean, strict=True):
-        assert_close(x, np.asarray(y), jnp.float32, keys)
-    # Keys and values have the last row's part in their gradients, which is not finite.
-    assert_close(grads[0][:, :-1], np.asarray(clean_grads[0][:, :-1]), jnp.float32, 2 * keys)
+        got, clean = run(*dirty), run(query, key, value)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(clean), strict=True):
+        assert_close(x, np.asarray(y), jnp.float32, 2 * keys)
 
 
 @every_kernel
@@ -114,8 +122,8 @@ def test_states_of_parts_merge(implementation):
 
 
 def test_blocks_that_no_row_can_see_are_not_visited():
-    cut = types.SimpleNamespace(
-        rows=256, groups=2, queries=512, keys=500, key_block=128, row_blocks=4, key_blocks=4
+    config = types.SimpleNamespace(
+        row_block=256, groups=2, queries=512, keys=500, key_block=128, row_blocks=4, key_blocks=4
     )
     order = np.random.default_rng(0).permutation(4)
     keys = np.concatenate([np.arange(128) + 128 * block for block in order])[:500]
@@ -125,7 +133,7 @@ def test_blocks_that_no_row_can_see_are_not_visited():
         key_positions=jnp.asarray(keys, jnp.int32)[None],
         is_causal=True,
     )
-    by_rows, by_keys = tables(mask, cut)
+    by_rows, by_keys = block_tables(mask, config)
     blocks = [block for block in range(4) if order[block] != 1]
     needed = {row: [x for x in blocks if order[x] <= row] for row in range(4)}
     for table, wanted in (

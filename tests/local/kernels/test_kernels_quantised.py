@@ -143,7 +143,9 @@ def test_over_a_mesh():
 def test_other_dtypes_are_refused():
     cache = filled(jnp.float8_e4m3fnuz)
     query = random(2, 1, 4, 8)
-    want = "key has dtype float8_e4m3fnuz; done are int8, float8_e4m3fn, float8_e5m2.*pass impl"
+    want = (
+        "key has dtype float8_e4m3fnuz; supported are int8, float8_e4m3fn, float8_e5m2.*pass impl"
+    )
     with on_a_tpu(), pytest.raises(NotImplementedError, match=want):
         cache.attend(query, implementation="pallas_tpu")
 

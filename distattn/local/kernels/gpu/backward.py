@@ -1,9 +1,9 @@
 """The gradient of the fold as two GPU kernels: of queries, over keys; of keys and values, over rows.
 
-Both make the weights of a block again from the saved maximum or log-sum-exp, as FlashAttention-2 does
-(arXiv 2307.08691, section 3); see `distattn.local.block.block_gradients` for the formula. Each sum is one
-program's, or is added in the order of the splits: the same bits each time, and no atomic operation. In the
-second logits lie keys by rows, so that no product is of a transposed left operand.
+Both compute the weights of a block again from the saved maximum or log-sum-exp, as FlashAttention-2 does
+(arXiv 2307.08691, section 3); `distattn.local.block.block_gradients` has the formula. Each sum belongs to one
+program, or is added in the order of the splits, so the result is the same each time, without atomics. In the
+second kernel logits are keys by rows, so that no matmul has a transposed left operand.
 """
 
 import functools
@@ -15,20 +15,12 @@ from jax.experimental import pallas as pl
 
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs
-from distattn.local.kernels.gpu import launch as gpu_call
-from distattn.local.kernels.gpu.block_ops import Piece, Pieces, Plan, plan_of, unless_finite
+from distattn.local.kernels import shared
+from distattn.local.kernels.gpu import launch as arrays_of
+from distattn.local.kernels.gpu.block_ops import KernelSettings, Pieces
 from distattn.local.kernels.gpu.forward import layered
-from distattn.local.kernels.gpu.launch import Call, Part, launch
-from distattn.local.kernels.gpu.tiling import cut_of
-from distattn.local.kernels.shared import (
-    Table,
-    by_key_heads,
-    by_queries,
-    gradients_of,
-    index_of,
-    numbers_of_rows,
-    tables,
-)
+from distattn.local.kernels.gpu.launch import LaunchSpec, launch
+from distattn.local.kernels.gpu.tiling import tile_config
 from distattn.local.tiling import Machine
 
 
@@ -40,153 +32,115 @@ def fold_gradients(
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `distattn.local.fold_gradients`; of inputs that the kernels take, which have no bias."""
-    cut = cut_of(inputs, logit_config, machine, backward=True)
-    index = index_of(inputs.mask, cut)
-    by_rows, by_keys = tables(inputs.mask, cut.coarse)
-    plan = plan_of(inputs, logit_config, cut, index, backward=True)
-    dtype = plan.numbers.dtype
+    """Return the gradients, as `distattn.local.blockwise.fold_gradients`."""
+    config = tile_config(inputs, logit_config, machine, backward=True)
+    vectors = shared.mask_vectors(inputs.mask, config)
+    keys_of_rows, rows_of_keys = shared.block_tables(inputs.mask, config.spans)
+    settings = KernelSettings.of(inputs, logit_config, config, vectors)
+    dtype = settings.matmul.dtype
+    d_out = shared.rows_by_kv_head(cotangents.d_weighted_sum.astype(dtype), config)
     arrays = [
-        *gpu_call.index_parts(index),
-        gpu_call.by_rows(by_key_heads(inputs.query.astype(dtype), cut)),
-        gpu_call.by_rows(by_key_heads(cotangents.d_weighted_sum.astype(dtype), cut)),
-        gpu_call.of_rows(numbers_of_rows(cotangents, cut)),
-        *(gpu_call.by_keys(layered(x)) for x in (inputs.key, inputs.value)),
+        *arrays_of.mask_vectors(vectors),
+        arrays_of.row_matrix(shared.query_rows(inputs, dtype, config, zero_padding=True)),
+        arrays_of.row_matrix(d_out),
+        arrays_of.row_vectors(shared.reference_and_d_sum(cotangents, config)),
+        *(arrays_of.key_matrix(layered(x)) for x in (inputs.key, inputs.value)),
     ]
-    d_query = _of_queries(plan, by_rows, inputs.layer, arrays)
-    results = [
-        jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype)
-        for x in (inputs.key, inputs.value)
-    ]
-    call = Call(cut, by_keys, "rows")
+    spec = LaunchSpec(config, keys_of_rows, inputs.layer, "keys", config.splits)
+    shape = (config.splits, config.batch, config.kv_heads, config.padded_rows, config.width)
+    (d_query,) = launch(
+        functools.partial(_query_kernel, settings, spec),
+        spec,
+        arrays,
+        [arrays_of.row_matrix(jax.ShapeDtypeStruct(shape, jnp.float32))],
+        width=2 * config.width + config.value_width,
+    )
+    d_query = d_query[0] if config.splits == 1 else d_query.sum(axis=0)
+    spec = LaunchSpec(config, rows_of_keys, inputs.layer, "rows")
     d_key, d_value = launch(
-        functools.partial(_key_kernel, plan, call),
-        call,
-        inputs.layer,
+        functools.partial(_key_kernel, settings, spec),
+        spec,
         arrays,
-        [gpu_call.by_keys(x) for x in results],
-        width=2 * (cut.width + cut.value_width),
+        [
+            arrays_of.key_matrix(jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype))
+            for x in (inputs.key, inputs.value)
+        ],
+        width=2 * (config.width + config.value_width),
     )
-    return by_queries(d_query, cut), d_key, d_value, None
+    return shared.rows_by_query(d_query, config), d_key, d_value, None
 
 
-def _of_queries(plan: Plan, table: Table, layer: jax.Array | None, arrays: list[Part]) -> jax.Array:
-    """f32[B, K, R, H]."""
-    cut = plan.cut
-    call = Call(cut, table, "keys", cut.splits)
-    shape = (cut.splits, cut.batch, cut.kv_heads, cut.all_rows, cut.width)
-    (parts,) = launch(
-        functools.partial(_query_kernel, plan, call),
-        call,
-        layer,
-        arrays,
-        [gpu_call.by_rows(jax.ShapeDtypeStruct(shape, jnp.float32))],
-        width=2 * cut.width + cut.value_width,
-    )
-    return parts[0] if cut.splits == 1 else parts.sum(axis=0)
+def _query_kernel(
+    settings: KernelSettings, spec: LaunchSpec, counts: Any, order: Any, layer: Any, *refs: Any
+) -> None:
+    config, rest = settings.config, iter(refs)
+    vectors = settings.comparison.take(rest)
+    query, d_out, of_rows, key, value, d_query = rest
+    program = spec.program(counts, order)
+    first_row, layer = program.own * config.row_block, layer[0]
+    rows = pl.ds(first_row, config.row_block)
+    queries = settings.query.load(query, first_row, config.row_block)
+    d_outs = settings.out.load(d_out, first_row, config.row_block)
+    reference, d_sum = (of_rows[n, rows][:, None] for n in range(2))
 
-
-def _query_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
-    cut, parts = plan.cut, iter(refs)
-    index = plan.compared.blocks(parts)
-    query, d_out, numbers, key, value, d_query = parts
-    program = call.program(counts, order)
-    first_row, of_layer = program.own * cut.rows, layer[0]
-    rows = pl.ds(first_row, cut.rows)
-    queries = plan.query.load(query, first_row, cut.rows)
-    d_outs = plan.out.load(d_out, first_row, cut.rows)
-    reference, d_sum = (numbers[n, rows][:, None] for n in range(2))
-
-    def gradients(number: jax.Array) -> tuple[jax.Array, Pieces, jax.Array]:
-        start = number * cut.key_block
-        keys = pl.ds(start, cut.key_block)
-        own = plan.key.load(key, start, cut.key_block, of_layer)
-        values = plan.value.load(value, start, cut.key_block, of_layer)
-        _, d_logits = gradients_of(
-            plan.scores(queries, own),
-            plan.scores(d_outs, values),
-            plan.rows_by_keys(index, rows, keys),
-            plan.logit_config,
+    def block(number: jax.Array, sums: Pieces) -> Pieces:
+        start, count = number * config.key_block, config.key_block
+        keys = pl.ds(start, count)
+        block_keys = settings.key.load(key, start, count, layer)
+        values = settings.value.load(value, start, count, layer)
+        _, d_logits = shared.gradients_of(
+            settings.scores(queries, block_keys),
+            settings.scores(d_outs, values),
+            settings.rows_by_keys(vectors, rows, keys),
+            settings.logit_config,
             reference=reference,
             d_sum=d_sum,
         )
-        return start, own, d_logits
+        block_keys = settings.without_empty_slots(block_keys, vectors, keys)
+        return _added(sums, settings.weigh(d_logits, block_keys))
 
-    def block(number: jax.Array, sums: Pieces) -> Pieces:
-        _, own, d_logits = gradients(number)
-        return _added(sums, plan.weigh(d_logits, own))
-
-    sums = program.over(block, plan.query.zeros(cut.rows))
-    plan.query.store(d_query, first_row, _times(sums, plan.logit_config.scale), program.split)
-
-    def again(piece: Piece) -> None:
-        def block(number: jax.Array, found: jax.Array) -> jax.Array:
-            start, _, d_logits = gradients(number)
-            own = plan.key.load_piece(key, start, cut.key_block, piece, of_layer)
-            return found + plan.weigh_guarded(d_logits, own)
-
-        found = program.over(block, jnp.zeros((cut.rows, piece[1]), jnp.float32))
-        found = found * plan.logit_config.scale
-        plan.query.store_piece(d_query, first_row, found, piece, program.split)
-
-    if plan.may_leak(key):
-        unless_finite(sums, plan.query, again)
+    sums = program.over(block, settings.query.zeros(config.row_block))
+    scale = settings.logit_config.scale
+    settings.query.store(d_query, first_row, tuple(x * scale for x in sums), program.split)
 
 
-def _key_kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
-    cut, parts = plan.cut, iter(refs)
-    index = plan.compared.blocks(parts)
-    query, d_out, numbers, key, value, d_key, d_value = parts
-    program = call.program(counts, order)
-    start, of_layer = program.own * cut.key_block, layer[0]
-    keys = pl.ds(start, cut.key_block)
-    own_keys = plan.key.load(key, start, cut.key_block, of_layer)
-    own_values = plan.value.load(value, start, cut.key_block, of_layer)
-
-    def gradients(number: jax.Array) -> tuple[jax.Array, Pieces, Pieces, jax.Array, jax.Array]:
-        first_row = number * cut.rows
-        rows = pl.ds(first_row, cut.rows)
-        queries = plan.query.load(query, first_row, cut.rows)
-        d_outs = plan.out.load(d_out, first_row, cut.rows)
-        weights, d_logits = gradients_of(
-            plan.scores(own_keys, queries),
-            plan.scores(own_values, d_outs),
-            plan.compared.allowed(
-                lambda n: index[0][n, rows][None, :], lambda n: index[1][n, keys][:, None]
-            ),
-            plan.logit_config,
-            reference=numbers[0, rows][None, :],
-            d_sum=numbers[1, rows][None, :],
-        )
-        return first_row, queries, d_outs, weights, d_logits
+def _key_kernel(
+    settings: KernelSettings, spec: LaunchSpec, counts: Any, order: Any, layer: Any, *refs: Any
+) -> None:
+    config, rest = settings.config, iter(refs)
+    vectors = settings.comparison.take(rest)
+    query, d_out, of_rows, key, value, d_key, d_value = rest
+    program = spec.program(counts, order)
+    start, count, layer = program.own * config.key_block, config.key_block, layer[0]
+    keys = pl.ds(start, count)
+    block_keys = settings.key.load(key, start, count, layer)
+    values = settings.value.load(value, start, count, layer)
 
     def block(number: jax.Array, sums: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
-        _, queries, d_outs, weights, d_logits = gradients(number)
+        first_row = number * config.row_block
+        rows = pl.ds(first_row, config.row_block)
+        queries = settings.query.load(query, first_row, config.row_block)
+        d_outs = settings.out.load(d_out, first_row, config.row_block)
+        weights, d_logits = shared.gradients_of(
+            settings.scores(block_keys, queries),
+            settings.scores(values, d_outs),
+            settings.comparison.allowed(
+                lambda n: vectors[0][n, rows][None, :], lambda n: vectors[1][n, keys][:, None]
+            ),
+            settings.logit_config,
+            reference=of_rows[0, rows][None, :],
+            d_sum=of_rows[1, rows][None, :],
+        )
         key_sums, value_sums = sums
-        value_sums = _added(value_sums, plan.weigh(weights, d_outs))
-        return _added(key_sums, plan.weigh(d_logits, queries)), value_sums
+        value_sums = _added(value_sums, settings.weigh(weights, d_outs))
+        return _added(key_sums, settings.weigh(d_logits, queries)), value_sums
 
-    zeros = plan.key.zeros(cut.key_block), plan.value.zeros(cut.key_block)
+    zeros = settings.key.zeros(count), settings.value.zeros(count)
     key_sums, value_sums = program.over(block, zeros)
-    plan.key.store(d_key, start, _times(key_sums, plan.logit_config.scale))
-    plan.value.store(d_value, start, value_sums)
-
-    def again(piece: Piece) -> None:
-        def block(number: jax.Array, found: jax.Array) -> jax.Array:
-            first_row, *_, d_logits = gradients(number)
-            queries = plan.query.load_piece(query, first_row, cut.rows, piece)
-            return found + plan.weigh_guarded(d_logits, queries)
-
-        found = program.over(block, jnp.zeros((cut.key_block, piece[1]), jnp.float32))
-        plan.key.store_piece(d_key, start, found * plan.logit_config.scale, piece)
-
-    if plan.may_leak(query):
-        unless_finite(key_sums, plan.key, again)
+    scale = settings.logit_config.scale
+    settings.key.store(d_key, start, tuple(x * scale for x in key_sums))
+    settings.value.store(d_value, start, value_sums)
 
 
 def _added(sums: Pieces, more: Pieces) -> Pieces:
     return tuple(x + y for x, y in zip(sums, more, strict=True))
-
-
-def _times(sums: Pieces, scale: float) -> Pieces:
-    return tuple(x * scale for x in sums)

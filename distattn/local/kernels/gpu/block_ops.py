@@ -1,11 +1,10 @@
-"""What the GPU kernels load of a block, and products that masks guard.
+"""Blocks as the GPU kernels load, multiply and store them.
 
-Triton's arrays are powers of two. A width is loaded in pieces that are, 80 as 64 and 16, so that no number
-is loaded, held or multiplied that is not there, but for what fills the last sixteen.
+Triton's arrays are powers of two. A width is loaded in pieces that are, 80 as 64 and 16, so that only what
+fills the last sixteen is loaded, held and multiplied in vain.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,172 +15,138 @@ from jax.experimental.pallas import triton as plgpu
 
 from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
-from distattn.local.kernels.gpu.tiling import SMALLEST, GpuCut, numbers_of, padded
-from distattn.local.kernels.shared import Comparison, Index, Numbers
+from distattn.local.kernels.gpu.tiling import (
+    GpuTileConfig,
+    matmul_config,
+    padded_width,
+)
+from distattn.local.kernels.shared import MaskComparison, MaskVectors, MatmulConfig
 
-Piece = tuple[Any, int]  # of a width: start and size
+Piece = tuple[int, int]  # start and size in a width
 Pieces = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """An array of rows or of keys, [n, width]: which part of a block of it is there."""
+class Operand:
+    """An array of rows or of keys, [length, width], of which a program reads and writes blocks."""
 
     width: int
-    length: int  # of those that there are
-    is_ragged: bool = False  # whether blocks go beyond them
+    length: int
+    is_ragged: bool = False  # whether blocks go beyond its length
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The largest first."""
-        whole, start, found = padded(self.width), 0, []
+        """The pieces of the width, the largest first."""
+        whole, start, pieces = padded_width(self.width), 0, []
         while start < whole:
             size = 1 << ((whole - start).bit_length() - 1)
-            found.append((start, size))
+            pieces.append((start, size))
             start += size
-        return tuple(found)
+        return tuple(pieces)
 
     def load(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> Pieces:
-        """[count, .] each, from a start on, 0 for what is not there. `ref` is [*lead, n, width]."""
-        return tuple(self.load_piece(ref, start, count, piece, *lead) for piece in self.pieces)
+        """Return `count` entries as [count, size] for each piece, 0 beyond the array.
 
-    def load_piece(
-        self, ref: Any, start: jax.Array, count: int, piece: Piece, *lead: jax.Array
-    ) -> jax.Array:
-        """[count, size of the piece]."""
-        place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
-        there = self._there(start, count, piece)
-        other = None if there is None else jnp.zeros((), ref.dtype)
-        return plgpu.load(place, mask=there, other=other)
+        Args:
+          ref: [*lead, length, width].
+          start: the first entry.
+          count: number of entries.
+          *lead: indices of the dimensions in front.
+        """
+        pieces = []
+        for piece in self.pieces:
+            inside = self._inside(start, count, piece)
+            other = None if inside is None else jnp.zeros((), ref.dtype)
+            place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
+            pieces.append(plgpu.load(place, mask=inside, other=other))
+        return tuple(pieces)
 
     def store(self, ref: Any, start: jax.Array, pieces: Pieces, *lead: jax.Array) -> None:
-        """The inverse; what is not there is not written."""
+        """Write the pieces, but nothing beyond the array."""
         for piece, x in zip(self.pieces, pieces, strict=True):
-            self.store_piece(ref, start, x, piece, *lead)
+            place = ref.at[(*lead, pl.ds(start, x.shape[0]), pl.ds(*piece))]
+            plgpu.store(place, x.astype(ref.dtype), mask=self._inside(start, x.shape[0], piece))
 
-    def store_piece(
-        self, ref: Any, start: jax.Array, x: jax.Array, piece: Piece, *lead: jax.Array
-    ) -> None:
-        """Writes one of them."""
-        count = x.shape[0]
-        place = ref.at[(*lead, pl.ds(start, count), pl.ds(*piece))]
-        plgpu.store(place, x.astype(ref.dtype), mask=self._there(start, count, piece))
-
-    def load_numbers(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> jax.Array:
-        """[count], 0 for what is not there. `ref` is [*lead, n]."""
+    def load_scales(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> jax.Array:
+        """Return `count` scales, 0 beyond the array; `ref` is [*lead, length]."""
         place = ref.at[(*lead, pl.ds(start, count))]
         if not self.is_ragged:
             return plgpu.load(place)
-        there = start + lax.broadcasted_iota(jnp.int32, (count,), 0) < self.length
-        return plgpu.load(place, mask=there, other=jnp.zeros((), ref.dtype))
+        inside = start + lax.broadcasted_iota(jnp.int32, (count,), 0) < self.length
+        return plgpu.load(place, mask=inside, other=jnp.zeros((), ref.dtype))
 
     def zeros(self, count: int) -> Pieces:
-        """f32: what sums start with."""
+        """Return zeros in float32, to sum onto."""
         return tuple(jnp.zeros((count, size), jnp.float32) for _, size in self.pieces)
 
-    def _there(self, start: jax.Array, count: int, piece: Piece) -> jax.Array | None:
-        """bool[count, size of the piece]; None: all."""
-        shape, there = (count, piece[1]), None
+    def _inside(self, start: jax.Array, count: int, piece: Piece) -> jax.Array | None:
+        """Return which items are in the array, bool[count, size]; None if all are."""
+        shape, inside = (count, piece[1]), None
         if self.is_ragged:
-            there = start + lax.broadcasted_iota(jnp.int32, shape, 0) < self.length
-        if self.width % SMALLEST and not (isinstance(piece[0], int) and sum(piece) <= self.width):
-            within = piece[0] + lax.broadcasted_iota(jnp.int32, shape, 1) < self.width
-            there = within if there is None else there & within
-        return there
+            inside = start + lax.broadcasted_iota(jnp.int32, shape, 0) < self.length
+        if sum(piece) > self.width:
+            narrow = piece[0] + lax.broadcasted_iota(jnp.int32, shape, 1) < self.width
+            inside = narrow if inside is None else inside & narrow
+        return inside
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a kernel computes with, apart from arrays."""
+class KernelSettings:
+    """Static settings of a kernel."""
 
-    cut: GpuCut
+    config: GpuTileConfig
     logit_config: LogitConfig
-    numbers: Numbers
-    query: Side  # rows
-    out: Side  # rows of the state, or of its gradient
-    key: Side
-    value: Side
-    compared: Comparison
+    matmul: MatmulConfig
+    query: Operand
+    out: Operand  # rows of the state, or of its gradient
+    key: Operand
+    value: Operand
+    comparison: MaskComparison
     quantised: bool
 
-    def rows_by_keys(self, index: list[Any], rows: Any, keys: Any) -> jax.Array | None:
-        """Who attends to whom, of a block of rows by one of keys."""
-        return self.compared.allowed(
-            lambda n: index[0][n, rows][:, None], lambda n: index[1][n, keys][None, :]
+    @classmethod
+    def of(
+        cls,
+        inputs: AttentionInputs,
+        logit_config: LogitConfig,
+        config: GpuTileConfig,
+        vectors: MaskVectors | None,
+    ) -> "KernelSettings":
+        """Return the settings of a call."""
+        is_ragged = config.keys < config.padded_keys
+        return cls(
+            config,
+            logit_config,
+            matmul_config(inputs, logit_config, backward=config.backward),
+            query=Operand(config.width, config.padded_rows),
+            out=Operand(config.value_width, config.padded_rows),
+            key=Operand(config.width, config.keys, is_ragged),
+            value=Operand(config.value_width, config.keys, is_ragged),
+            comparison=MaskComparison.of(inputs.mask, vectors, ragged_is_empty=False),
+            quantised=inputs.key_scale is not None,
+        )
+
+    def rows_by_keys(self, vectors: list[Any], rows: Any, keys: Any) -> jax.Array | None:
+        """Return which rows attend to which keys, bool[rows, keys]; None if all do."""
+        return self.comparison.allowed(
+            lambda n: vectors[0][n, rows][:, None], lambda n: vectors[1][n, keys][None, :]
+        )
+
+    def without_empty_slots(self, pieces: Pieces, vectors: list[Any], keys: Any) -> Pieces:
+        """Return keys, values or scales with 0 in empty slots: their weight is 0, but they may hold NaN."""
+        if not self.comparison.empty_slots or jnp.issubdtype(pieces[0].dtype, jnp.integer):
+            return pieces
+        filled = vectors[1][0, keys] >= 0
+        return tuple(
+            jnp.where(filled.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+            for x in pieces
         )
 
     def scores(self, a: Pieces, b: Pieces) -> jax.Array:
-        """a . b^T, [n, m], of vectors in pieces."""
-        parts = [self.numbers.product(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
-        return sum(parts[1:], parts[0])
+        """Return a . b^T, f32[n, m], of vectors in pieces."""
+        terms = [self.matmul.dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
+        return sum(terms[1:], terms[0])
 
     def weigh(self, weights: jax.Array, pieces: Pieces) -> Pieces:
-        """f32: weights [n, m] . pieces [m, .]."""
-        return tuple(self.numbers.product(weights, x, (1, 0)) for x in pieces)
-
-    def weigh_guarded(self, weights: jax.Array, x: jax.Array) -> jax.Array:
-        """f32: weights [n, m] . x [m, .], to which entries of x add nothing where their weight is 0.
-
-        As `distattn.local.block.attended_sum`. What is not finite is added for who attends to it.
-        """
-        x = x.astype(jnp.float32)
-        code = jnp.where(x == jnp.inf, 1.0, jnp.where(x == -jnp.inf, _NEGATIVE, 0.0))
-        code = jnp.where(x != x, _NAN, code)
-        met = _COUNTING.product(jnp.where(weights != 0, 1.0, 0.0), code, (1, 0))
-        count = jnp.minimum(met, _NAN).astype(jnp.int32)
-        odd = jnp.where(count % int(_NEGATIVE) > 0, jnp.inf, 0.0)
-        odd = odd - jnp.where(count >= int(_NEGATIVE), jnp.inf, 0.0)
-        odd = jnp.where(met >= _NAN, jnp.nan, odd)
-        finite = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
-        return self.numbers.product(weights, finite, (1, 0)) + odd
-
-    def may_leak(self, x: jax.Array) -> bool:
-        """Whether an array can have what is no number where nobody may attend."""
-        return self.compared.masked and x.dtype != jnp.int8
-
-
-def plan_of(
-    inputs: AttentionInputs,
-    logit_config: LogitConfig,
-    cut: GpuCut,
-    index: Index | None,
-    *,
-    backward: bool = False,
-) -> Plan:
-    """The plan of a call."""
-    is_ragged = cut.keys < cut.all_keys
-    return Plan(
-        cut,
-        logit_config,
-        numbers_of(inputs, logit_config, backward=backward),
-        query=Side(cut.width, cut.all_rows),
-        out=Side(cut.value_width, cut.all_rows),
-        key=Side(cut.width, cut.keys, is_ragged),
-        value=Side(cut.value_width, cut.keys, is_ragged),
-        compared=Comparison.of(inputs.mask, index),
-        quantised=inputs.key_scale is not None,
-    )
-
-
-def unless_finite(pieces: Pieces, side: Side, again: Callable[[Piece], None]) -> None:
-    """Runs `again`, for each narrow piece of a side, where one of the sums is not finite.
-
-    So what nobody attends to is looked for after the loop over blocks, once, and not in each of them: a
-    weight of 0 times a NaN or an infinity is NaN, and stays so. Narrow, so that it takes no more registers.
-    """
-    odd = jnp.zeros((), jnp.float32)
-    for x in pieces:
-        kinds = jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0)
-        odd = jnp.maximum(odd, kinds.max(axis=1).max(axis=0))
-    width = padded(side.width)
-    size = _NARROW if width % _NARROW == 0 else SMALLEST
-
-    @pl.when(odd > 0)
-    def _() -> None:
-        lax.fori_loop(0, width // size, lambda n, _: again((n * size, size)), None)
-
-
-_NARROW = 32
-# Codes whose sums over a block tell which kinds of non-numbers were met: bfloat16 has them exactly.
-_NEGATIVE, _NAN = 2.0**12, 2.0**24
-_COUNTING = Numbers(jnp.dtype(jnp.bfloat16), lax.Precision.DEFAULT)
+        """Return weights [n, m] . pieces [m, .], f32."""
+        return tuple(self.matmul.dot(weights, x, (1, 0)) for x in pieces)

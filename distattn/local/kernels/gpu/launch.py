@@ -1,8 +1,8 @@
 """One launch of a GPU kernel: its grid, its arrays, and the blocks that a program steps over.
 
-The grid is (own blocks and their splits, heads of keys, rows of the batch), the first the fastest, so that
-programs that run together read the same keys. An array is passed whole but for the head and the row of the
-batch: a program reads of it the blocks that the table names, one after the other.
+The grid is (own blocks and their splits, KV heads, batch), the first fastest, so that programs that run
+together read the same keys. A program sees all of an array for its head and row of the batch, and reads the
+blocks that the table lists, one after the other.
 """
 
 import dataclasses
@@ -17,79 +17,76 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from distattn._compat import interpreter, shaped, vary, varying_axes
-from distattn.local.kernels.gpu.tiling import GpuCut, padded
-from distattn.local.kernels.shared import Index, Table
+from distattn.local.kernels.gpu.tiling import GpuTileConfig, padded_width
+from distattn.local.kernels.shared import BlockedArray, BlockTable, MaskVectors
 
 
-class Part(NamedTuple):
-    """An array of a call, and what a program sees of it."""
+def _blocked(
+    x: Any, batch: int | None, heads: int | None, *, padded: bool = False, shared: bool = False
+) -> BlockedArray:
+    """Return an array of which a program sees all but two dimensions, and one entry of each of those.
 
-    array: Any  # of a result, its shape and dtype
-    spec: pl.BlockSpec
-
-
-def _part(x: Any, batch: int | None, heads: int | None, *, whole: bool = False) -> Part:
-    """All of an array but for those two dimensions, of which a program has one entry.
-
-    A last dimension after that of the heads is a width, and filled up to what its pieces are together.
-    `whole`: one row holds for the batch.
+    Args:
+      x: the array.
+      batch: the dimension of the batch, or None.
+      heads: the dimension of the KV heads, or None.
+      padded: whether the last dimension is a width, which is padded to the sum of its pieces.
+      shared: whether one entry serves the whole batch.
     """
-    kept = list(x.shape)
-    if heads is not None and heads < x.ndim - 1:
-        kept[-1] = padded(kept[-1])
-    shape = [None if axis in (batch, heads) else size for axis, size in enumerate(kept)]
+    sizes = [*x.shape[:-1], padded_width(x.shape[-1])] if padded else x.shape
+    shape = tuple(None if axis in (batch, heads) else size for axis, size in enumerate(sizes))
 
-    def at(_: Any, head: Any, row: Any) -> tuple[Any, ...]:
-        place = {heads: head, batch: 0 if whole else row}
+    def index(_: Any, head: Any, row: Any) -> tuple[Any, ...]:
+        place = {heads: head, batch: 0 if shared else row}
         return tuple(place.get(axis, 0) for axis in range(x.ndim))
 
-    return Part(x, pl.BlockSpec(tuple(shape), at))
+    return BlockedArray(x, pl.BlockSpec(shape, index))
 
 
-def by_rows(x: Any) -> Part:
-    """[B, K, R, .] or, with splits, [splits, B, K, R, .]: rows of all heads."""
-    return _part(x, x.ndim - 4, x.ndim - 3)
+def mask_vectors(vectors: MaskVectors | None) -> list[BlockedArray]:
+    """Return the vectors of the mask, [] without a mask."""
+    if vectors is None:
+        return []
+    return [_blocked(x, 0, None, shared=x.shape[0] == 1) for x in vectors]
 
 
-def of_rows(x: Any) -> Part:
-    """[B, K, ., R] or, with splits, [splits, B, K, ., R]: numbers of rows."""
-    lead = x.ndim - 4
-    shape = (*x.shape[:lead], None, None, *x.shape[lead + 2 :])
-    return Part(x, pl.BlockSpec(shape, lambda _, head, row: (*[0] * lead, row, head, 0, 0)))
+def row_matrix(x: Any) -> BlockedArray:
+    """Return [B, K, R, .] or, with splits, [splits, B, K, R, .]."""
+    return _blocked(x, x.ndim - 4, x.ndim - 3, padded=True)
 
 
-def by_keys(x: Any) -> Part:
-    """[L, B, S, K, .], keys or values, or [B, S, K, .], their gradients."""
-    return _part(x, x.ndim - 4, x.ndim - 2)
+def row_vectors(x: Any) -> BlockedArray:
+    """Return [B, K, ., R] or, with splits, [splits, B, K, ., R]."""
+    return _blocked(x, x.ndim - 4, x.ndim - 3)
 
 
-def of_keys(x: Any) -> Part:
-    """[L, B, S, K]: scales."""
-    return _part(x, 1, 3)
+def key_matrix(x: Any) -> BlockedArray:
+    """Return keys or values [L, B, S, K, .], or their gradients [B, S, K, .]."""
+    return _blocked(x, x.ndim - 4, x.ndim - 2, padded=True)
 
 
-def index_parts(index: Index | None) -> list[Part]:
-    """The vectors of the mask."""
-    return [] if index is None else [_part(x, 0, None, whole=x.shape[0] == 1) for x in index]
+def key_scales(x: Any) -> BlockedArray:
+    """Return the scales of keys or values, [L, B, S, K]."""
+    return _blocked(x, 1, 3)
 
 
 class Program(NamedTuple):
-    """One program of a launch: what it computes, and which blocks it steps over."""
+    """One program of a launch: its block, and the blocks that it steps over."""
 
-    own: jax.Array  # block
-    split: jax.Array  # of the splits of the block
-    first: jax.Array  # of the blocks that are visited
-    last: jax.Array
-    order: Any  # of spans of blocks
-    row: jax.Array  # where the order of its own starts
-    others: int  # that it has
+    own: jax.Array  # its block
+    split: jax.Array  # its split of the visited blocks
+    first: jax.Array  # first visited block
+    last: jax.Array  # end of the visited blocks
+    order: Any  # spans of blocks
+    row: jax.Array  # start of its own span's order
+    others: int  # number of spans in the order
     span: int
 
     def over(self, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
-        """body(block, carry) for each block that it visits.
+        """Return the carry after body(block, carry) for each block that the program visits.
 
-        Which one is next is read a step ahead: Triton brings what a step reads into shared memory ahead of
-        it, but half as far if that depends on something else that the step reads.
+        The next block's number is read a step ahead: Triton prefetches what a step reads into shared
+        memory, but half as far if the address depends on something else that the step reads.
         """
 
         def block(index: jax.Array) -> jax.Array:
@@ -106,32 +103,28 @@ class Program(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """What a program steps over."""
+class LaunchSpec:
+    """The grid of a launch."""
 
-    cut: GpuCut
-    table: Table  # of spans of blocks
-    inner: Literal["rows", "keys"]
+    config: GpuTileConfig
+    table: BlockTable  # its blocks are spans
+    layer: jax.Array | None
+    inner: Literal["rows", "keys"]  # a program steps over their blocks
     splits: int = 1
 
     @property
     def own_blocks(self) -> int:
-        """How many blocks are not stepped over."""
-        cut = self.cut
-        return cut.used_row_blocks if self.inner == "keys" else cut.used_key_blocks
+        """Number of blocks that have programs of their own."""
+        by_rows = self.inner == "keys"
+        return self.config.used_row_blocks if by_rows else self.config.used_key_blocks
 
-    @property
-    def _spans(self) -> tuple[int, int]:
-        """Of own blocks, of others."""
-        rows, keys = self.cut.row_span, self.cut.key_span
-        return (rows, keys) if self.inner == "keys" else (keys, rows)
-
-    def program(self, counts: Any, order: Any) -> "Program":
-        """The one that is running; to be called outside of what it does on a condition."""
+    def program(self, counts: Any, order: Any) -> Program:
+        """Return the running program; call it outside of conditions."""
         own, split = pl.program_id(0), jnp.zeros((), jnp.int32)
         if self.splits > 1:
             own, split = lax.div(own, self.splits), lax.rem(own, self.splits)
-        own_span, span = self._spans
+        spans = self.config.row_span, self.config.key_span
+        own_span, span = spans if self.inner == "keys" else spans[::-1]
         row = self.table.row(pl.program_id(2), lax.div(own, own_span))
         count = counts[row] * span
         first, last = (lax.div(count * x, self.splits) for x in (split, split + 1))
@@ -141,38 +134,38 @@ class Call:
 
 def launch(
     kernel: Callable[..., None],
-    call: Call,
-    layer: jax.Array | None,
-    inputs: list[Part],
-    outputs: list[Part],
+    spec: LaunchSpec,
+    inputs: list[BlockedArray],
+    outputs: list[BlockedArray],
     *,
     width: int,
 ) -> list[jax.Array]:
-    """kernel(counts, order, layer, *inputs, *outputs), over the grid of the call.
+    """Run kernel(counts, order, layer, *inputs, *outputs) over the grid.
 
-    `width` is the sum of the widths of its products, for an estimate of its time.
+    Args:
+      kernel: the body.
+      spec: the grid.
+      inputs: arrays to read.
+      outputs: shapes to write.
+      width: the sum of the widths of its matmuls, for an estimate of its time.
     """
-    cut, table = call.cut, call.table
-    layer = jnp.zeros((), jnp.int32) if layer is None else layer
-    scalars = [_part(x, None, None) for x in (table.counts, table.order, layer.reshape(1))]
-    parts = [*scalars, *inputs]
-    arrays = [x.array for x in parts]
+    config, table = spec.config, spec.table
+    layer = jnp.zeros((), jnp.int32) if spec.layer is None else spec.layer
+    scalars = [_blocked(x, None, None) for x in (table.counts, table.order, layer.reshape(1))]
+    inputs = [*scalars, *inputs]
+    arrays = [x.array for x in inputs]
     axes = varying_axes(*arrays)
-    arguments = [vary(x, axes) for x in arrays]
-    pairs = cut.batch * cut.kv_heads * cut.groups * cut.queries * cut.keys
     return pl.pallas_call(
         kernel,
-        grid=(call.own_blocks * call.splits, cut.kv_heads, cut.batch),
-        in_specs=[x.spec for x in parts],
+        grid=(spec.own_blocks * spec.splits, config.kv_heads, config.batch),
+        in_specs=[x.spec for x in inputs],
         out_specs=[x.spec for x in outputs],
         out_shape=[shaped(x.array.shape, x.array.dtype, axes) for x in outputs],
-        compiler_params=plgpu.CompilerParams(
-            num_warps=cut.sizes.warps, num_stages=cut.sizes.stages
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         cost_estimate=pl.CostEstimate(
-            flops=2 * width * pairs,
-            transcendentals=pairs,
+            flops=2 * width * config.pairs,
+            transcendentals=config.pairs,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
         ),
         interpret=interpreter() is not None,
-    )(*arguments)
+    )(*(vary(x, axes) for x in arrays))

@@ -1,74 +1,84 @@
-"""The local part as kernels for GPUs, written in Triton through Pallas, for masks of positions.
+"""The Pallas kernels for GPUs, in Triton: which calls they support, for masks of positions.
 
-Nothing of the size of T x S exists, nor a copy of keys or values. None of it has been timed: it is checked
-by Pallas' interpreter, and by the compiler for the H100.
+No array of size T x S exists, nor a copy of keys or values. None of it has been timed: Pallas' interpreter
+and the compiler for the H100 check it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from distattn.local.block import LogitConfig
+from distattn.algebra.softmax_state import SoftmaxState
+from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
-from distattn.local.kernels.gpu.tiling import cut_of, precision_of
-from distattn.local.kernels.shared import late
+from distattn.local.kernels.gpu.tiling import precision_of, tile_config
 from distattn.local.tiling import Machine
 
-# Of a block, worth timing: rows, keys.
-CANDIDATES = (16, 32, 64, 128), (16, 32, 64, 128)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-fold: Callable[..., Any] = late("gpu.forward", "fold")
-fold_gradients: Callable[..., Any] = late("gpu.backward", "fold_gradients")
+
+def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
+    """Return the state over all keys, as `distattn.local.blockwise.fold`."""
+    from distattn.local.kernels.gpu import forward  # Pallas is imported when a kernel runs
+
+    return forward.fold(inputs, logit_config, machine)
 
 
-def refusal(
+def fold_gradients(
+    inputs: AttentionInputs,
+    logit_config: LogitConfig,
+    machine: Machine,
+    cotangents: Cotangents,
+    *,
+    key_dtype: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Return the gradients, as `distattn.local.blockwise.fold_gradients`."""
+    from distattn.local.kernels.gpu import backward
+
+    return backward.fold_gradients(inputs, logit_config, machine, cotangents, key_dtype=key_dtype)
+
+
+def unsupported(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
-    """Which argument the kernels do not do, and why; None: they do the call."""
+    """Return which argument the kernels do not support, and why; None if they support the call."""
     return (
-        shared.of_platform(machine, "gpu")
-        or shared.of_sharding(machine)
-        or shared.of_dense_arguments(inputs)
-        or _of_numbers(inputs, logit_config, backward=backward)
-        or shared.of_package("jax.experimental.pallas.triton")
-        or _of_sizes(inputs, logit_config, machine, backward=backward)
+        shared.unsupported_place(machine, "gpu")
+        or _unsupported_gradient(inputs, backward=backward)
+        or shared.unsupported_arguments(inputs, _DTYPES, quantised=(jnp.int8,))
+        or _unsupported_precision(logit_config)
+        or shared.missing_package("jax.experimental.pallas.triton")
+        or _unsupported_size(inputs, logit_config, machine, backward=backward)
     )
 
 
-def sizes_of(
-    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
-) -> tuple[int, int]:
-    """Rows and keys of a block, as a call has them that is not refused."""
-    cut = cut_of(inputs, logit_config, machine, backward=backward)
-    return cut.rows, cut.key_block
-
-
-def _of_numbers(
-    inputs: AttentionInputs, logit_config: LogitConfig, *, backward: bool
-) -> str | None:
+def _unsupported_gradient(inputs: AttentionInputs, *, backward: bool) -> str | None:
     if inputs.key_scale is not None and backward:
         return "key and value are quantised, and gradients are asked for"
-    if precision_of(logit_config) is None:
-        done = "None, 'default', 'high', 'tensorfloat32' and 'highest' are done"
-        return f"precision is {logit_config.precision!r}; {done}"
-    return shared.of_dtypes(inputs, _DTYPES, quantised=(jnp.int8,))
+    return None
 
 
-def _of_sizes(
+def _unsupported_precision(logit_config: LogitConfig) -> str | None:
+    if precision_of(logit_config) is not None:
+        return None
+    supported = "None, 'default', 'high', 'tensorfloat32' and 'highest'"
+    return f"precision is {logit_config.precision!r}; supported are {supported}"
+
+
+def _unsupported_size(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool
 ) -> str | None:
-    cut = cut_of(inputs, logit_config, machine, backward=backward)
-    if cut.shared_bytes > cut.target.shared_bytes:
+    config = tile_config(inputs, logit_config, machine, backward=backward)
+    if config.shared_bytes > config.chip.shared_bytes:
         return (
-            f"key has a width of {cut.width}: blocks of {cut.rows} rows and {cut.key_block} keys take "
-            f"{cut.shared_bytes} bytes, and a program may take {cut.target.shared_bytes} on "
-            f"{cut.target.name}"
+            f"key has a width of {config.width}: blocks of {config.row_block} rows and "
+            f"{config.key_block} keys take {config.shared_bytes} bytes, and a program may take "
+            f"{config.chip.shared_bytes} on {config.chip.name}"
         )
     for name, x in (("key", inputs.key), ("value", inputs.value)):
-        # Pallas computes the place of an item in 32 bits up to 2^32 bytes: half of those for int8 alone.
+        # Pallas computes an item's offset in 32 bits up to 2^32 bytes: half of that range for int8.
         if x.dtype.itemsize == 1 and 2**31 < x.size <= 2**32:
-            return f"{name} has {x.size} items of one byte; up to {2**31}, or more than {2**32}, are done"
+            return f"{name} has {x.size} items of one byte; supported are up to {2**31}, or over {2**32}"
     return None

@@ -1,7 +1,4 @@
-"""What the TPU kernels compute on a block: who attends to whom, logits, and products that masks guard.
-
-The orientation is free: rows by keys in one kernel, keys by rows in another.
-"""
+"""Blocks as the TPU kernels read them: masks, and keys and values head by head."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,157 +7,149 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
-from distattn.local.kernels.shared import EXACT, Comparison, Index, Numbers
-from distattn.local.kernels.tpu.tiling import QUANTISED, Order, TpuCut, order_of
+from distattn.local.kernels.shared import EXACT, MaskComparison, MaskVectors, MatmulConfig
+from distattn.local.kernels.tpu.tiling import QUANTISED, Order, TpuTileConfig, order_of
 
-# All of their numbers are numbers of bfloat16.
-NARROW = (jnp.bfloat16, *QUANTISED)
-
-
-def _numbers_of(logit_config: LogitConfig, *arrays: jax.Array) -> Numbers:
-    """bfloat16 where it holds all numbers, and no other precision is asked for; else float32."""
-    exact = logit_config.precision in EXACT
-    narrow = not exact and all(x.dtype in NARROW for x in arrays)
-    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-    return Numbers(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision)
+# bfloat16 holds all their values exactly.
+_NARROW = (jnp.bfloat16, *QUANTISED)
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """Keys or values: how a block of them lies, and how it is used, head by head."""
+class KVOperand:
+    """Keys or values: how a block of them is stored, and how a kernel reads it head by head."""
 
     order: Order
     width: int
-    # Of float16 the bits are taken inside the kernel, and then a block is read as a whole.
-    moved: bool
+    # Whether a block is copied to scratch: float16 bits are read as a whole block inside the kernel.
+    copied: bool
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "KVOperand":
+        """Return the operand of key or value."""
+        order = order_of(x.shape, x.dtype)
+        return cls(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
 
     @property
-    def axis(self) -> int:
-        """Along which the keys of one head lie."""
+    def key_axis(self) -> int:
+        """Axis of the keys in a head's block."""
         return 1 if self.order == "KHS" else 0
 
-    def shape(self, cut: TpuCut) -> tuple[int, int, int]:
-        """Of a block, head by head."""
-        keys, width = cut.key_block, self.width
-        return (cut.heads, width, keys) if self.axis else (cut.heads, keys, width)
+    def shape(self, config: TpuTileConfig) -> tuple[int, int, int]:
+        """Return the shape of a block, head by head."""
+        keys, width = config.key_block, self.width
+        return (config.heads, width, keys) if self.key_axis else (config.heads, keys, width)
 
-    def scratch(self, cut: TpuCut, dtype: Any) -> list[Any]:
-        """Where a block is put head by head, if it does not lie so."""
-        return [pltpu.VMEM(self.shape(cut), dtype)] if self.moved else []
+    def scratch(self, config: TpuTileConfig, dtype: Any) -> list[Any]:
+        """Return the memory for a copied block; [] if it is read in place."""
+        return [pltpu.VMEM(self.shape(config), dtype)] if self.copied else []
 
-    def by_heads(self, block: Any, refs: Iterator[Any]) -> Any:
-        """The block head by head, a reference; `fill` puts it there. Takes its scratch from the refs."""
-        return next(refs) if self.moved else block.at[0, 0]
+    def by_head(self, block: Any, scratch: Iterator[Any]) -> Any:
+        """Return a reference to the block head by head, which `load` fills; may take the next scratch."""
+        return next(scratch) if self.copied else block.at[0, 0]
 
-    def fill(self, block: Any, heads: Any) -> None:
-        """Puts the block there."""
+    def load(self, block: Any, by_head: Any) -> None:
+        """Copy the block to where `by_head` refers, if it is copied."""
         if self.order == "SKH":
-            heads[...] = jnp.swapaxes(block[0, 0], 0, 1)
-        elif self.moved:
-            heads[...] = block[0, 0]
+            by_head[...] = jnp.swapaxes(block[0, 0], 0, 1)
+        elif self.copied:
+            by_head[...] = block[0, 0]
 
-    def write(self, block: Any, x: jax.Array) -> None:
-        """The inverse: writes what lies head by head."""
+    def store(self, block: Any, x: jax.Array) -> None:
+        """Write x, one array per head, to the block."""
         block[0, 0] = jnp.swapaxes(x, 0, 1) if self.order == "SKH" else x
 
+    def without_empty_slots(self, positions: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+        """Return the function that gives f32 keys or values of a head, with 0 in empty slots.
 
-def sides_of(inputs: AttentionInputs) -> tuple[Side, Side]:
-    """Keys and values."""
+        Their weight is 0 already, but they may hold NaN.
 
-    def side(x: jax.Array) -> Side:
-        order = order_of(x.shape, x.dtype)
-        return Side(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
-
-    return side(inputs.key), side(inputs.value)
+        Args:
+          positions: int32[2, keys], of which the first are positions; None if no slot can be empty.
+        """
+        if positions is None:
+            return as_float32
+        vectors = positions if self.key_axis else jnp.swapaxes(positions, 0, 1)
+        filled = (vectors[:1] if self.key_axis else vectors[:, :1]) >= 0
+        return lambda x: jnp.where(filled, as_float32(x), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a kernel computes with, apart from arrays."""
+class KernelSettings:
+    """Static settings of a kernel."""
 
-    cut: TpuCut
+    config: TpuTileConfig
     logit_config: LogitConfig
-    numbers: Numbers
-    key: Side
-    value: Side
-    compared: Comparison
+    matmul: MatmulConfig
+    key: KVOperand
+    value: KVOperand
+    comparison: MaskComparison
     quantised: bool
 
-    def scales(self, refs: Iterator[Any]) -> Callable[[int, jax.Array], jax.Array] | None:
-        """f32[1, keys] of keys (0) or values (1) and a head, whose blocks are next of the refs, if any."""
-        if not self.quantised:
-            return None
-        blocks = [next(refs), next(refs)]
-        return lambda side, head: blocks[side][0, 0, 0, pl.ds(head, 1), :]
-
-    def keep_rows(self, index: list[Any], row_index: Any) -> None:
-        """Puts the vectors of a block of rows side by side, where `rows_by_keys` reads them."""
-        if index:
-            row_index[:, :3] = jnp.swapaxes(index[0][0], 0, 1)
-
-    def rows_by_keys(self, index: list[Any], row_index: Any) -> jax.Array | None:
-        """Who attends to whom, of a block of rows, as `keep_rows` keeps it, by one of keys."""
-        return self.compared.allowed(
-            lambda n: row_index[:, n : n + 1], lambda n: index[1][0, n : n + 1, :]
+    @classmethod
+    def of(
+        cls,
+        inputs: AttentionInputs,
+        logit_config: LogitConfig,
+        config: TpuTileConfig,
+        vectors: MaskVectors | None,
+    ) -> "KernelSettings":
+        """Return the settings of a call: matmuls of bfloat16 if it holds all inputs exactly."""
+        exact = logit_config.precision in EXACT
+        arrays = inputs.query, inputs.key, inputs.value
+        narrow = not exact and all(x.dtype in _NARROW for x in arrays)
+        precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+        ragged = config.keys < config.padded_keys
+        return cls(
+            config,
+            logit_config,
+            MatmulConfig(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision),
+            KVOperand.of(inputs.key),
+            KVOperand.of(inputs.value),
+            MaskComparison.of(inputs.mask, vectors, ragged_is_empty=ragged),
+            inputs.key_scale is not None,
         )
 
+    def take_scales(self, refs: Iterator[Any]) -> list[Any]:
+        """Take the blocks of the scales of keys and values from the refs; [] if not quantised."""
+        return [next(refs), next(refs)] if self.quantised else []
 
-def plan_of(
-    inputs: AttentionInputs, logit_config: LogitConfig, cut: TpuCut, index: Index | None
-) -> Plan:
-    """The plan of a call."""
-    numbers = _numbers_of(logit_config, inputs.query, inputs.key, inputs.value)
-    compared = Comparison.of(inputs.mask, index)
-    quantised = inputs.key_scale is not None
-    return Plan(cut, logit_config, numbers, *sides_of(inputs), compared, quantised)
+    def keep_rows(self, vectors: list[Any], row_vectors: Any) -> None:
+        """Put the mask vectors of a block of rows into columns, where `rows_by_keys` reads them."""
+        if vectors:
+            row_vectors[:, :3] = jnp.swapaxes(vectors[0][0], 0, 1)
+
+    def rows_by_keys(self, vectors: list[Any], row_vectors: Any) -> jax.Array | None:
+        """Return which rows attend to which keys, bool[rows, keys]; None if all do."""
+        return self.comparison.allowed(
+            lambda n: row_vectors[:, n : n + 1], lambda n: vectors[1][0, n : n + 1, :]
+        )
+
+    def positions(self, vectors: list[Any]) -> jax.Array | None:
+        """Return the mask vectors of a block of keys, int32[2, keys]; None if no slot can be empty."""
+        return vectors[1][0] if self.comparison.empty_slots else None
 
 
-def loaded(x: jax.Array) -> jax.Array:
-    """f32: numbers of a block; of float16 there are the bits."""
+def as_float32(x: jax.Array) -> jax.Array:
+    """Return a block in float32; float16 arrives as bits."""
     if x.dtype != jnp.uint16:
         return x.astype(jnp.float32)
     bits = x.astype(jnp.int32)
     exponent, fraction = (bits >> 10) & 31, bits & 1023
     raised = jnp.where(exponent == 31, 255, exponent + 112)
     size = lax.bitcast_convert_type((raised << 23) | (fraction << 13), jnp.float32)
-    # float32 has no such small numbers without a leading one on a TPU.
+    # A TPU flushes float32 subnormals to 0, so those of float16 are computed as numbers.
     size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, size)
     return jnp.where(bits > 32767, -size, size)
 
 
-def each(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
-    """Decorates what is done for each of the heads: a loop, so that its code is there once."""
+def for_each_head(count: int) -> Callable[[Callable[[jax.Array], None]], None]:
+    """Decorate what is done for each head: a loop, so that its code exists once."""
 
     def run(body: Callable[[jax.Array], None]) -> None:
         lax.fori_loop(0, count, lambda head, _: body(head), None)
 
     return run
-
-
-def guarded(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    weights: jax.Array,
-    x: jax.Array,
-    add: Callable[[jax.Array], None],
-) -> None:
-    """Adds product(weights, x), to which entries of x contribute nothing where their weight is 0.
-
-    They may be NaN: as `distattn.local.block.attended_sum`. What is not finite is added for who attends to it.
-    """
-    finite = jnp.abs(x) < jnp.inf
-
-    @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
-    def _() -> None:
-        attended = jnp.where(weights != 0, 1.0, 0.0)
-        odd = 0.0
-        for kind, number in ((x == jnp.inf, jnp.inf), (x == -jnp.inf, -jnp.inf), (x != x, jnp.nan)):
-            met = product(attended, jnp.where(kind, 1.0, 0.0))
-            odd = odd + jnp.where(met > 0, number, 0.0)
-        add(odd)
-
-    add(product(weights, jnp.where(finite, x, 0.0)))

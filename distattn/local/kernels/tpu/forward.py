@@ -1,10 +1,9 @@
 """The fold over keys as one TPU kernel: a softmax state for each block of rows, kept in VMEM.
 
-It differs from published TPU kernels in: 1. keys and values are read as they lie, [B, S, K, .], 8 heads at
-a time, and never transposed; 2. masks are functions of positions that are given, in any order, and a block
-is left out, before it is loaded, by the range of its positions; 3. the state is returned undivided; 4.
-where a device has two cores and one would idle, each folds every other block of keys, and the two states
-are merged.
+It differs from published TPU kernels in: 1. keys and values are read as they are stored, 8 heads at a time,
+and never transposed; 2. masks are functions of positions that are data, in any order, and a block is skipped,
+before it is loaded, by the range of its positions; 3. the state is returned undivided; 4. if a device has two
+cores and one would idle, each folds every other block of keys, and the two states are merged.
 """
 
 import functools
@@ -21,150 +20,171 @@ from jax.experimental.pallas import tpu as pltpu
 from distattn.algebra.softmax_state import SoftmaxState, merge, softmax_weights
 from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
-from distattn.local.kernels.shared import by_key_heads, by_queries, index_of, logits_of, tables
-from distattn.local.kernels.tpu.block_ops import Plan, each, guarded, loaded, plan_of
-from distattn.local.kernels.tpu.launch import Call, Part, Step, launch
-from distattn.local.kernels.tpu.tiling import LANES, TpuCut, as_stored, cut_of, scales_of
+from distattn.local.kernels.shared import (
+    BlockedArray,
+    block_tables,
+    logits_of,
+    mask_vectors,
+    query_rows,
+    rows_by_query,
+)
+from distattn.local.kernels.tpu.block_ops import KernelSettings, as_float32, for_each_head
+from distattn.local.kernels.tpu.launch import GridStep, LaunchSpec, launch
+from distattn.local.kernels.tpu.tiling import (
+    LANES,
+    TpuTileConfig,
+    as_stored,
+    scales_as_stored,
+    tile_config,
+)
 from distattn.local.tiling import Machine
 
 
 def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -> SoftmaxState:
-    """As `distattn.local.fold`; of inputs that the kernel takes, see `distattn.local.dispatch`."""
-    cut = cut_of(inputs, machine)
-    plan, call, arrays, scratch = prepared(inputs, logit_config, cut)
-    rows = (cut.parts * cut.batch, cut.kv_heads)
-    weighted_sum, numbers = launch(
-        functools.partial(_kernel, plan, call),
-        call,
+    """Return the state over all keys, as `distattn.local.blockwise.fold`."""
+    config = tile_config(inputs, machine)
+    settings, spec, arrays, scratch = prepare_fold(inputs, logit_config, config)
+    parts = config.key_parts
+    lead = (parts * config.batch, config.kv_heads)
+    weighted_sum, max_and_sum = launch(
+        functools.partial(_kernel, settings, spec),
+        spec,
         arrays,
         [
-            call.by_rows(_float32(*rows, cut.all_rows, cut.value_width)),
-            call.of_rows(_float32(*rows, 2, cut.all_rows)),
+            spec.row_matrix(_float32(*lead, config.padded_rows, config.value_width)),
+            spec.row_vectors(_float32(*lead, 2, config.padded_rows)),
         ],
         scratch=[
-            pltpu.VMEM((cut.rows, LANES), jnp.int32),
-            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
-            pltpu.VMEM((cut.heads, cut.rows, LANES), jnp.float32),
+            pltpu.VMEM((config.row_block, LANES), jnp.int32),
+            pltpu.VMEM((config.heads, config.row_block, LANES), jnp.float32),
+            pltpu.VMEM((config.heads, config.row_block, LANES), jnp.float32),
             *scratch,
         ],
-        width=cut.width + cut.value_width,
+        width=config.width + config.value_width,
     )
-    parts = [
+    states = [
         SoftmaxState(
-            by_queries(own[:, :, 0], cut), by_queries(own[:, :, 1], cut), by_queries(total, cut)
+            *(rows_by_query(x, config) for x in (vectors[:, :, 0], vectors[:, :, 1], total))
         )
-        for own, total in zip(
-            jnp.split(numbers, cut.parts), jnp.split(weighted_sum, cut.parts), strict=True
+        for vectors, total in zip(
+            jnp.split(max_and_sum, parts), jnp.split(weighted_sum, parts), strict=True
         )
     ]
-    return functools.reduce(merge, parts)
+    return functools.reduce(merge, states)
 
 
-def prepared(
-    inputs: AttentionInputs, logit_config: LogitConfig, cut: TpuCut
-) -> tuple[Plan, Call, list[Part], list[Any]]:
-    """Of a kernel that folds: plan and call, its inputs, and the scratch of its keys and values."""
-    index = index_of(inputs.mask, cut)
-    table, _ = tables(inputs.mask, cut)
-    plan = plan_of(inputs, logit_config, cut, index)
-    call = Call(cut, table, inputs.layer, "keys")
+def prepare_fold(
+    inputs: AttentionInputs, logit_config: LogitConfig, config: TpuTileConfig
+) -> tuple[KernelSettings, LaunchSpec, list[BlockedArray], list[Any]]:
+    """Return settings, grid and inputs of a kernel that folds, and the scratch of its keys and values."""
+    vectors = mask_vectors(inputs.mask, config)
+    table, _ = block_tables(inputs.mask, config)
+    settings = KernelSettings.of(inputs, logit_config, config, vectors)
+    spec = LaunchSpec(config, table, inputs.layer, "keys")
     key, value = as_stored(inputs.key), as_stored(inputs.value)
-    query = by_key_heads(inputs.query.astype(plan.numbers.dtype), cut)
     arrays = [
-        *call.index(index),
-        call.by_rows(query),
-        call.by_keys(key, plan.key.order),
-        call.by_keys(value, plan.value.order),
-        *(call.by_scales(x) for x in scales_of(inputs, cut)),
+        *spec.mask_vectors(vectors),
+        spec.row_matrix(query_rows(inputs, settings.matmul.dtype, config)),
+        spec.key_matrix(key, settings.key.order),
+        spec.key_matrix(value, settings.value.order),
+        *(spec.key_scales(x) for x in scales_as_stored(inputs, config)),
     ]
-    scratch = [*plan.key.scratch(cut, key.dtype), *plan.value.scratch(cut, value.dtype)]
-    return plan, call, arrays, scratch
+    scratch = [
+        *settings.key.scratch(config, key.dtype),
+        *settings.value.scratch(config, value.dtype),
+    ]
+    return settings, spec, arrays, scratch
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _kernel(plan: Plan, call: Call, counts: Any, order: Any, layer: Any, *refs: Any) -> None:
-    cut, step, parts = plan.cut, call.step(counts), iter(refs)
-    index = plan.compared.blocks(parts)
-    query, key, value = itertools.islice(parts, 3)
-    scales = plan.scales(parts)
-    weighted_sum, numbers, row_index, highest, sums = itertools.islice(parts, 5)
-    state = weighted_sum, highest, sums
-    fold_step(plan, step, index, (query, key, value), scales, state, row_index, parts)
+def _kernel(
+    settings: KernelSettings, spec: LaunchSpec, counts: Any, order: Any, layer: Any, *refs: Any
+) -> None:
+    step, rest = spec.step(counts), iter(refs)
+    vectors = settings.comparison.take(rest)
+    query, key, value = itertools.islice(rest, 3)
+    scales = settings.take_scales(rest)
+    weighted_sum, max_and_sum, row_vectors, max_, sum_ = itertools.islice(rest, 5)
+    state = weighted_sum, max_, sum_
+    fold_step(settings, step, vectors, (query, key, value), scales, state, row_vectors, rest)
 
     @pl.when(step.is_last)
     def _() -> None:
-        @each(cut.heads)
+        @for_each_head(settings.config.heads)
         def _(head: jax.Array) -> None:
-            numbers[0, head] = numbers_of(highest[head], sums[head])
+            max_and_sum[0, head] = in_lanes(max_[head], sum_[head])
 
 
 def fold_step(
-    plan: Plan,
-    step: Step,
-    index: list[Any],
+    settings: KernelSettings,
+    step: GridStep,
+    vectors: list[Any],
     inputs: Any,
-    scales: Any,
+    scales: list[Any],
     state: Any,
-    row_index: Any,
+    row_vectors: Any,
     scratch: Iterator[Any],
 ) -> None:
-    """One step of the fold, in a kernel: a block of keys folded into the state of a block of rows.
+    """Fold a block of keys into the state of a block of rows: one step of a kernel.
 
     Args:
-      plan: of the call.
-      step: where in the grid this is; the first one of a block of rows empties the state.
-      index: of the mask, or [].
+      settings: of the kernel.
+      step: where in the grid this is; the first step of a block of rows empties the state.
+      vectors: of the mask, or [].
       inputs: blocks of query, key and value.
-      scales: of keys and values, as `Plan.scales` gives them.
-      state: f32[1, heads, rows, V], and maximum and sum f32[heads, rows, 128], the same in all lanes.
-      row_index: int32[rows, 128], scratch.
-      scratch: the rest of it, of keys and values.
+      scales: blocks of the scales of keys and values, or [].
+      state: f32[1, heads, rows, V], and maximum and sum f32[heads, rows, 128], equal in all lanes.
+      row_vectors: int32[rows, 128], scratch.
+      scratch: scratch of keys and values.
     """
-    cut, product = plan.cut, plan.numbers.product
+    heads, dot = settings.config.heads, settings.matmul.dot
     query, key, value = inputs
-    weighted_sum, highest, sums = state
-    keys, values = plan.key.by_heads(key, scratch), plan.value.by_heads(value, scratch)
+    weighted_sum, max_, sum_ = state
+    keys, values = settings.key.by_head(key, scratch), settings.value.by_head(value, scratch)
 
     @pl.when(step.is_first)
     def _() -> None:
         weighted_sum[...] = jnp.zeros_like(weighted_sum)
-        highest[...] = jnp.full_like(highest, -jnp.inf)
-        sums[...] = jnp.zeros_like(sums)
-        plan.keep_rows(index, row_index)
+        max_[...] = jnp.full_like(max_, -jnp.inf)
+        sum_[...] = jnp.zeros_like(sum_)
+        settings.keep_rows(vectors, row_vectors)
 
     @pl.when(step.is_needed)
     def _() -> None:
-        plan.key.fill(key, keys)
-        plan.value.fill(value, values)
-        allowed = plan.rows_by_keys(index, row_index)
+        settings.key.load(key, keys)
+        settings.value.load(value, values)
+        allowed = settings.rows_by_keys(vectors, row_vectors)
+        positions = settings.positions(vectors)
+        filled_values = settings.value.without_empty_slots(positions)
 
-        @each(cut.heads)
+        def scale(which: int, head: jax.Array) -> jax.Array:
+            x = scales[which][0, 0, 0, pl.ds(head, 1), :]
+            # The scale of an empty slot may be NaN too.
+            return x if positions is None else jnp.where(positions[:1] >= 0, x, 0.0)
+
+        @for_each_head(heads)
         def _(head: jax.Array) -> None:
-            products = product(query[0, head], loaded(keys[head]), (1, 1 - plan.key.axis))
-            products = products if scales is None else products * scales(0, head)
-            logits, _ = logits_of(products, allowed, plan.logit_config)
-            before = highest[head, :, :1]
+            head_keys = as_float32(keys[head])
+            scores = dot(query[0, head], head_keys, (1, 1 - settings.key.key_axis))
+            if scales:
+                scores = scores * scale(0, head)
+            logits, _ = logits_of(scores, allowed, settings.logit_config)
+            before = max_[head, :, :1]
             high = jnp.maximum(before, logits.max(axis=1, keepdims=True))
             weights, shrink = softmax_weights(logits, high), softmax_weights(before, high)
-            total = shrink * sums[head, :, :1] + weights.sum(axis=1, keepdims=True)
-            highest[head] = jnp.broadcast_to(high, highest.shape[1:])
-            sums[head] = jnp.broadcast_to(total, sums.shape[1:])
-            weighted_sum[0, head] *= shrink
-            if scales is not None:  # in an empty slot the scale may be NaN
-                weights = jnp.where(weights != 0, weights * scales(1, head), 0.0)
-
-            def add(x: jax.Array) -> None:
-                weighted_sum[0, head] += x
-
-            guarded(
-                lambda w, x: product(w, x, (1, plan.value.axis)), weights, loaded(values[head]), add
-            )
+            total = shrink * sum_[head, :, :1] + weights.sum(axis=1, keepdims=True)
+            max_[head] = jnp.broadcast_to(high, max_.shape[1:])
+            sum_[head] = jnp.broadcast_to(total, sum_.shape[1:])
+            if scales:
+                weights = weights * scale(1, head)
+            added = dot(weights, filled_values(values[head]), (1, settings.value.key_axis))
+            weighted_sum[0, head] = weighted_sum[0, head] * shrink + added
 
 
-def numbers_of(highest: jax.Array, sums: jax.Array) -> jax.Array:
-    """f32[2, rows] from maximum and sum of a head, f32[rows, 128], the same in all lanes."""
-    lane = lax.broadcasted_iota(jnp.int32, highest.shape, 1)
-    return jnp.swapaxes(jnp.where(lane == 0, highest, sums), 0, 1)[:2]
+def in_lanes(max_: jax.Array, sum_: jax.Array) -> jax.Array:
+    """Return f32[2, rows] from maximum and sum of a head, f32[rows, 128], equal in all lanes."""
+    lane = lax.broadcasted_iota(jnp.int32, max_.shape, 1)
+    return jnp.swapaxes(jnp.where(lane == 0, max_, sum_), 0, 1)[:2]

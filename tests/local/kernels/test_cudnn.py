@@ -1,10 +1,9 @@
-"""The kernels of others, cuDNN's and JAX's splash attention, in our merge and our `custom_vjp`.
+"""cuDNN's forward pass in the library's merge and gradient.
 
-Splash attention runs in Pallas' interpreter. cuDNN does not run here at all: in its place stands a function
-of the same contract, which gives NaN to rows without a key, so that all that is ours is run.
+cuDNN does not run here. A function of the same contract stands in for it, which gives NaN to rows without a
+key, so that all of the library's own code runs.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -19,31 +18,16 @@ import distattn
 from distattn import _compat
 from distattn.local import dispatch
 from distattn.local.block import LogitConfig
-from distattn.local.inputs import make_inputs
-from distattn.local.kernels import cudnn, splash
-from distattn.local.kernels.tpu import support
+from distattn.local.inputs import KERNEL_NAMES, make_inputs
+from distattn.local.kernels import cudnn
 from distattn.local.tiling import Machine
-from distattn.testing import compile_for, interpreted
+from distattn.testing import compile_for
 from tests.cases import Case, check, mesh_of, shardings
-from tests.tolerance import assert_close
 
 attention = functools.partial(distattn.dot_product_attention, return_residual=True)
-with_splash = functools.partial(attention, implementation="splash")
 with_cudnn = functools.partial(attention, implementation="cudnn")
 
-# Splash attention is made for blocks of 128 keys and more.
-SMALL = Case(1, 24, 256, width=16, value_width=16)
 CAUSAL = (("is_causal", True),)
-SPLASH = {
-    "full, other widths": dataclasses.replace(SMALL, value_width=24, sinks=True),
-    "causal, fewer queries": dataclasses.replace(SMALL, options=(*CAUSAL, ("scale", 0.3))),
-    "causal, more queries": dataclasses.replace(SMALL, queries=384, keys=128, options=CAUSAL),
-    "window to both sides": dataclasses.replace(SMALL, options=(("local_window_size", (5, 130)),)),
-    "window past the keys": Case(1, 384, 128, options=(("local_window_size", (3, 2)),)),
-    "segments": Case(2, 24, 256, segments=12, options=CAUSAL),
-    "lengths": Case(2, 24, 256, lengths=True, query_lengths=True, options=CAUSAL),
-    "soft cap": dataclasses.replace(SMALL, kv_heads=1, options=(("logits_soft_cap", 1.5),)),
-}
 EQUAL = Case(2, 24, 24, kv_heads=1)
 CUDNN = {
     "full": Case(2, 10, 24, sinks=True),
@@ -55,9 +39,6 @@ CUDNN = {
 }
 # As in test_attention.py: each product of the gradient starts from an output that was rounded once.
 HALF_FACTOR = 2.0
-
-
-# ----------------------------------------------------------------------------------------------- cuDNN
 
 
 def in_place_of_cudnn(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, **more):
@@ -88,14 +69,14 @@ def in_place_of_cudnn(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_typ
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """cuDNN takes this machine for a GPU, and our own kernels do not."""
-    refusal = cudnn.refusal
+    """cuDNN takes this machine for a GPU, and the library's own kernels do not."""
 
-    def there(operands, logit_config, machine, *, backward=False):
+    def unsupported(inputs, logit_config, machine, *, backward=False):
         machine = dataclasses.replace(machine, platform="gpu")
-        return refusal(operands, logit_config, machine, backward=backward)
+        return cudnn.unsupported(inputs, logit_config, machine, backward=backward)
 
-    monkeypatch.setattr(cudnn, "refusal", there)
+    there = dataclasses.replace(dispatch.KERNELS["cudnn"], unsupported=unsupported)
+    monkeypatch.setitem(dispatch.KERNELS, "cudnn", there)
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
     yield
     jax.clear_caches()  # what was traced so is not to be found elsewhere
@@ -116,62 +97,7 @@ def test_around_cudnn_in_float16(stand_in):
     check(case, with_cudnn, dtype=jnp.float16, what="cudnn, float16", factor=HALF_FACTOR)
 
 
-# ------------------------------------------------------------------------------------ splash attention
-
-
-@pytest.mark.parametrize("name", SPLASH)
-def test_splash(name):
-    with interpreted():
-        check(SPLASH[name], with_splash, what=f"splash {name}")
-
-
-def test_splash_in_bfloat16():
-    """A scale of 1 / 4 rounds nothing."""
-    case = dataclasses.replace(SPLASH["causal, fewer queries"], options=CAUSAL)
-    with interpreted():
-        check(case, with_splash, dtype=jnp.bfloat16, what="splash", factor=HALF_FACTOR)
-
-
-def test_splash_rounds_a_bfloat16_query_that_it_scales():
-    query, key, value = arrays(16, 256, jnp.bfloat16)
-    call = {"scale": 0.3, "return_residual": True}
-    want = distattn.dot_product_attention(query, key, value, **call, implementation="xla")
-    with interpreted():
-        got = distattn.dot_product_attention(query, key, value, **call, implementation="splash")
-    for x, y in zip(got, want, strict=True):
-        assert_close(x, y, jnp.bfloat16, 256, HALF_FACTOR, what="splash, rounded")
-
-
-PAST_THE_KEYS = SPLASH["window past the keys"]
-
-
-@pytest.mark.parametrize("case", [SPLASH["causal, more queries"], PAST_THE_KEYS])
-def test_splash_in_several_blocks(case):
-    """Of the second, no block of keys is for the last rows."""
-
-    def in_blocks(**arguments):
-        state = distattn.partial_attention(
-            **arguments, implementation="splash", block_sizes=(128, 100)
-        )
-        return distattn.finalize(state)
-
-    with interpreted():
-        check(case, in_blocks, what="splash in blocks")
-
-
-# ------------------------------------------------------------------------------------- both, on a mesh
-
-
-@contextlib.contextmanager
-def nothing():
-    yield
-
-
-def over_devices(strategy, case, run, dtype, around, factor):
-    rows = "auto" if strategy == "butterfly" else "kv"
-    where = {**shardings(mesh_of(2, "auto"), "kv", query=rows), "strategy": strategy}
-    with around():
-        check(case, functools.partial(run, **where), dtype=dtype, what=f"{strategy}", factor=factor)
+# ------------------------------------------------------------------------------------------ on a mesh
 
 
 # Keys that two devices do not divide, of which the last ones are empty, and heads instead of positions.
@@ -179,18 +105,13 @@ def over_devices(strategy, case, run, dtype, around, factor):
 def test_cudnn_over_a_mesh(stand_in, strategy):
     case = CUDNN["causal"] if strategy == "ulysses" else Case(2, 10, 23, lengths=True)
     case = dataclasses.replace(case, kv_heads=2)
-    over_devices(strategy, case, with_cudnn, jnp.bfloat16, nothing, HALF_FACTOR)
+    rows = "auto" if strategy == "butterfly" else "kv"
+    where = {**shardings(mesh_of(2, "auto"), "kv", query=rows), "strategy": strategy}
+    run = functools.partial(with_cudnn, **where)
+    check(case, run, dtype=jnp.bfloat16, what=strategy, factor=HALF_FACTOR)
 
 
-@pytest.mark.parametrize("strategy", ["butterfly", "ring", "ulysses"])
-def test_splash_over_a_mesh(strategy):
-    case = Case(1, 24, 255 if strategy == "butterfly" else 256)
-    if strategy == "ulysses":
-        case = dataclasses.replace(case, options=CAUSAL)
-    over_devices(strategy, case, with_splash, jnp.float32, interpreted, 1.0)
-
-
-def inside(*, mesh, implementation, check_vma, is_causal=False):
+def inside(*, mesh, check_vma, is_causal=False):
     """The call in a shard_map of one's own, over keys."""
     along = P(None, "kv")
     mapped = jax.shard_map(
@@ -198,7 +119,7 @@ def inside(*, mesh, implementation, check_vma, is_causal=False):
             distattn.sharded_attention,
             axis_name="kv",
             is_causal=is_causal,
-            implementation=implementation,
+            implementation="cudnn",
         ),
         mesh=mesh,
         in_specs=(P(), along, along),
@@ -221,9 +142,8 @@ def test_inside_a_shard_map(stand_in, devices):
     run = functools.partial(inside, mesh=mesh_of(devices, "auto"), **causal)
     query, key, value = arrays(128, 128 * devices, jnp.bfloat16)
     want = distattn.dot_product_attention(query, key, value, implementation="xla", **causal)
-    for name, check_vma in (("cudnn", True), ("cudnn", False), ("splash", False)):
-        with interpreted():
-            got = run(implementation=name, check_vma=check_vma)(query, key, value)
+    for check_vma in (True, False):
+        got = run(check_vma=check_vma)(query, key, value)
         np.testing.assert_allclose(
             got.astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=0.02
         )
@@ -232,7 +152,7 @@ def test_inside_a_shard_map(stand_in, devices):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_types_of_cudnn_itself_in_a_shard_map(on_a_gpu, check_vma):
     """Traced with JAX's own call, not with what stands in its place, and not run."""
-    run = inside(mesh=mesh_of(2, "auto"), implementation="cudnn", check_vma=check_vma)
+    run = inside(mesh=mesh_of(2, "auto"), check_vma=check_vma)
     query, key, value = arrays(128, 256, jnp.bfloat16)
     found = jax.eval_shape(
         jax.grad(lambda *x: run(*x).astype(jnp.float32).sum()), query, key, value
@@ -240,20 +160,11 @@ def test_types_of_cudnn_itself_in_a_shard_map(on_a_gpu, check_vma):
     assert (found.shape, found.dtype) == (query.shape, jnp.bfloat16)
 
 
-def test_splash_has_no_types_for_a_checked_shard_map():
-    run = inside(mesh=mesh_of(2, "auto"), implementation="splash", check_vma=True)
-    with (
-        interpreted(),
-        pytest.raises(NotImplementedError, match="check_vma=True.*pass False"),
-    ):
-        run(*arrays(keys=256))
-
-
 # ------------------------------------------------------------------------------------------ the choice
 
 
 def call_of(dtype=jnp.bfloat16, *, platform, queries=128, keys=128, width=8, **arguments):
-    """The arguments of `kernels.chosen`, from those of a call."""
+    """The arguments of `dispatch.chosen_kernel`, from those of a call."""
     logit_config = LogitConfig(
         1.0, arguments.pop("logits_soft_cap", None), arguments.pop("precision", None)
     )
@@ -276,61 +187,43 @@ def call_of(dtype=jnp.bfloat16, *, platform, queries=128, keys=128, width=8, **a
 IDS = jnp.zeros(128, jnp.int32)
 SEGMENTS = {"query_segment_ids": IDS, "key_value_segment_ids": IDS}
 LENGTHS = {"key_value_seq_lengths": jnp.array([3])}
-BOTH = {
+REFUSED = {
     "compiler": ({"compiler_sharded": True}, "compiler shards"),
     "bias": ({"bias": jnp.zeros((1, 1, 1, 1))}, "bias is given"),
     "mask": ({"mask": jnp.ones((1, 1, 1, 1), bool)}, "mask is given"),
-    "dtype": ({"dtype": jnp.float64}, "query has dtype"),
+    "float64": ({"dtype": jnp.float64}, "query has dtype float64"),
+    "float32": ({"dtype": jnp.float32}, "query has dtype float32"),
     "dtypes": ({"value_dtype": jnp.float32}, "value has dtype float32"),
+    "float16 value": ({"value_dtype": jnp.float16}, "value has dtype float16, and query bfloat16"),
     "key_positions": ({"key_positions": IDS}, "key_positions are given"),
     "query_positions": ({"query_positions": IDS, "is_causal": True}, "query_positions or"),
     "precision": ({"precision": "highest"}, "precision is 'highest'"),
-}
-REFUSED = {
-    "cudnn": BOTH
-    | {
-        "platform": ({"platform": "tpu"}, "kernel for GPUs, and the platform is 'tpu'"),
-        "dtype": ({"dtype": jnp.float32}, "query has dtype float32"),
-        "soft cap": ({"logits_soft_cap": 2.0}, "logits_soft_cap is 2.0"),
-        "segments": (SEGMENTS, "query_segment_ids are given"),
-        "right window": ({"local_window_size": (4, 2)}, r"local_window_size is \(4, 2\)"),
-        "window, lengths": (LENGTHS | {"local_window_size": (4, 0)}, "one of the two"),
-        "causal, T and S": ({"is_causal": True, "queries": 4}, "is_causal is given for T=4"),
-        "head dimension": ({"width": 12}, "head dimension of 12; done are multiples of 8"),
-        "wide": ({"width": 256}, "head dimension of 256; done are multiples of 8 up to 128"),
-        "values": ({"value_width": 16}, "value has a head dimension of 16"),
-    },
-    "splash": BOTH
-    | {
-        "platform": ({"platform": "gpu"}, "kernel for TPUs, and the platform is 'gpu'"),
-        "dtype": ({"dtype": jnp.float16}, "query has dtype float16"),
-        "segments, lengths": (SEGMENTS | LENGTHS, "query_segment_ids.*one of the two"),
-        "queries": ({"queries": 700}, "query has T=700"),
-        "keys": ({"keys": 100}, "key has S=100"),
-    },
+    "platform": ({"platform": "tpu"}, "kernel for GPUs, and the platform is 'tpu'"),
+    "soft cap": ({"logits_soft_cap": 2.0}, "logits_soft_cap is 2.0"),
+    "segments": (SEGMENTS, "query_segment_ids are given"),
+    "right window": ({"local_window_size": (4, 2)}, r"local_window_size is \(4, 2\)"),
+    "window, lengths": (LENGTHS | {"local_window_size": (4, 0)}, "one of the two"),
+    "causal, T and S": ({"is_causal": True, "queries": 4}, "is_causal is given for T=4"),
+    "head dimension": ({"width": 12}, "head dimension of 12; supported are multiples of 8"),
+    "wide": ({"width": 256}, "head dimension of 256; supported are multiples of 8 up to 128"),
+    "values": ({"value_width": 16}, "value has a head dimension of 16"),
 }
 
 
-@pytest.mark.parametrize(("name", "what"), [(x, y) for x in REFUSED for y in REFUSED[x]])
-def test_what_is_refused_says_which_argument(monkeypatch, name, what):
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_says_which_argument(monkeypatch, what):
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
-    overrides, words = REFUSED[name][what]
-    own = {"cudnn": "gpu", "splash": "tpu"}[name]
-    with jax.enable_x64(what == "dtype"):
-        call = call_of(**({"platform": own} | overrides))
-    with pytest.raises(NotImplementedError, match=f"implementation='{name}'.*{words}"):
-        dispatch.chosen(*call, name)
+    overrides, words = REFUSED[what]
+    with jax.enable_x64(what == "float64"):
+        call = call_of(**({"platform": "gpu"} | overrides))
+    with pytest.raises(NotImplementedError, match=f"implementation='cudnn'.*{words}"):
+        dispatch.chosen_kernel(*call, "cudnn")
 
 
-@pytest.mark.parametrize("name", ["cudnn", "splash"])
-def test_causal_over_sharded_keys_says_what_to_shard_instead(stand_in, name):
+def test_causal_over_sharded_keys_says_what_to_shard_instead(stand_in):
     where = {**shardings(mesh_of(2, "auto"), "kv", query=None)}
-    call = {"is_causal": True, "implementation": name, **where}
-    with (
-        interpreted(),
-        pytest.raises(NotImplementedError, match="is_causal.*key_value_sharding"),
-    ):
-        distattn.dot_product_attention(*arrays(256, 256, jnp.bfloat16), **call)
+    with pytest.raises(NotImplementedError, match="is_causal.*key_value_sharding"):
+        with_cudnn(*arrays(256, 256, jnp.bfloat16), is_causal=True, **where)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +233,7 @@ def test_causal_over_sharded_keys_says_what_to_shard_instead(stand_in, name):
 def test_the_library_and_the_gpu(monkeypatch, version, capability, words):
     monkeypatch.setattr(_compat, "cudnn_version", lambda: version)
     monkeypatch.setattr(_compat, "compute_capability", lambda: capability)
-    reason = cudnn.refusal(*call_of(platform="gpu", width=128 if words else 256))
+    reason = cudnn.unsupported(*call_of(platform="gpu", width=128 if words else 256))
     assert bool(reason) == bool(words)
     assert words is None or re.search(words, reason)
 
@@ -349,43 +242,52 @@ def test_none_takes_what_keeps_nan_where_it_is(monkeypatch):
     """On one device; with eight, no call outside a shard_map is known to be alone."""
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(dispatch, "_is_alone", lambda: True)
+    kernels = dispatch.KERNELS
     for more in ({}, LENGTHS):
-        assert dispatch.chosen(*call_of(platform="gpu", **more), "auto") is cudnn
+        assert dispatch.chosen_kernel(*call_of(platform="gpu", **more), "auto") is kernels["cudnn"]
     for more in ({"is_causal": True}, {"key_positions": IDS}, {"dtype": jnp.float32}):
-        assert dispatch.chosen(*call_of(platform="gpu", **more), "auto") is not cudnn
-    assert dispatch.chosen(*call_of(platform="gpu", is_causal=True), "cudnn") is cudnn
-    assert dispatch.chosen(*call_of(platform="tpu"), "auto") is support
+        call = call_of(platform="gpu", **more)
+        assert dispatch.chosen_kernel(*call, "auto") is kernels["pallas_gpu"]
+    causal = call_of(platform="gpu", is_causal=True)
+    assert dispatch.chosen_kernel(*causal, "cudnn") is kernels["cudnn"]
+    assert dispatch.chosen_kernel(*call_of(platform="tpu"), "auto") is kernels["pallas_tpu"]
 
 
-def test_whose_gradient(monkeypatch):
+def test_its_gradient_is_that_of_another_kernel(monkeypatch):
+    """Of `pallas_gpu` if it supports the call, else of XLA's operations."""
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
-    call = call_of(platform="tpu")
-    assert dispatch.chosen(*call, "splash") is splash
-    assert dispatch.chosen(*call, "splash", backward=True) is support
-    found = dispatch.chosen(*call_of(platform="gpu"), "cudnn", backward=True)
-    assert found is None or found.__name__.rpartition(".")[2] in cudnn.GRADIENTS_BY
-    monkeypatch.setattr(support, "refusal", lambda *_, **__: "no")
-    assert dispatch.chosen(*call, "splash", backward=True) is None
+    monkeypatch.setattr(cudnn.pallas_gpu, "unsupported", lambda *_, **__: None)
+    ran = []
+    for module, name in ((cudnn.pallas_gpu, "pallas_gpu"), (cudnn.blockwise, "xla")):
+        monkeypatch.setattr(module, "fold_gradients", lambda *_, name=name, **__: ran.append(name))
+    call = call_of(platform="gpu")
+    assert dispatch.chosen_kernel(*call, "cudnn", backward=True) is dispatch.KERNELS["cudnn"]
+    cudnn.fold_gradients(*call, None)
+    monkeypatch.setattr(cudnn.pallas_gpu, "unsupported", lambda *_, **__: "no")
+    cudnn.fold_gradients(*call, None)
+    assert ran == ["pallas_gpu", "xla"]
+
+
+def test_all_kernels_have_a_name():
+    assert sorted(dispatch.KERNELS) == sorted(KERNEL_NAMES)
 
 
 # ------------------------------------------------------------------------------------ empty is a value
 
 
-@pytest.mark.parametrize("name", ["cudnn", "splash"])
-def test_empty_slots_may_hold_anything(stand_in, name):
+def test_empty_slots_may_hold_anything(stand_in):
     """A row of the batch without a single key, and one with some; all others slots are NaN."""
     query, key, value = (jnp.concatenate([x, x]) for x in arrays(8, 128, jnp.bfloat16))
     lengths = jnp.array([0, 5])
     dirty = [x.at[0].set(jnp.nan).at[1, 5:].set(jnp.nan) for x in (key, value)]
 
     def loss(query, key, value):
-        out, lse = attention(query, key, value, key_value_seq_lengths=lengths, implementation=name)
+        out, lse = with_cudnn(query, key, value, key_value_seq_lengths=lengths)
         return out.astype(jnp.float32).sum(), (out, lse)
 
     run = jax.grad(loss, (0, 1, 2), has_aux=True)
-    with interpreted():
-        got = run(query, *dirty)
-        clean = run(query, key, value)
+    got = run(query, *dirty)
+    clean = run(query, key, value)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(clean), strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
     gradients, (out, lse) = got
@@ -407,18 +309,18 @@ def test_rows_without_a_key_are_told_from_the_mask():
         )
         mask = operands.mask
         want = mask.allowed(1).any(axis=-1)[:, 0, 0]
-        np.testing.assert_array_equal(dispatch.finished.rows_with_keys(mask, 30, 20), want)
+        np.testing.assert_array_equal(cudnn.rows_with_keys(mask, 30, 20), want)
 
 
 # -------------------------------------------------------------------------------------------- compiled
 
 
-def compiled(name, topology, *, gradient=False, **options):
+def compiled(topology, *, gradient=False, **options):
     """Compiled for accelerators that are not here, with heads over devices, so that causal is done."""
     run = functools.partial(
         distattn.dot_product_attention,
         key_value_sharding=P(None, None, "kv"),
-        implementation=name,
+        implementation="cudnn",
         **options,
     )
 
@@ -437,18 +339,6 @@ def compiled(name, topology, *, gradient=False, **options):
     )
 
 
-@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_splash_compiles(target):
-    hlo = compiled("splash", target, is_causal=True).hlo
-    assert hlo.count('custom_call_target="tpu_custom_call"') == 1
-    assert "splash" in hlo
-
-
-def test_the_gradient_of_splash_is_two_kernels_of_ours():
-    hlo = compiled("splash", "v5e:2x2", gradient=True).hlo
-    assert hlo.count('custom_call_target="tpu_custom_call"') == 3
-
-
 def test_cudnn_is_called_in_what_is_compiled_for_a_gpu(monkeypatch):
     """XLA:GPU takes the call; without cuDNN's library and a GPU it does not ask cuDNN for a plan."""
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
@@ -457,9 +347,9 @@ def test_cudnn_is_called_in_what_is_compiled_for_a_gpu(monkeypatch):
         ({"is_causal": True}, "CAUSAL"),
         ({"key_value_seq_lengths": np.array([700], np.int32)}, "PADDING"),
     ):
-        hlo = compiled("cudnn", "h100:1x4", **options).hlo
+        hlo = compiled("h100:1x4", **options).hlo
         assert hlo.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
         assert re.search(rf'"mask_type": ?"{kind}"', hlo)
-    hlo = compiled("cudnn", "h100:1x4", gradient=True).hlo
+    hlo = compiled("h100:1x4", gradient=True).hlo
     assert hlo.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
     assert "SoftmaxBackward" not in hlo
