@@ -58,7 +58,9 @@ class Route:
     """All rounds over some axes of the `shard_map`."""
 
     rounds: tuple[Round, ...]
-    collective_id: int  # id of the barrier: shared with another kernel only if its rounds are the same
+    collective_id: (
+        int  # id of the barrier: shared with another kernel only if its rounds are the same
+    )
     # All axes of the mesh if a kernel must be told its coordinates: under check_vma=True it cannot bring
     # numbers that vary over several axes to one type. Its results then count as varying over them all.
     told: tuple[str, ...] = ()
