@@ -19,7 +19,7 @@ ARROWS = {
     "collectives": {"algebra", "planning", "experimental"},
     "attention": {"local", "collectives", "algebra", "planning", "experimental"},
     "experimental": {"local", "collectives", "algebra", "planning"},
-    "distributed": {"collectives", "planning"},
+    "distributed": {"collectives"},
     "cache": {"attention", "local", "collectives", "distributed", "planning"},
     "integrations": {"attention", "local"},
     "testing": {"planning", "collectives"},

@@ -24,7 +24,6 @@ from distattn.collectives.mesh import (
     topology_of,
     typed_as_varying,
 )
-from distattn.experimental.fused import hooks
 from distattn.planning import cost
 from distattn.planning.cost import Workload
 from distattn.planning.schedule import Pairs, Schedule, hierarchical
@@ -85,6 +84,8 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
         return state
     monoid = monoid_of(state)
     if schedule == "fused":
+        from distattn.experimental.fused import hooks
+
         return hooks.all_reduce(state, axes, functools.partial(all_reduce, schedule="butterfly"))
     if schedule == "psum":
         gauge = lax.pmax(monoid.gauge(state), axes)
