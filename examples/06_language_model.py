@@ -200,7 +200,7 @@ def report(config: llama.Config, one: Answer, many: Answer, strategy: str) -> No
     rest = config.layers * (sent_bytes(many.hlo) - sent_bytes(attention))
     top_two = np.partition(one.logits, -2, axis=-1)[:, -2:]
     shards = many.cache.positions.addressable_shards
-    print("Positions stored on each device (in the its first slots):")
+    print("Positions stored on each device (in its first slots):")
     for shard in shards:
         held = np.asarray(shard.data)[0]
         filled = int((held >= 0).sum())
@@ -212,10 +212,10 @@ Largest logit difference       {np.abs(one.logits - many.logits).max():.2g}
   closest call between tokens  {np.diff(top_two, axis=-1).min():.2g}
 Collectives, one token, HLO
   attention of a layer         {listed(of_attention)}
-  the weights of a layer       {listed(of_step - of_attention)} (the embedding's one included)
+  the weights of a layer       {listed(of_step - of_attention)} (and one of the embedding)
 Each device sends per token, all {config.layers} layers
   the states of attention      {moved / 1e6:.3f} MB
-  activations, split weights   {rest / 1e6:.3f} MB at most
+  activations, sharded weights {rest / 1e6:.3f} MB at most
   not sent: K and V gathered   {gather / 1e6:.3f} MB, {gather / moved:.0f} times the states
 Time                           one device  {DEVICES} fake devices
   reading the prompt           {one.prefill_s:8.2f} s  {many.prefill_s:8.2f} s

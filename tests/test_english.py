@@ -33,6 +33,7 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/collectives/reduce_scatter.py",
     "distattn/distributed",
     "distattn/experimental",
+    "distattn/integrations",
     "distattn/layouts.py",
     "distattn/local/kernels",
     "distattn/planning",

@@ -1,4 +1,4 @@
-"""The examples, and the code of the README and the site, run as they stand and say what they should."""
+"""The examples, and the code of the README and the site, run and print the right lines."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ TEXTS = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md")))
 }
 
-# Lines that each must print, as patterns; numbers that depend on rounding are left out.
+# Lines that each example must print, as patterns without values that depend on rounding.
 EXAMPLES = {
     "00_tour.py": (
         r"3\. butterfly: 3 collective-permute",
@@ -68,7 +68,7 @@ EXAMPLES = {
 # tests/examples/test_language_model.py, tests/examples/test_generation.py and tests/examples/test_training.py
 TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py", "08_train.py"}
 
-# Each block of Python, and the block of text behind it with what it prints, by file and number.
+# Each block of Python, and the block of text after it that it prints, by file and number.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = {
     f"{name}:{number}": block
@@ -78,10 +78,9 @@ BLOCKS = {
 
 
 def printed(*arguments: str, optimized: bool = False) -> str:
-    """What Python prints for these arguments, where warnings are errors.
+    """Return the output of Python with these arguments; warnings are errors.
 
-    Nothing else is set, but for the flags of the tests' own process, with which XLA compiles faster; where
-    `optimized` not these either.
+    It inherits the XLA flags of the tests' process, with which XLA compiles faster, unless `optimized`.
     """
     env = inherited("PYTHONHOME", *(["XLA_FLAGS"] if optimized else [])) | {"PYTHONPATH": str(ROOT)}
     return ended_well([sys.executable, "-W", "error", *arguments], env=env, timeout_s=120).stdout
@@ -103,7 +102,7 @@ def test_no_example_is_left_out():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_of_the_readme_and_the_site(block):
     code, text = BLOCKS[block]
-    # Bits are promised to users, who compile for speed.
+    # Users compile for speed, and reproducibility must hold there.
     assert printed("-c", code, optimized="reproducible=True" in code) == text
 
 

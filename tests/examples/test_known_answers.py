@@ -16,7 +16,7 @@ import known_answers  # noqa: E402
 def test_volumes_of_tree_attention(devices, kv_heads):
     tree, butterfly, ring = known_answers.volumes(devices, 1000, 16, kv_heads)
     assert tree.ratio == pytest.approx(1)  # one packed state is max, sum and weighted sum
-    rounds = math.ceil(math.log2(devices))  # of the busiest, the state whole in each
+    rounds = math.ceil(math.log2(devices))  # of the busiest device, one state in each
     assert butterfly.ratio == pytest.approx(rounds / (2 * (devices - 1) / devices))
     # One hop fewer, and the heads that keys have.
     assert ring.ratio == pytest.approx((devices - 1) / devices * kv_heads / 16)
@@ -26,7 +26,7 @@ def test_a_ring_of_128_gpus_is_predicted_far_slower_than_was_published():
     found = known_answers.speedup()
     assert found.published == 8
     assert 300 < found.ratio < 1000
-    # No constant of the model is in this: bytes of all keys and values over the fastest card.
+    # Independent of the constants of the model: bytes of all keys and values over the fastest card.
     passing_s = 5_120_000 * 127 / 128 * 2 * 2048 * 2 / 50e9
     assert passing_s > 0.8
 

@@ -1,4 +1,4 @@
-"""The demo's own code, with a tiny random model in the place of the pretrained one."""
+"""The demo, with a tiny random model in the place of the pretrained one."""
 
 import functools
 import importlib.metadata
@@ -88,7 +88,7 @@ def test_a_decode_step_moves_states_and_activations_alone(example, model, many):
 
 
 def logits_of_steps(model, devices, *, reproducible=True):
-    """Of a prompt read in pieces and of the likeliest tokens after it, keys on random devices."""
+    """Return logits of a prompt read in chunks and of the tokens after it, keys on random devices."""
     config, weights, _ = model
     kind, count = (AxisType.Auto,), devices or 1
     mesh = devices and jax.make_mesh((count,), ("kv",), kind, devices=jax.devices()[:count])
@@ -134,7 +134,7 @@ def test_ordinary_logits_are_the_same_but_for_rounding(model, exact):
 
 @pytest.fixture
 def installed(model, monkeypatch):
-    """The tiny model in the place of the package's."""
+    """Replace the package's model by the tiny one."""
     monkeypatch.setattr(smollm2, "find_weights", lambda: Path("tiny.gguf"))
     monkeypatch.setattr(smollm2, "load", lambda path: model)
 
@@ -208,7 +208,7 @@ def test_the_command_refuses_lengths(example, capsys, arguments, message):
 
 
 def write_gguf(path):
-    """A model of one layer; returns the rows of its query and key weights as the file has them."""
+    """Write a model of one layer; return its tensors as the file has them."""
     random = np.random.default_rng(0)
     shapes = {
         "token_embd": (260, 16),
@@ -263,7 +263,7 @@ def test_a_weights_file_is_read(tmp_path):
 
 
 def test_rope_turns_the_pairs_of_the_file(tmp_path):
-    """Scores are those of the file's own convention: rows 2i and 2i + 1 turn together."""
+    """Scores are those of the file's convention: rows 2i and 2i + 1 are rotated together."""
     tensors = write_gguf(tmp_path / "model.gguf")
     _, weights, _ = smollm2.load(tmp_path / "model.gguf")
     x = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)

@@ -60,7 +60,7 @@ def trainer(example, job):
 
 @pytest.fixture(scope="module")
 def start():
-    """The state that a trainer starts from: made once for each mesh, as programs take it away."""
+    """Return the initial state, made once for each mesh and copied, because programs donate it."""
     made = {}
 
     def get(trainer):
@@ -74,13 +74,13 @@ def start():
 
 @pytest.fixture(scope="module")
 def one(example, job):
-    """The job on one device, with jax.nn.dot_product_attention and the sequence in order."""
+    """Compile the job on one device, with jax.nn.dot_product_attention and the sequence in order."""
     return example.Trainer.compile(job)
 
 
 @pytest.fixture(scope="module")
 def expected(one, start):
-    """Its losses."""
+    """Return the losses of `one`."""
     return one.train(start(one), range(STEPS))[1]
 
 
@@ -249,7 +249,7 @@ SMALL_JOB = (*SMALL, "--steps", "12", "--save-every", "2")
 
 
 def recorded(out):
-    """The losses in the latest checkpoint: of all steps up to it."""
+    """Return the losses of all steps up to the latest checkpoint."""
     names = (path.name for path in (out / "checkpoints").iterdir())
     latest = max(int(name) for name in names if name.isdecimal())
     record = json.loads((out / "checkpoints" / str(latest) / "record" / "metadata").read_text())
@@ -280,7 +280,7 @@ def train(example):
 
 @pytest.fixture(scope="module")
 def undisturbed(train, tmp_path_factory):
-    """Where the job was saved that nobody disturbed; with nothing to go on from, it begins."""
+    """Return the directory of an undisturbed job; --resume without a checkpoint starts it."""
     out = tmp_path_factory.mktemp("undisturbed")
     train(out, "--resume")
     return out
@@ -334,7 +334,7 @@ def test_several_processes_need_to_be_told_where_to_save(example, monkeypatch):
 
 
 def launched(processes, *arguments):
-    """The exit code of the small job in so many processes of two devices, and what is printed."""
+    """Run the small job in processes of two devices; return its exit code and output."""
     launch = ("-m", "distattn", "launch", "-n", str(processes), "--devices-per-process", "2")
     program = (sys.executable, "-W", "error", str(EXAMPLES / "08_train.py"), *SMALL_JOB, *arguments)
     done = subprocess.run(
