@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distattn import KVCache, layouts
-from distattn.cache.replicas import replica_letters, wards_of
+from distattn.cache.replicas import replica_source, token_letters
 from distattn.testing import reference
 from tests.tolerance import assert_close
 
@@ -192,6 +192,17 @@ def shardings(
     }
 
 
+def cache_sharding(
+    mesh: Any,
+    slots: str | tuple[str, ...] | None = "kv",
+    *,
+    batch: str | tuple[str, ...] | None = None,
+    heads: str | tuple[str, ...] | None = None,
+) -> NamedSharding | None:
+    """`sharding` of a `KVCache`, by the axes of slots, sequences and heads; without a mesh None."""
+    return None if mesh is None else NamedSharding(mesh, P(batch, slots, heads))
+
+
 def runner(attention: Callable[..., tuple[jax.Array, jax.Array]], options: dict[str, Any]) -> Any:
     """run(cast, more, d_out, d_lse) -> out, lse and gradients; `options` are constants of the program."""
 
@@ -267,13 +278,14 @@ def check(
 
 
 def check_copies(cache: KVCache) -> None:
-    """That each device holds, bit for bit, what its ward does, where the cache has copies."""
+    """That each device's replica equals, bit for bit, the slots of its source."""
     if cache.replica is None:
         return
-    for name, letters in replica_letters(cache).items():
+    for name, letters in token_letters(cache.arrays).items():
         axis = letters.index("S")
-        own, copies = (np.asarray(getattr(x, name)) for x in (cache, cache.replica))
-        shares = np.split(own, cache.layout.devices, axis=axis)
-        expected = np.concatenate([shares[ward] for ward in wards_of(cache.layout)], axis=axis)
-        assert copies.dtype == own.dtype
+        stored, copies = (np.asarray(x[name]) for x in (cache.arrays, cache.replica))
+        shards = np.split(stored, cache.layout.devices, axis=axis)
+        sources = replica_source(cache.layout)
+        expected = np.concatenate([shards[source] for source in sources], axis=axis)
+        assert copies.dtype == stored.dtype
         assert copies.tobytes() == expected.tobytes(), name

@@ -130,8 +130,8 @@ def read_placement(
             _check_needs_no_mesh(argument, sharding)
         return Placement(query_given=query_sharding is not None)
     free = free_axes(mesh)
-    rows = _given(names[0], query_sharding, letters["query"], query.shape, mesh, free)
-    keys = _given(names[1], key_value_sharding, letters["key"], key.shape, mesh, free)
+    rows = given_axes(names[0], query_sharding, letters["query"], mesh, free)
+    keys = given_axes(names[1], key_value_sharding, letters["key"], mesh, free)
     readable = set(free)
     if rows is None:
         found, known = _layout(query, letters["query"], mesh, free)
@@ -312,8 +312,8 @@ def _key_layout(
     return keys, known & also
 
 
-def _given(
-    argument: str, sharding: Sharding, letters: str, shape: tuple[int, ...], mesh: Any, free: Axes
+def given_axes(
+    argument: str, sharding: Sharding, letters: str, mesh: Any, free: Axes
 ) -> dict[str, Axes] | None:
     """Return the axes of each dimension that a sharding names; None if there is no sharding."""
     if sharding is None:
@@ -322,8 +322,8 @@ def _given(
     dims = f"[{', '.join(letters)}]"
     if len(spec) > len(letters):
         raise ValueError(
-            f"{argument} is {spec}, {len(spec)} dimensions, but the array is {dims}, shape {tuple(shape)}; "
-            "give one entry a dimension, or fewer"
+            f"{argument} is {spec}, {len(spec)} dimensions, but the array is {dims}; give one entry "
+            "a dimension, or fewer"
         )
     axes = {letter: axes_of(spec, dimension) for dimension, letter in enumerate(letters)}
     _check_axes(argument, spec, mesh, free)

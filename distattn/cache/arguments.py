@@ -1,9 +1,8 @@
-"""Checks of what the methods of a cache are given.
+"""Checks of the arguments of a cache's methods.
 
-Numbers that the host has, Python's and numpy's, are always checked. A `jax.Array` is only where the call
-waits for the devices anyway, or where it is an edit of whole rows: to read it is to wait for all that it
-is computed from. A tracer has no numbers. What is not checked has a meaning that harms no other row; the
-docstrings say which.
+Python's and numpy's values are always checked. A `jax.Array` is read only if the call waits for the devices
+anyway, or is an edit of whole sequences: reading waits for the computation of the array. A tracer has no
+values. An unchecked value out of range has a meaning that harms no other sequence; see the docstrings.
 """
 
 from typing import Any
@@ -20,53 +19,66 @@ INT32 = np.iinfo(np.int32)
 
 
 def known(x: Any) -> np.ndarray | None:
-    """The numbers of x where this process can see them all, else None: under a trace, on other hosts."""
-    parts = jax.tree.leaves(x)
-    if any(isinstance(part, Tracer) for part in parts):
+    """Return the values of x if this process can read all of them: not of tracers or other hosts."""
+    leaves = jax.tree.leaves(x)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return None
-    arrays = [part for part in parts if isinstance(part, jax.Array)]
-    seen = (
-        part.is_fully_addressable or (part.is_fully_replicated and part.addressable_shards)
-        for part in arrays
+    readable = (
+        leaf.is_fully_addressable or (leaf.is_fully_replicated and leaf.addressable_shards)
+        for leaf in leaves
+        if isinstance(leaf, jax.Array)
     )
-    return np.asarray(x) if all(seen) else None
+    return np.asarray(x) if all(readable) else None
 
 
 def on_host(x: Any) -> np.ndarray | None:
-    """The numbers of x where no device has to be waited for, Python's and numpy's; else None."""
-    return (
-        None if any(isinstance(part, jax.Array) for part in jax.tree.leaves(x)) else np.asarray(x)
-    )
+    """Return the values of x if they are Python's or numpy's, so that no device is waited for."""
+    arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    return None if arrays else np.asarray(x)
+
+
+def check_not_traced(method: str, x: Any) -> None:
+    """Raise ValueError in a method that can't be called under a trace of the cache."""
+    if isinstance(x, Tracer):
+        raise ValueError(f"{method} was called under a trace of the cache; call it outside of jit")
+
+
+def check_sizes(sizes: dict[str, Any]) -> None:
+    """Raise ValueError unless each argument is a positive int."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be an int of at least 1")
 
 
 def check_range(
-    name: str, numbers: np.ndarray | None, low: int, high: int | np.ndarray, remedy: str
+    name: str, values: np.ndarray | None, low: int, high: int | np.ndarray, remedy: str
 ) -> None:
-    """That the numbers of an argument, where they are known, lie in low .. high.
+    """Raise ValueError if a known value is out of range.
 
     Args:
       name: of the argument.
-      numbers: int of any shape, or None.
-      low: the least that there may be.
-      high: the largest, of all; or int[B], of each row, for numbers int[B] or int[].
+      values: int of any shape, or None.
+      low: the least that is allowed.
+      high: the largest that is allowed; int[B]: for each sequence, with values int[B] or int[].
       remedy: what to do.
     """
-    if numbers is None:
+    if values is None:
         return
-    wrong = np.argwhere((numbers < low) | (numbers > high))
+    wrong = np.argwhere((values < low) | (values > high))
     if not len(wrong):
         return
     first = tuple(int(i) for i in wrong[0])
-    at = first[: numbers.ndim]
-    most, row = high, ""
+    index = first[: values.ndim]
+    limit, where = high, ""
     if isinstance(high, np.ndarray):
-        most, row = high[first], f"in row {first[0]} "
+        limit, where = high[first], f"for sequence {first[0]} "
     raise ValueError(
-        f"{name}{list(at) if at else ''} is {numbers[at]}; {row}it must be {low} .. {most}: {remedy}"
+        f"{name}{list(index) if index else ''} is {values[index]}; {where}it must be {low} .. {limit}: "
+        f"{remedy}"
     )
 
 
-def row_numbers(
+def per_sequence(
     name: str,
     x: ArrayLike,
     batch: int,
@@ -75,113 +87,138 @@ def row_numbers(
     remedy: str,
     read: bool = False,
 ) -> jax.Array:
-    """int32[B] from int32[B] or one number for all rows, each in 0 .. high.
+    """Return int32[B] from int32[B] or one integer for all sequences, each in 0 .. high.
 
     Args:
       name: of the argument.
-      x: what was given.
+      x: the argument.
       batch: B.
-      high: the largest that there may be, of all or of each row.
-      remedy: what to do where one is out of range.
-      read: whether the numbers of a `jax.Array` are checked too.
+      high: the largest that is allowed, for all sequences or for each.
+      remedy: what to do if one is out of range.
+      read: read a `jax.Array` to check it.
     """
-    whole = _integers(name, x)
-    if whole.shape not in ((), (batch,)):
+    array = _integers(name, x)
+    if array.shape not in ((), (batch,)):
         raise ValueError(
-            f"{name} has shape {whole.shape}; it must be int32[B] = [{batch}], a number for each row, or "
-            "one for all"
+            f"{name} has shape {array.shape}; it must be int32[B] = [{batch}], one for each sequence, or one "
+            "for all"
         )
     check_range(name, known(x) if read else on_host(x), 0, high, remedy)
-    return jnp.broadcast_to(whole, (batch,))
+    return jnp.broadcast_to(array, (batch,))
 
 
-def token_numbers(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array:
-    """int32[B, T] from int32[T] or int32[B, T]."""
-    x = _integers(name, x)
-    if x.shape not in ((tokens,), (batch, tokens)):
+def per_token(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array:
+    """Return int32[B, T] from int32[T] or int32[B, T]."""
+    array = _integers(name, x)
+    if array.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(
-            f"{name} has shape {x.shape} for B={batch}, T={tokens}; it must be int32[T] or int32[B, T]: "
-            "one number for each new token"
+            f"{name} has shape {array.shape} for B={batch}, T={tokens}; it must be int32[T] or int32[B, T]: "
+            "one for each new token"
         )
-    return jnp.broadcast_to(x if x.ndim == 2 else x[None], (batch, tokens))
+    return jnp.broadcast_to(array if array.ndim == 2 else array[None], (batch, tokens))
 
 
 def up_to_lengths(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """int32[B, T] with -1, for no token, from the length int32[B] of each row on; None: as it is."""
+    """Return int32[B, T] with -1, no token, from the length int32[B] of each sequence on."""
     if lengths is None:
         return x
     index = np.arange(x.shape[1], dtype=np.int32)[None]
     return jnp.where(index < lengths[:, None], x, -1)
 
 
-def row_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
-    """int32[n] from one index of a row or several."""
+def sequence_indices(name: str, x: ArrayLike, batch: int) -> jax.Array:
+    """Return int32[n] from the index of one sequence or of several."""
     indices = jnp.atleast_1d(_integers(name, x))
     if indices.ndim != 1:
         raise ValueError(
-            f"{name} has shape {indices.shape}; it must be the index of a row, or int32[n]"
+            f"{name} has shape {indices.shape}; it must be the index of a sequence, or int32[n]"
         )
-    check_range(name, known(x), 0, batch - 1, f"rows are numbered so (B={batch})")
+    check_range(name, known(x), 0, batch - 1, f"an index of a sequence (B={batch})")
     return indices
 
 
-def row_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
-    """bool[B] from bool[B], or from the index of a row or several; of a tracer's, those that are there."""
+def sequence_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
+    """Return bool[B] from bool[B], or from indices; a tracer's indices out of range are ignored."""
     mask = _as_array(x)
-    if mask.dtype == jnp.bool_:
-        if mask.shape != (batch,):
-            raise ValueError(
-                f"{name} has shape {mask.shape}; a mask of rows must be bool[B] = [{batch}]: or pass "
-                "indices"
-            )
-        return mask
-    return (np.arange(batch, dtype=np.int32)[:, None] == row_indices(name, x, batch)[None]).any(
-        axis=1
-    )
+    if mask.dtype != jnp.bool_:
+        indices = sequence_indices(name, x, batch)
+        return (np.arange(batch, dtype=np.int32)[:, None] == indices[None]).any(axis=1)
+    if mask.shape != (batch,):
+        raise ValueError(
+            f"{name} has shape {mask.shape}; a mask of sequences must be bool[B] = [{batch}]: or pass indices"
+        )
+    return mask
 
 
 def layer_index(x: ArrayLike | None, layers: int | None) -> jax.Array | None:
-    """int32[], or None where there is no dimension of layers, or all of them are meant."""
+    """Return int32[]; None in a cache without layers, or for all layers."""
     if x is None:
         return None
     if layers is None:
         raise ValueError(
-            "layer is given, but the cache has no layers; make it with layers=, or pass layer=None"
+            f"layer is {x}, but the cache has no layers; create it with layers=, or pass layer=None"
         )
     index = _integers("layer", x)
     if index.shape:
-        raise ValueError(f"layer has shape {index.shape}; it must be one number, int32[]")
+        raise ValueError(f"layer has shape {index.shape}; it must be one integer, int32[]")
     check_range("layer", on_host(x), 0, layers - 1, f"the cache has {layers} layers")
     return index
 
 
-def _integers(name: str, x: ArrayLike) -> jax.Array:
-    """int32 of any shape."""
-    return integers(name, _as_array(x))
-
-
-def _as_array(x: ArrayLike) -> jax.Array:
-    """Python's numbers as numpy has them: larger ones than int32 are for the checks of ranges to name."""
-    numbers = on_host(x)
-    return jnp.asarray(x if numbers is None else numbers)
+def attended_layer(x: ArrayLike | None, layers: int | None) -> jax.Array | None:
+    """Return the layer that a query attends to: the nearest one if an unchecked index is out of range."""
+    if (x is None) != (layers is None):
+        raise ValueError(
+            f"layer is {x}, and the cache has "
+            f"{'no layers: pass None' if layers is None else f'{layers} layers: say which'}"
+        )
+    index = layer_index(x, layers)
+    if index is None or on_host(x) is not None:
+        return index
+    return jnp.clip(index, 0, layers - 1)
 
 
 def check_new(
     name: str, x: Any, batch: int, tokens: int, heads: int, width: int, layers: int | None
 ) -> None:
-    """That new keys or values are [B, T, K, H], with a leading dimension where all layers are meant."""
-    wanted = (
-        (batch, tokens, heads, width) if layers is None else (layers, batch, tokens, heads, width)
-    )
-    letters = "[B, T, K, .]" if layers is None else "[L, B, T, K, .]"
-    if tuple(x.shape) != wanted:
-        hint = (
-            "" if layers is None else "; to write one layer, reserve slots and pass layer to write"
-        )
+    """Raise ValueError unless new keys or values are [B, T, K, H], for all layers [L, B, T, K, H]."""
+    expected = (*(() if layers is None else (layers,)), batch, tokens, heads, width)
+    if tuple(x.shape) != expected:
+        letters, hint = "[B, T, K, .]", ""
+        if layers is not None:
+            letters = "[L, B, T, K, .]"
+            hint = "; to write one layer, reserve slots and pass layer to write"
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; this cache needs {letters} = {list(wanted)}{hint}"
+            f"{name} has shape {tuple(x.shape)}; this cache needs {letters} = {list(expected)}{hint}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} has dtype {x.dtype}; it must be floating point, cast it with .astype"
         )
+
+
+def check_path(paths: list[np.ndarray], appended: np.ndarray | None) -> None:
+    """Raise ValueError if a path has a node twice, or a node that the last append did not add."""
+    for sequence, path in enumerate(paths):
+        nodes = path[path >= 0].tolist()
+        if len(set(nodes)) < len(nodes):
+            raise ValueError(
+                f"nodes is {path.tolist()} for sequence {sequence}; a path has each node once: pass -1 for "
+                "no node, or lengths if sequences keep fewer"
+            )
+        if appended is not None and 0 < appended[sequence] <= max(nodes, default=-1):
+            raise ValueError(
+                f"nodes is {path.tolist()} for sequence {sequence}, and the last append added "
+                f"{appended[sequence]} tokens to it; they must be 0 .. {appended[sequence] - 1}, or negative "
+                "for no node: pass -1, or lengths if sequences keep fewer"
+            )
+
+
+def _integers(name: str, x: ArrayLike) -> jax.Array:
+    return integers(name, _as_array(x))
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """Return Python's numbers as numpy has them, so that checks of ranges see those above int32."""
+    values = on_host(x)
+    return jnp.asarray(x if values is None else values)

@@ -1,203 +1,122 @@
-"""A cache on disk: saved from some devices, restored on others.
+"""Steps of a cache on disk: saved from some devices, restored on others.
 
-A step is a directory, `<directory>/<step>`, that holds the arrays, as Orbax writes them, in `arrays` and in
-`manifest.json` what the cache was like and the size and CRC-32 of every file. It is written under another
-name, `<step>.unfinished`, and renamed when all of it is on disk: a step is there as a whole or not at all.
-Orbax itself notices files that are cut short, but not numbers that have changed, so the manifest is
-compared before anything is read.
+A step is a directory `<directory>/<step>`. It contains the arrays, which Orbax writes, in `arrays`, and
+`manifest.json` with the cache's sizes and the size and CRC-32 of every file. It is written under another
+name, `<step>.unfinished`, and renamed once all of it is on disk, so a step is complete or absent. Orbax
+detects files that are cut short, but not numbers that have changed: the manifest is compared before reading.
+
+Orbax's `CheckpointManager` doesn't name the steps, for two reasons. It renames a step before a manifest of
+its files could be in it. And every save of it calls JAX's preemption sync point with the step, which breaks
+the count of a program that has its own sync points.
 """
 
-from __future__ import annotations
-
-import dataclasses
+import json
 import os
+import shutil
+import warnings
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from distattn._compat import needed
-from distattn.cache import steps
-from distattn.cache.capacity import counted
-from distattn.cache.layout import Layout, context_of, letters_of, make_layout, sharding_of
-from distattn.cache.manifest import read_manifest, sync, write_manifest
-from distattn.cache.replicas import check_replicas
+from distattn.cache.layout import Arrays
 from distattn.cache.slots import FREE
 from distattn.distributed.agreement import fail_together, from_first, meet, present, ranks
-from distattn.planning.plan import AxisNames
 
-if TYPE_CHECKING:
-    from distattn.cache.kv_cache import KVCache
-
-FORMAT = 2  # of a step; a reader refuses those that it does not know
-SINCE = {"refused": 2}  # the format with which an array came; restored from an older one it is 0
-ARRAYS = "arrays"
-TIMEOUT_S = 1800.0  # for other processes, of which the first reads a step to check it
+FORMAT = 1  # steps in other formats are refused
+UNFINISHED = ".unfinished"
+ARRAYS, MANIFEST = "arrays", "manifest.json"
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 1800.0  # for other processes, of which the first reads a whole step to check it
 
 
-def save(self: KVCache, directory: str | os.PathLike[str], step: int | None = None) -> int:
-    """Writes the cache to disk, as a step of its own; returns when all of it is there.
+def save_step(
+    directory: str | os.PathLike[str], step: int | None, arrays: Arrays, about: dict[str, Any]
+) -> int:
+    """Write a step and return its number; see `KVCache.save`.
 
     Args:
-      directory: of all steps, on a file system of this machine, or one that all processes share; made if
-        it is not there. Steps are directories in it, and may be deleted.
-      step: a number that is not there yet; None: one more than the largest, or 0.
-
-    Returns:
-      The step. Until it is complete the directory has it under the name `<step>.unfinished`, and `restore`
-      does not count it: an interrupted save changes nothing of the steps before.
-
-    Raises:
-      ValueError: a step that is there already; a directory that only some processes see.
-      ModuleNotFoundError: Orbax is not installed.
-      NotImplementedError: a cache that does not lie on all processes of the program.
-      TimeoutError, RuntimeError: a process that does not come, as `distattn.distributed.barrier`.
-
-    Example:
-      >>> import tempfile, jax.numpy as jnp, distattn
-      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
-      >>> new = jnp.ones((1, 3, 1, 4))
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     step = cache.append(new, new).save(directory)
-      ...     restored = distattn.KVCache.restore(directory)
-      >>> step, restored.next_position.tolist()
-      (0, [3])
+      directory: of all steps.
+      step: a new number; None: one more than the largest.
+      arrays: of the cache, by name.
+      about: whatever is needed to read them (JSON).
     """
-    orbax = _orbax()
-    _check_processes(self.layout)
-    if isinstance(self.positions, Tracer):
-        raise ValueError("save was called under a trace of the cache; call it outside of jit")
     directory = Path(directory).absolute()
-    number: int = _by_first("KVCache.save", lambda: steps.begin(directory, step))
-    unfinished = directory / f"{number}{steps.UNFINISHED}"
+    number: int = _by_first("KVCache.save", lambda: _begin(directory, step))
+    unfinished = directory / f"{number}{UNFINISHED}"
     _check_shared(unfinished)
-    arrays = {name: getattr(self, name) for name in letters_of(self) if name != "counts"}
-    with _checkpointer(orbax) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(unfinished / ARRAYS, arrays)
         checkpointer.wait_until_finished()
 
     def finish() -> None:
-        write_manifest(unfinished, _description(self))
+        write_manifest(unfinished, {"format": FORMAT, **about})
         unfinished.rename(directory / str(number))
-        sync(directory)
+        _sync(directory)
 
     _by_first("KVCache.save: all is written", finish)
     return number
 
 
-@classmethod  # of KVCache, which imports it
-def restore(
-    cls: type[KVCache],
-    directory: str | os.PathLike[str],
-    step: int | None = None,
-    *,
-    capacity: int | None = None,
-    mesh: Mesh | None = None,
-    axis_name: AxisNames = None,
-    batch_axis_name: AxisNames = None,
-    heads_axis_name: AxisNames = None,
-    placement: str | None = None,
-    replicas: int = 1,
-) -> KVCache:
-    """A cache that was saved, on these devices, whatever they were when it was saved.
+def open_step(directory: str | os.PathLike[str], step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Check a step, the largest by default; return its folder and what was saved about its arrays."""
+    directory = Path(directory).absolute()
 
-    Each device reads its own share of the slots.
+    def choose() -> int:
+        number = _choose(directory, step)
+        _check_whole(directory, number)
+        return int(number)
+
+    number = _by_first("KVCache.restore", choose)
+    folder = directory / str(number)
+    _check_shared(folder)
+    about = _read_manifest(folder)["about"]
+    if (written := about.pop("format")) != FORMAT:
+        raise ValueError(
+            f"step {number} in {directory} was written in the format {written}, and this release of distattn "
+            f"reads the format {FORMAT}; use the release that wrote it"
+        )
+    return folder, about
+
+
+def read_arrays(folder: Path, like: dict[str, jax.ShapeDtypeStruct], capacity: int) -> Arrays:
+    """Read the arrays of a step; each device reads its own shards.
 
     Args:
-      directory: as in `save`.
-      step: which; None: the largest. A larger one whose save was interrupted is passed over with a warning.
-      capacity: tokens of a row, S; None: that of the cache that was saved, rounded up to a multiple of the
-        devices.
-      mesh: as in `create`, like the next three: None without a named axis is one device.
-      axis_name: axis, or tuple of axes, over which slots are spread; None: the mesh's only axis.
-      batch_axis_name: axes that shard the rows.
-      heads_axis_name: axes that shard the key/value heads.
-      placement: where new tokens go from now on; None: as before.
-      replicas: of each token from now on, as in `create`; one copy is saved, however many there were.
-
-    Returns:
-      The cache, which goes on as the one that was saved would have.
-
-    Raises:
-      FileNotFoundError: no such step, or none; says which there are, and which were interrupted.
-      OSError: a file of the step is missing or has changed; says which, and what earlier step is whole.
-      ValueError: what `create` or `resize` refuses; a step in the format of a newer release.
-      ModuleNotFoundError: Orbax is not installed.
-      NotImplementedError: a mesh that has not the devices of all processes of the program.
-
-    Example:
-      >>> import tempfile, jax, jax.numpy as jnp, distattn
-      >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
-      >>> new = jnp.ones((1, 3, 1, 4))
-      >>> mesh = jax.sharding.Mesh(jax.devices(), ("x",))  # other devices than those that it was saved from
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     step = cache.append(new, new).save(directory, step=7)
-      ...     restored = distattn.KVCache.restore(directory, mesh=mesh)
-      >>> restored.next_position.tolist(), restored.layout.devices == mesh.size
-      ([3], True)
+      folder: from `open_step`.
+      like: shape, dtype and sharding of each array, by name.
+      capacity: slots that were saved; if there are more now, those at the end are free.
     """
-    orbax = _orbax()
-    layout = make_layout(mesh, axis_name, batch_axis_name, heads_axis_name)
-    check_replicas(replicas, layout)
-    _check_processes(layout)
-    directory = Path(directory).absolute()
-    step = _by_first("KVCache.restore", lambda: steps.choose(directory, step))
-    folder = directory / str(step)
-    _check_shared(folder)
-    saved = read_manifest(folder)
-    written = saved.pop("format")
-    if written not in range(1, FORMAT + 1):
-        raise ValueError(
-            f"step {step} in {directory} was written in the format {written}, and this release of distattn "
-            f"reads 1 .. {FORMAT}; use the release that wrote it, or a newer one"
-        )
-    with context_of(layout):
-        cache = _read(orbax, cls, folder / ARRAYS, saved, written, layout)
-    if placement is None and capacity is None and replicas == 1:
-        return cache
-    return cache.resize(capacity, placement=placement, replicas=replicas)
-
-
-def _read(
-    orbax: ModuleType,
-    cls: type[KVCache],
-    folder: Path,
-    saved: dict[str, Any],
-    written: int,
-    layout: Layout,
-) -> KVCache:
-    """The cache, with its slots over the devices of the layout."""
-    blank = jax.eval_shape(
-        lambda: cls.create(
-            **saved,
-            mesh=layout.mesh,
-            axis_name=layout.slots,
-            batch_axis_name=layout.batch,
-            heads_axis_name=layout.heads,
-        )
-    )
-    wanted: dict[str, jax.ShapeDtypeStruct] = {}
-    for name, letters in letters_of(blank).items():
-        if name != "counts":
-            x, sharding = getattr(blank, name), sharding_of(layout, letters)
-            wanted[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    later = {name: wanted.pop(name) for name, since in SINCE.items() if since > written}
-    # Not strict: where these devices do not divide the slots, there are more of them now, at the end.
-    with _checkpointer(orbax) as checkpointer:
-        arrays = checkpointer.restore(folder, wanted, strict=False)
-    arrays["positions"] = _free_from(arrays["positions"], jnp.int32(saved["capacity"]))
-    arrays |= {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in later.items()}
-    return counted(dataclasses.replace(blank, **arrays))
+    with _checkpointer() as checkpointer:
+        arrays = checkpointer.restore(folder / ARRAYS, like, strict=False)
+    return arrays | {"positions": _free_from(arrays["positions"], jnp.int32(capacity))}
 
 
 @jax.jit
 def _free_from(tags: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(tags.shape[1], dtype=jnp.int32)[None] < slots, tags, FREE)
+
+
+def check_processes(mesh: Mesh | AbstractMesh | None) -> None:
+    """Raise an error unless Orbax is installed and the mesh has devices of all running processes."""
+    _orbax()
+    running = present()
+    of_mesh = {jax.process_index()}
+    if mesh is not None:
+        of_mesh = {device.process_index for device in mesh.devices.flat}
+    if of_mesh != set(running):
+        raise NotImplementedError(
+            f"a cache is saved and restored by all processes, {ranks(running)}, and this one is on devices "
+            f"of {ranks(of_mesh)}; use a mesh that has devices of all (distattn.distributed.make_mesh)"
+        )
 
 
 def _orbax() -> ModuleType:
@@ -206,41 +125,26 @@ def _orbax() -> ModuleType:
     return orbax.checkpoint
 
 
-def _checkpointer(orbax: ModuleType) -> Any:
-    """Orbax's, of all processes that are there."""
-    there = present()
-    if len(there) == jax.process_count():
+def _checkpointer() -> Any:
+    """Return a checkpointer of Orbax for all running processes."""
+    orbax, running = _orbax(), present()
+    if len(running) == jax.process_count():
         return orbax.StandardCheckpointer()
     options = orbax.options.MultiprocessingOptions(
-        primary_host=there[0],
-        active_processes=set(there),
-        barrier_sync_key_prefix="-".join(map(str, there)),
+        primary_host=running[0],
+        active_processes=set(running),
+        barrier_sync_key_prefix="-".join(map(str, running)),
     )
     return orbax.StandardCheckpointer(multiprocessing_options=options)
 
 
-def _check_processes(layout: Layout) -> None:
-    """That the cache lies on all processes that are there."""
-    mesh, there = layout.mesh, present()
-    on = (
-        {device.process_index for device in mesh.devices.flat}
-        if mesh is not None
-        else {jax.process_index()}
-    )
-    if on != set(there):
-        raise NotImplementedError(
-            f"a cache is saved and restored by all processes, {ranks(there)}, and this one is to lie on "
-            f"devices of {ranks(on)}; use a mesh that has devices of all (distattn.distributed.make_mesh)"
-        )
-
-
 def _by_first(name: str, work: Callable[[], Any]) -> Any:
-    """What the first process finds, in all of them."""
+    """Return the result of work() in the first process to all processes."""
     return from_first(name, work, timeout_s=TIMEOUT_S)
 
 
 def _check_shared(folder: Path) -> None:
-    """That all processes see it."""
+    """Raise ValueError in all processes unless all see the folder."""
     seen = meet("KVCache: the directory is there", str(folder.is_dir()), timeout_s=TIMEOUT_S)
     if blind := [rank for rank, text in seen.items() if text != str(True)]:
         fail_together(
@@ -251,16 +155,128 @@ def _check_shared(folder: Path) -> None:
         )
 
 
-def _description(cache: KVCache) -> dict[str, Any]:
-    """The format, and what `create` needs to be told for such a cache, but for where it lies."""
-    return {
-        "format": FORMAT,
-        "batch": cache.positions.shape[0],
-        "capacity": cache.capacity,
-        "num_kv_heads": cache.key.shape[-2],
-        "head_dim": cache.key.shape[-1],
-        "value_dim": cache.value.shape[-1],
-        "layers": cache.layers,
-        "dtype": cache.key.dtype.name,
-        "placement": cache.placement,
-    }
+# The steps of a directory.
+
+
+def _begin(directory: Path, step: int | None) -> int:
+    """Make the unfinished directory of a new step and return its number."""
+    steps = _steps(directory)
+    if step is None:
+        step = max(steps, default=-1) + 1
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"step is {step!r}; it must be an int of at least 0")
+    if step in steps:
+        raise ValueError(
+            f"step={step} is in {directory} already (steps there: {steps}); a step is never overwritten: "
+            "pass another one, or delete that directory first"
+        )
+    unfinished = directory / f"{step}{UNFINISHED}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # from an interrupted save
+    unfinished.mkdir(parents=True)
+    return int(step)
+
+
+def _choose(directory: Path, step: int | None) -> int:
+    steps, interrupted = _steps(directory), _steps(directory, UNFINISHED)
+    if step in steps:
+        return step
+    note = f"; interrupted, and not complete: {interrupted}" if interrupted else ""
+    if not steps or step is not None:
+        missing = "no step" if step is None else f"no step {step}"
+        raise FileNotFoundError(f"{missing} in {directory}; complete steps there: {steps}{note}")
+    if interrupted and interrupted[-1] > steps[-1]:
+        warnings.warn(f"step {steps[-1]} of {directory} is restored{note}", stacklevel=6)
+    return steps[-1]
+
+
+def _check_whole(directory: Path, step: int) -> None:
+    """Raise OSError if a step is damaged, with the largest earlier step that is not."""
+    damage = _damage(directory / str(step))
+    if damage is None:
+        return
+    earlier = [x for x in reversed(_steps(directory)) if x < step]
+    whole = next((x for x in earlier if _damage(directory / str(x)) is None), None)
+    remedy = "no earlier step is whole" if whole is None else f"pass step={whole}, which is whole"
+    raise OSError(f"step {step} in {directory} is damaged: {damage}; {remedy}")
+
+
+def _steps(directory: Path, suffix: str = "") -> list[int]:
+    """Return the numbers of the folders in a directory with this suffix, sorted."""
+    if not directory.is_dir():
+        return []
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    numbers = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return sorted(int(x) for x in numbers if x.isdecimal() and x == str(int(x)))
+
+
+# The manifest of a step.
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Write the size and CRC-32 of every file of a folder, and `about`, to its manifest."""
+    contents = {"about": about, "files": _fingerprints(folder)}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({"crc32": _crc32(contents), "contents": contents}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the contents of a manifest; raise OSError or ValueError if it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        contents, crc32 = manifest["contents"], manifest["crc32"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("it is not a manifest") from error
+    if _crc32(contents) != crc32:
+        raise ValueError("its CRC-32 is not that of what was written")
+    return contents
+
+
+def _damage(folder: Path) -> str | None:
+    """Say how the files of a folder differ from its manifest; None if they don't."""
+    try:
+        files = _read_manifest(folder)["files"]
+    except (OSError, ValueError) as error:
+        return f"file {MANIFEST} cannot be read ({error})"
+    present_files = _fingerprints(folder)
+    for name, (size, crc32) in files.items():
+        if name not in present_files:
+            return f"file {name} is missing"
+        if present_files[name][0] != size:
+            return f"file {name} has {present_files[name][0]} bytes, and {size} were written"
+        if present_files[name][1] != crc32:
+            return f"file {name} has changed: its CRC-32 is not that of what was written"
+    return None
+
+
+def _sync(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(contents: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
+
+
+def _fingerprints(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and CRC-32 of every file of a folder but the manifest, by its path in the folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        return {
+            path.relative_to(folder).as_posix(): fingerprint
+            for path, fingerprint in zip(paths, pool.map(_fingerprint, paths), strict=True)
+        }
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    size = crc32 = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+    return size, crc32

@@ -1,93 +1,109 @@
-"""How a cache lies on a mesh."""
+"""The axes of a mesh that shard the slots, sequences and KV heads of a cache; a body run on shards.
+
+Functions take the arrays of a cache by name, in a dict, and name their dimensions by letters: L layers,
+B sequences, S slots, K heads, H and V widths, D devices that share the slots, d the same, not sharded.
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Sharding as AnySharding
 
-from distattn.collectives.mesh import check_mesh, free_axes, manual
-from distattn.planning.plan import Axes, AxisNames, as_axes
+from distattn.attention.sharding import Placement, Sharding, given_axes, read_placement
+from distattn.collectives.mesh import axes_of, free_axes, manual, partition_spec
+from distattn.planning.plan import Axes
 
-if TYPE_CHECKING:
-    from distattn.cache.kv_cache import KVCache
+Arrays = dict[str, jax.Array]
+
+# The arrays that hold tokens, which a replica has too.
+TOKEN_LETTERS = {
+    "key": "LBSKH",
+    "value": "LBSKV",
+    "key_scale": "LBSK",
+    "value_scale": "LBSK",
+    "positions": "BS",
+}
+COUNTERS = ("next_position", "appended", "placed", "overflow", "refused")
+LETTERS = {**TOKEN_LETTERS, "counts": "Bd", **dict.fromkeys(COUNTERS, "B")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of the mesh shard the slots, the rows and the heads. No mesh: one device.
+    """Axes of the mesh that shard slots, sequences and heads; without a mesh, one device."""
 
-    Dimensions are named by letters: B rows, S slots, K heads, D devices along the axes of the slots; all
-    others are not sharded.
-    """
-
-    mesh: Mesh | None = None
-    slots: Axes = ()  # in the order of the mesh
+    mesh: Mesh | AbstractMesh | None = None
+    slots: Axes = ()  # in the order of the mesh, as the others
     batch: Axes = ()
     heads: Axes = ()
-    wards: tuple[int, ...] = ()  # whose share each of the D devices works on; (): its own
+    replica_source: tuple[int, ...] = ()  # whose slots each of the D devices works on; (): its own
 
     def size(self, axes: Axes) -> int:
-        """The number of devices along the axes."""
+        """Return the number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
 
     @property
     def devices(self) -> int:
-        """D, the devices over which the slots of a row are spread."""
+        """D, the devices that share the slots of a sequence."""
         return self.size(self.slots)
 
     def rounded(self, capacity: int) -> int:
-        """The slots of a row that hold so many tokens: a multiple of the devices."""
+        """Return the number of slots for a capacity, rounded up to a multiple of the devices."""
         return math.ceil(capacity / self.devices) * self.devices
 
-    def rank(self) -> jax.Array | int:
-        """Which of the D devices' shares this is; to be called in the body of `run`."""
-        if not self.slots:
-            return 0
-        own = lax.axis_index(self.slots)
-        return jnp.asarray(self.wards, jnp.int32)[own] if self.wards else own
+    def check_divides(self, name: str, size: int, axes: Axes) -> None:
+        """Raise ValueError if the devices along the axes do not divide an argument."""
+        if size % self.size(axes):
+            raise ValueError(
+                f"{name} is {size}, and sharding shards it over {axes}, {self.size(axes)} devices, which do "
+                "not divide it; pass a multiple of them, or shard it over fewer axes"
+            )
 
-    def gather(self, x: jax.Array) -> jax.Array:
-        """[B, D] from [B] of each device; to be called in the body of `run`."""
-        if not self.slots:
-            return x[:, None]
-        return lax.all_gather(x, self.slots, axis=1)
+    def spec(self, letters: str) -> PartitionSpec:
+        """Return the PartitionSpec of an array from its letters."""
+        axes = {"B": self.batch, "S": self.slots, "D": self.slots, "K": self.heads}
+        return partition_spec(letters, axes)
 
-    def numbers(self, x: jax.Array) -> np.ndarray:
-        """An array of the cache, whole, as numbers that the host sees; to be called outside of `run`."""
+    def sharding(self, letters: str) -> NamedSharding | None:
+        """Return the sharding of an array from its letters; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(letters))
+
+    def target(self, letters: str) -> AnySharding:
+        """Return where to move an array; without a mesh, the default device. Call it in `context`."""
+        return self.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Set the mesh of the layout as the mesh of the context, whatever mesh the caller has set."""
+        return jax.set_mesh(Mesh(np.empty((), object), ()) if self.mesh is None else self.mesh)
+
+    def fetch(self, x: jax.Array) -> np.ndarray:
+        """Return a whole array of the cache to the host."""
         if self.mesh is not None and not x.is_fully_addressable:
             x = jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
         return np.asarray(x)
 
     def free_axes(self) -> Axes:
-        """The axes that no shard_map around has taken; those that the cache does not name hold copies."""
+        """Return the axes that are not manual in a `shard_map` around."""
         return free_axes(self.mesh)
 
     def check_outside(self) -> None:
-        """That the call is not inside a shard_map over an axis of the cache."""
+        """Raise ValueError inside a `shard_map` over an axis of the cache."""
         if self.mesh is None:
             return
         if taken := {*self.slots, *self.batch, *self.heads} - set(self.free_axes()):
             raise ValueError(
-                f"the cache lies on the axis {sorted(taken)[0]!r}, and the call is inside a shard_map over "
-                "it; call the cache outside: it brings its own"
+                f"the cache is sharded over {sorted(taken)[0]!r}, and the call is inside a shard_map over "
+                "that axis; call the cache outside: it opens its own shard_map"
             )
-
-    def spec(self, letters: str) -> PartitionSpec:
-        """The PartitionSpec of an array from the letters of its dimensions."""
-        axes = {"B": self.batch, "S": self.slots, "D": self.slots, "K": self.heads}
-        return PartitionSpec(*(axes.get(letter) or None for letter in letters))
-
-    def sharding(self, letters: str) -> NamedSharding | None:
-        """The same as a sharding; None without a mesh."""
-        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(letters))
 
     def run(
         self,
@@ -97,22 +113,35 @@ class Layout:
         *arguments: Any,
         static: tuple[Any, ...] = (),
     ) -> tuple[Any, ...]:
-        """body(self, *static, *arguments), by every device on its own shards: a tuple of arrays.
+        """Run body(self, *static, *arguments) on every device, on its own shards.
 
-        Compiled once for a body, a function of a module, and its static arguments, also outside of jit.
+        Outside of jit too, it is compiled once for each body and its static arguments.
 
         Args:
-          body: what a device does; returns a tuple.
+          body: a function of a module; returns a tuple.
           letters: of each argument's dimensions; None for an argument that is None.
-          out_letters: of each result's.
+          out_letters: of each result's dimensions.
           *arguments: global arrays.
-          static: what is not an array, hashable.
+          static: hashable arguments.
 
         Returns:
           tuple of global arrays.
         """
         self.check_outside()
         return _run(self, body, static, tuple(letters), tuple(out_letters), *arguments)
+
+    # For the body of `run`.
+
+    def rank(self) -> jax.Array | int:
+        """Return the index of the device, among D, whose slots the body works on."""
+        if not self.slots:
+            return 0
+        index = lax.axis_index(self.slots)
+        return jnp.asarray(self.replica_source, jnp.int32)[index] if self.replica_source else index
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """Return [B, D] from the [B] of each device."""
+        return lax.all_gather(x, self.slots, axis=1) if self.slots else x[:, None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -124,100 +153,96 @@ def _run(
     out_letters: tuple[str, ...],
     *arguments: Any,
 ) -> tuple[Any, ...]:
-    body = functools.partial(body, layout, *static)
-    if layout.mesh is None:
-        return body(*arguments)
     mapped = manual(
-        body,
+        functools.partial(body, layout, *static),
         mesh=layout.mesh,
         in_specs=tuple(None if x is None else layout.spec(x) for x in letters),
         out_specs=tuple(layout.spec(x) for x in out_letters),
-        axis_names=layout.free_axes(),
+        axis_names=() if layout.mesh is None else layout.free_axes(),
     )
     return mapped(*arguments)
 
 
-def context_of(layout: Layout) -> AbstractContextManager[Any]:
-    """The layout's own mesh as the one of the context, whichever the caller has set."""
-    return jax.set_mesh(Mesh(np.empty((), object), ()) if layout.mesh is None else layout.mesh)
+def letters_of(names: Iterable[str], layers: bool) -> dict[str, str]:
+    """Return the letters of arrays of a cache by name; L only in a cache with layers."""
+    return {name: LETTERS[name] if layers else LETTERS[name].removeprefix("L") for name in names}
 
 
-def sharding_of(layout: Layout, letters: str) -> Sharding:
-    """That of an array, from the letters of its dimensions; without a mesh the default device's.
-
-    To be called in the context of the layout.
-    """
-    return layout.sharding(letters) or SingleDeviceSharding(*jnp.zeros(()).devices())
+def letters_in(arrays: Arrays) -> dict[str, str]:
+    """Return the letters of these arrays, among them the keys, by name."""
+    return letters_of(arrays, arrays["key"].ndim == 5)
 
 
-def all_letters(stacked: bool) -> dict[str, str]:
-    """The letters of the dimensions of each array that a cache may have, by name."""
-    stack = "L" if stacked else ""
-    return {
-        **dict.fromkeys(("key", "value"), f"{stack}BSK."),
-        **dict.fromkeys(("key_scale", "value_scale"), f"{stack}BSK"),
-        "positions": "BS",
-        "counts": "B.",
-        **dict.fromkeys(("next_position", "appended", "placed", "overflow", "refused"), "B"),
-    }
-
-
-def letters_of(cache: "KVCache") -> dict[str, str]:
-    """The same of those that this cache has."""
-    letters = all_letters(cache.layers is not None)
-    return {name: x for name, x in letters.items() if getattr(cache, name) is not None}
-
-
-def make_layout(
-    mesh: Mesh | None, axis_name: AxisNames, batch_axis_name: AxisNames, heads_axis_name: AxisNames
-) -> Layout:
-    """A layout from what the user says, or a ValueError.
+def read_layout(sharding: Sharding, mesh: Mesh | AbstractMesh | None = None) -> Layout:
+    """Return the layout of a cache from the sharding of its keys [B, slots, K, H].
 
     Args:
-      mesh: a Mesh; None: that of `jax.set_mesh` if an axis is named, else no mesh.
-      axis_name: of the slots; None: the mesh's, if it has one only.
-      batch_axis_name: of the rows.
-      heads_axis_name: of the key/value heads.
+      sharding: `jax.NamedSharding`, or `jax.P` over the mesh of `jax.set_mesh`; None: one device.
+      mesh: for a `jax.P` if `jax.set_mesh` has not set one.
 
-    Returns:
-      Layout.
+    Raises:
+      ValueError: a sharding that is invalid for keys.
     """
-    named = {
-        "axis_name": as_axes("axis_name", axis_name),
-        "batch_axis_name": as_axes("batch_axis_name", batch_axis_name),
-        "heads_axis_name": as_axes("heads_axis_name", heads_axis_name),
-    }
-    if mesh is not None:
-        check_mesh(mesh)
-    else:
-        first = next(((name, axes) for name, axes in named.items() if axes), None)
-        if first is None:
-            return Layout()
-        mesh = jax.sharding.get_mesh()
-        if mesh.empty:
+    if sharding is None:
+        return Layout()
+    if isinstance(sharding, NamedSharding):
+        mesh = sharding.mesh
+    elif not (context := jax.sharding.get_abstract_mesh()).empty:
+        traced = isinstance(jnp.zeros(()), Tracer)
+        mesh = context if traced else jax.sharding.get_mesh()
+    if mesh is None:
+        mesh = AbstractMesh((), ())
+        if isinstance(sharding, PartitionSpec) and any(sharding):
             raise ValueError(
-                f"{first[0]} is {first[1]}, but there is no mesh; pass mesh=, or enter jax.set_mesh(mesh)"
+                f"sharding is {sharding}, but there is no mesh; pass a jax.NamedSharding, or enter "
+                "jax.set_mesh(mesh)"
             )
-    if not named["axis_name"]:
-        if len(mesh.axis_names) != 1:
-            raise ValueError(
-                f"axis_name is {axis_name!r} and the mesh has the axes {mesh.axis_names}; pass the one, "
-                "or a tuple, over which the slots are to lie"
-            )
-        named["axis_name"] = tuple(mesh.axis_names)
-    seen: set[str] = set()
-    for argument, axes in named.items():
-        for axis in axes:
-            if axis not in mesh.axis_names:
-                raise ValueError(
-                    f"{argument} {axis!r} is not an axis of the mesh; use one of {mesh.axis_names}"
-                )
-            if axis in seen:
-                raise ValueError(
-                    f"{argument} {axis!r} is named twice; an axis can shard one of slots, rows and heads"
-                )
-            seen.add(axis)
-    slots, batch, heads = (
-        tuple(axis for axis in mesh.axis_names if axis in axes) for axes in named.values()
+    axes = given_axes("sharding", sharding, "BSKH", mesh, free_axes(mesh))
+    batch, slots, heads = (
+        tuple(axis for axis in mesh.axis_names if axis in axes[letter]) for letter in "BSK"
     )
-    return Layout(mesh, slots, batch, heads)
+    return Layout(mesh, slots, batch, heads) if mesh.axis_names else Layout()
+
+
+def query_placement(
+    layout: Layout, query: jax.Array, key: jax.Array, value: jax.Array, query_sharding: Sharding
+) -> Placement:
+    """Return the placement of an attention call on a cache; key and value may have layers."""
+    if layout.mesh is None:
+        spec = getattr(query_sharding, "spec", query_sharding)
+        if spec is not None and any(spec):
+            raise ValueError(
+                f"query_sharding is {spec}, and the cache is on one device; leave query_sharding None, or "
+                "create the cache with sharding="
+            )
+        return Placement()
+    if isinstance(query_sharding, PartitionSpec):
+        query_sharding = NamedSharding(layout.mesh, query_sharding)
+    keys, values = (jax.ShapeDtypeStruct(x.shape[-4:], x.dtype) for x in (key, value))
+    placement = read_placement(
+        query,
+        keys,
+        values,
+        query_sharding,
+        layout.sharding("BSKH"),
+        names=("query_sharding", "sharding"),
+    )
+    return dataclasses.replace(
+        placement,
+        mesh=layout.mesh,
+        batch=layout.batch,
+        # One head serves the queries of all heads, on whatever devices these are.
+        heads=layout.heads or (placement.heads if keys.shape[2] == 1 else ()),
+        key=layout.slots,
+        query_known=True,  # a sharding that can't be read counts as replicated
+        manual=layout.free_axes(),
+        compiler_sharded=False,
+    )
+
+
+def sharded_along(x: jax.Array, dimension: int, layout: Layout) -> bool:
+    """Return True if x is seen to be sharded along a dimension over the axes of the slots."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    if not layout.slots or not isinstance(sharding, NamedSharding):
+        return False
+    return axes_of(sharding.spec, dimension) == layout.slots

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distattn import KVCache
+from distattn.cache.quantise import quantise
 from distattn.cache.slots import PLACEMENTS, choose_owners
-from distattn.cache.storage import quantise
 from distattn.testing import collective_bytes, collectives, reference
-from tests.cases import KINDS, mesh_of
+from tests.cases import KINDS, cache_sharding, mesh_of
 from tests.tolerance import assert_close
 
 B, T, N, K, H, V = 4, 5, 4, 2, 8, 6
@@ -29,19 +29,12 @@ def grid(kind):
 
 LAYOUTS = {
     "one device": lambda: {},
-    "auto": lambda: {"mesh": mesh_of(8, "auto")},
-    "explicit": lambda: {"mesh": mesh_of(8, "explicit")},
-    "three devices": lambda: {"mesh": mesh_of(3, "auto")},
-    "rows and heads": lambda: {
-        "mesh": grid("auto"),
-        "axis_name": "kv",
-        "batch_axis_name": "b",
-        "heads_axis_name": "h",
-    },
+    "auto": lambda: {"sharding": cache_sharding(mesh_of(8, "auto"))},
+    "explicit": lambda: {"sharding": cache_sharding(mesh_of(8, "explicit"))},
+    "three devices": lambda: {"sharding": cache_sharding(mesh_of(3, "auto"))},
+    "sequences and heads": lambda: {"sharding": cache_sharding(grid("auto"), batch="b", heads="h")},
     "a tuple, explicit": lambda: {
-        "mesh": grid("explicit"),
-        "axis_name": ("kv", "h"),
-        "batch_axis_name": "b",
+        "sharding": cache_sharding(grid("explicit"), ("kv", "h"), batch="b")
     },
 }
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
@@ -214,7 +207,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(mask):
-    name = ["auto", "explicit", "rows and heads"][list(MASKS).index(mask) % 3]
+    name = ["auto", "explicit", "sequences and heads"][list(MASKS).index(mask) % 3]
     cache = make(name)
     with within(cache):
         check_attention(filled(cache)[0], queries(), f"{name} {mask}", **MASKS[mask])
@@ -267,7 +260,9 @@ def test_the_error_of_few_bits_is_as_stated(dtype, step):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_with_everything_sharded_along_the_sequence(kind):
     mesh = mesh_of(8, kind)
-    cache = KVCache.create(B, 64, K, H, value_dim=V, dtype=jnp.float32, mesh=mesh)
+    cache = KVCache.create(
+        B, 64, K, H, value_dim=V, dtype=jnp.float32, sharding=cache_sharding(mesh)
+    )
     along = NamedSharding(mesh, P(None, "kv"))
     with jax.set_mesh(mesh):
         key, value = (jax.device_put(x, along) for x in tokens(1, 16))
@@ -275,7 +270,7 @@ def test_prefill_with_everything_sharded_along_the_sequence(kind):
 
         def prefill(cache, key, value, query):
             cache = cache.append(key, value, owner="local")
-            return cache, cache.attend(query, query_axis_name="kv")
+            return cache, cache.attend(query, query_sharding=P(None, "kv"))
 
         compiled = jax.jit(prefill, donate_argnums=0).lower(cache, key, value, query).compile()
         counts = collectives(compiled.as_text())
@@ -292,7 +287,9 @@ def test_prefill_with_everything_sharded_along_the_sequence(kind):
 
 def test_new_keys_seen_to_be_sharded_stay_where_they_are():
     mesh = mesh_of(8, "explicit")
-    cache = KVCache.create(B, 64, K, H, value_dim=V, dtype=jnp.float32, mesh=mesh)
+    cache = KVCache.create(
+        B, 64, K, H, value_dim=V, dtype=jnp.float32, sharding=cache_sharding(mesh)
+    )
     with jax.set_mesh(mesh):
         along = NamedSharding(mesh, P(None, "kv"))
         cache = append(cache, *(jax.device_put(x, along) for x in tokens(1, 16)))
@@ -316,7 +313,7 @@ def test_the_life_of_a_row():
     check_attention(cache, queries(), "after all that")
 
 
-@pytest.mark.parametrize("name", ["rows and heads", "a tuple, explicit"])
+@pytest.mark.parametrize("name", ["sequences and heads", "a tuple, explicit"])
 def test_a_fork_between_devices_copies_every_bit(name):
     cache = make(name)
     with within(cache):
@@ -427,7 +424,7 @@ def test_a_row_that_overflows_is_left_as_it_was():
     before = positions(cache)
     key, value = tokens(8, 8)
     with pytest.raises(
-        ValueError, match=r"row 0 gets 8 new .*overflow: \[0, 2\].*nothing was written: evict"
+        ValueError, match=r"sequence 0 gets 8 new .*overflow: \[0, 2\].*nothing was written: evict"
     ):
         cache.append(key, value)
     assert not np.asarray(cache.refused).any()
@@ -512,7 +509,9 @@ def test_gradients_go_through_it(layers):
 
 
 def compiled_step(tokens_cached, dtype, mesh, layers, count):
-    cache = KVCache.create(1, tokens_cached, K, 64, dtype=dtype, mesh=mesh, layers=layers)
+    cache = KVCache.create(
+        1, tokens_cached, K, 64, dtype=dtype, sharding=cache_sharding(mesh), layers=layers
+    )
     x = jnp.ones((1, count, N, 64))
 
     def attend(carry, layer, slots):
@@ -583,8 +582,12 @@ def test_edits_send_a_number_for_each_row():
         assert collectives(text) == sent, name
 
 
+def create(num_kv_heads=K, **options):
+    return KVCache.create(1, 8, num_kv_heads, H, dtype=jnp.float32, **options)
+
+
 WRONG = {
-    "no room": (lambda: make().append(*tokens(1, 41)), "row 0 gets 41 new tokens"),
+    "no room": (lambda: make().append(*tokens(1, 41)), "sequence 0 gets 41 new tokens"),
     "shape": (lambda: make().append(tokens(1)[1], tokens(1)[1]), r"key has shape \(4, 5, 2, 6\)"),
     "integers": (lambda: make().append(*(x.astype(int) for x in tokens(1))), "floating point"),
     "layers": (lambda: make(layers=2).append(*tokens(1)), r"needs \[L, B, T, K, .\]"),
@@ -592,7 +595,7 @@ WRONG = {
     "no layers": (lambda: make().attend(queries(), layer=0), "no layers: pass None"),
     "write": (lambda: make().write(*tokens(1), make().reserve(T)[1], layer=0), "has no layers"),
     "query": (lambda: make().attend(queries()[0]), r"needs \[B, T, N, H\]"),
-    "gather": (lambda: make().attend(queries(), strategy="gather_kv"), "stays where it is"),
+    "gather": (lambda: make().attend(queries(), strategy="gather_kv"), "are never moved"),
     "tree": (lambda: make().attend(queries(), tree_mask=np.eye(3, dtype=bool)), r"with T=5, B=4"),
     "lengths": (
         lambda: make().append(*tokens(1), lengths=np.ones(3, np.int32)),
@@ -604,41 +607,57 @@ WRONG = {
     ),
     "owner": (
         lambda: make("auto").append(*tokens(1), owner=np.full(T, 8, np.int32)),
-        r"owner\[0\] is 8; it must be 0 .. 7: the slots lie on 8 devices",
+        r"owner\[0\] is 8; it must be 0 .. 7: slots are on 8 devices",
     ),
     "local": (lambda: make("auto").append(*tokens(1), owner="local"), "pad them to a multiple"),
     "owner's name": (lambda: make().append(*tokens(1), owner="here"), "'local' or None"),
-    "row": (lambda: make().reset(4), r"rows is 4; it must be 0 .. 3: rows are numbered so"),
+    "row": (lambda: make().reset(4), r"sequences is 4; it must be 0 .. 3: an index of a sequence"),
     "mask of rows": (lambda: make().reset(np.ones(3, bool)), r"bool\[B\] = \[4\]"),
-    "fork": (lambda: make().fork([0, 1], 2), "source has 2 rows and target 1"),
+    "fork": (lambda: make().fork([0, 1], 2), "source has 2 sequences and target 1"),
     "capacity": (lambda: KVCache.create(1, 0, K, H, dtype=jnp.float32), "capacity is 0"),
     "dtype": (lambda: KVCache.create(1, 8, K, H, dtype=jnp.int32), "dtype is int32"),
     "placement": (lambda: make(placement="random"), "placement is 'random'"),
     "no mesh": (
-        lambda: KVCache.create(1, 8, K, H, dtype=jnp.float32, axis_name="kv"),
-        r"axis_name is \('kv',\), but there is no mesh",
+        lambda: create(sharding=P(None, "kv")),
+        r"sharding is .*'kv'.*, but there is no mesh; pass a jax.NamedSharding, or enter jax.set_mesh",
+    ),
+    "no sharding": (
+        lambda: create(sharding=mesh_of(8, "auto")),
+        r"sharding is Mesh\(.*must be a jax.NamedSharding, a jax.P, or None: pass",
     ),
     "axis": (
-        lambda: KVCache.create(
-            1, 8, K, H, dtype=jnp.float32, mesh=mesh_of(8, "auto"), axis_name="x"
-        ),
-        "axis_name 'x' is not an axis",
-    ),
-    "which axis": (
-        lambda: KVCache.create(1, 8, K, H, dtype=jnp.float32, mesh=grid("auto")),
-        "over which the slots are to lie",
-    ),
-    "heads": (
-        lambda: KVCache.create(
-            1, 8, 3, H, dtype=jnp.float32, mesh=grid("auto"), axis_name="kv", heads_axis_name="h"
-        ),
-        "num_kv_heads is 3",
+        lambda: make("auto").resize(sharding=P(None, "x")),
+        "sharding is .*'x'.*is not an axis of the mesh.*use axes of",
     ),
     "twice": (
-        lambda: KVCache.create(
-            2, 8, 2, H, dtype=jnp.float32, mesh=grid("auto"), axis_name="kv", batch_axis_name="kv"
+        lambda: make("auto").resize(sharding=P("kv", "kv")),
+        "sharding is .*uses 'kv' twice; use each axis once",
+    ),
+    "dimensions": (
+        lambda: create(sharding=NamedSharding(mesh_of(8, "auto"), P(*[None] * 5))),
+        r"5 dimensions, but the array is \[B, S, K, H\]; give one entry a dimension, or fewer",
+    ),
+    "width": (
+        lambda: create(sharding=NamedSharding(grid("auto"), P(None, "kv", None, "h"))),
+        r"it shards H, the last dimension of \[B, S, K, H\], over \('h',\).*shard B, the sequence",
+    ),
+    "batch": (
+        lambda: create(sharding=cache_sharding(grid("auto"), batch="b")),
+        r"batch is 1, and sharding shards it over \('b',\), 2 devices.*pass a multiple.*fewer axes",
+    ),
+    "heads": (
+        lambda: create(num_kv_heads=3, sharding=cache_sharding(grid("auto"), heads="h")),
+        r"num_kv_heads is 3, and sharding shards it over \('h',\), 2 devices.*pass a multiple",
+    ),
+    "query on one device": (
+        lambda: make().attend(queries(), query_sharding=P(None, "kv")),
+        "query_sharding is .*the cache is on one device; leave query_sharding None",
+    ),
+    "query's mesh": (
+        lambda: make("auto").attend(
+            queries(), query_sharding=NamedSharding(grid("auto"), P(None, "b"))
         ),
-        "named twice",
+        "sharding is on the mesh kv=8 .*query_sharding is on b=2.*use one mesh for both",
     ),
 }
 
@@ -656,5 +675,22 @@ def test_inside_a_shard_map_over_its_axis():
     def body(x):
         return x + cache.attend(queries()).sum()
 
-    with pytest.raises(ValueError, match="call the cache outside"):
+    with pytest.raises(ValueError, match="call the cache outside: it opens"):
         jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())(jnp.float32(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_partition_spec_takes_the_mesh_of_the_context(kind):
+    mesh = mesh_of(4, kind)
+    with jax.set_mesh(mesh):
+        cache = create(sharding=P(None, "kv"))
+        assert cache.layout.mesh == mesh
+        assert cache.layout.slots == ("kv",)
+        out = cache.append(*(x[:1] for x in tokens(1))).attend(queries()[:1], query_sharding=P())
+    moved = cache.resize(sharding=P())  # the mesh of the cache
+    assert (moved.layout.mesh, moved.layout.slots, moved.capacity) == (mesh, (), 8)
+    assert moved.key.sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        again = moved.append(*(x[:1] for x in tokens(1))).attend(queries()[:1])
+    assert_close(again, np.asarray(out), jnp.float32, T, 2.0, what="replicated")
+    assert create(sharding=P()).layout.mesh is None

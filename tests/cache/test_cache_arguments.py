@@ -10,20 +10,15 @@ import pytest
 from distattn import KVCache
 from distattn.cache.arguments import known, on_host
 from distattn.cache.slots import PLACEMENTS
-from tests.cases import KINDS, mesh_of
+from tests.cases import KINDS, cache_sharding, mesh_of
 
 B, K, H, N, CAPACITY = 4, 2, 8, 4, 16
 LENGTHS = (5, 3, 0, 4)
 grid = jax.make_mesh((2, 2, 2), ("rows", "kv", "heads"), (KINDS["auto"],) * 3)
 LAYOUTS = {
     "one": {},
-    "8": {"mesh": mesh_of(8, "auto")},
-    "rows": {
-        "mesh": grid,
-        "axis_name": "kv",
-        "batch_axis_name": "rows",
-        "heads_axis_name": "heads",
-    },
+    "8": {"sharding": cache_sharding(mesh_of(8, "auto"))},
+    "rows": {"sharding": cache_sharding(grid, batch="rows", heads="heads")},
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -62,9 +57,9 @@ WRONG = {
     "append, lengths": (
         lambda c, x: c.append(*tokens(), lengths=x),
         {
-            6: r"lengths is 6; it must be 0 \.\. 5: of the T=5 tokens the first ones; append more",
+            6: r"lengths is 6; it must be 0 \.\. 5: the first ones of the T=5 tokens; append more",
             -1: r"lengths is -1; it must be 0 \.\. 5",
-            (0, 5, 9, -1): r"lengths\[2\] is 9; it must be 0 \.\. 5.*0 for a row without any",
+            (0, 5, 9, -1): r"lengths\[2\] is 9; it must be 0 \.\. 5.*0 for no token",
             2**32 + 1: r"lengths is 4294967297; it must be 0 \.\. 5",
         },
     ),
@@ -75,7 +70,7 @@ WRONG = {
     "reserve, owner": (
         lambda c, x: c.reserve(2, owner=x),
         {
-            (0, 1): r"owner\[1\] is 1; it must be 0 \.\. 0: the slots lie on 1 devices",
+            (0, 1): r"owner\[1\] is 1; it must be 0 \.\. 0: slots are on 1 devices",
             (-1, 0): r"owner\[0\] is -1; it must be 0 \.\. 0",
         },
     ),
@@ -89,10 +84,10 @@ WRONG = {
     "rewind": (
         lambda c, x: c.rewind(x),
         {
-            -3: r"lengths is -3; in row 0 it must be 0 \.\. 5: .*never made longer; pass .*next_position",
-            99: r"lengths is 99; in row 0 it must be 0 \.\. 5",
-            4: r"lengths is 4; in row 1 it must be 0 \.\. 3",
-            (5, 3, 0, 5): r"lengths\[3\] is 5; in row 3 it must be 0 \.\. 4",
+            -3: r"lengths is -3; for sequence 0 it must be 0 \.\. 5: .*never made longer; pass .*next_position",
+            99: r"lengths is 99; for sequence 0 it must be 0 \.\. 5",
+            4: r"lengths is 4; for sequence 1 it must be 0 \.\. 3",
+            (5, 3, 0, 5): r"lengths\[3\] is 5; for sequence 3 it must be 0 \.\. 4",
         },
     ),
     "evict, window": (
@@ -112,27 +107,27 @@ WRONG = {
             (
                 0,
                 5,
-            ): r"nodes is \[0, 5\] for row 0, .* brought it 5 tokens; .* 0 \.\. 4, .*pass -1, or len",
+            ): r"nodes is \[0, 5\] for sequence 0, .* added 5 tokens to it; .* 0 \.\. 4, .*pass -1, or len",
             (
                 3,
                 -1,
-            ): r"nodes is \[3\] for row 1, and the last append brought it 3 tokens; .* 0 \.\. 2",
-            (1, 1): r"nodes is \[1, 1\] for row 0; a path has each node once: pass -1",
+            ): r"nodes is \[3\] for sequence 1, and the last append added 3 tokens to it; .* 0 \.\. 2",
+            (1, 1): r"nodes is \[1, 1\] for sequence 0; a path has each node once: pass -1",
         },
     ),
     "accept, lengths": (
         lambda c, x: c.accept([0, 1, 2], lengths=x),
         {
-            4: r"lengths is 4; it must be 0 \.\. 3: of the P=3 nodes the first ones; 0 for a row",
+            4: r"lengths is 4; it must be 0 \.\. 3: the first ones of the P=3 nodes; 0 for a sequence",
             (3, -1, 0, 3): r"lengths\[1\] is -1; it must be 0 \.\. 3",
         },
     ),
     "reset": (
         lambda c, x: c.reset(x),
         {
-            4: r"rows is 4; it must be 0 \.\. 3: rows are numbered so \(B=4\)",
-            (1, -1): r"rows\[1\] is -1; it must be 0 \.\. 3",
-            2**40: r"rows is 1099511627776; it must be 0 \.\. 3",
+            4: r"sequences is 4; it must be 0 \.\. 3: an index of a sequence \(B=4\)",
+            (1, -1): r"sequences\[1\] is -1; it must be 0 \.\. 3",
+            2**40: r"sequences is 1099511627776; it must be 0 \.\. 3",
         },
     ),
     "fork, source": (
@@ -143,7 +138,7 @@ WRONG = {
         lambda c, x: c.fork([0, 0], x),
         {
             (1, 4): r"target\[1\] is 4; it must be 0 \.\. 3",
-            (2, 2): r"target is \[2, 2\]; .* name each target once",
+            (2, 2): r"target is \[2, 2\]; .* pass each target once",
         },
     ),
 }
@@ -206,7 +201,7 @@ def test_what_a_device_has_is_read_where_the_call_waits_for_it_anyway():
             lambda: cache.reserve(1, positions=jnp.array([2**31 - 1])),
             r"positions\[0\] is 2147483647",
         ),
-        (lambda: cache.reset(jnp.array([7])), r"rows\[0\] is 7"),
+        (lambda: cache.reset(jnp.array([7])), r"sequences\[0\] is 7"),
         (lambda: cache.fork(jnp.int32(7), jnp.int32(0)), "source is 7"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -280,7 +275,7 @@ def test_a_layer_is_one_integer():
     for call in (write, attend):
         with pytest.raises(ValueError, match="layer has dtype float.*int32"):
             call(filled(layers=2), 0.5)
-        with pytest.raises(ValueError, match=r"layer has shape \(1,\); it must be one number"):
+        with pytest.raises(ValueError, match=r"layer has shape \(1,\); it must be one integer"):
             call(filled(layers=2), np.zeros(1, np.int32))
 
 

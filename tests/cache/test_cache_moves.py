@@ -20,11 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.cache import checkpoint
-from distattn.cache.capacity import grown, shrunk
-from distattn.cache.layout import context_of, letters_of, sharding_of
-from distattn.cache.moving import blank_like
+from distattn.cache.kv_cache import empty_like
+from distattn.cache.layout import letters_in
+from distattn.cache.resize import grown, shrunk
 from distattn.testing import collectives
-from tests.cases import KINDS, mesh_of
+from tests.cases import KINDS, cache_sharding, mesh_of
 from tests.tolerance import assert_close
 
 B, K, H, V, N = 2, 2, 8, 4, 4
@@ -45,20 +45,15 @@ def grid(kind: str = "auto", names: tuple[str, ...] = ("rows", "kv", "heads")) -
 
 
 PLACES = {
-    "one": {},
-    "2": {"mesh": mesh_of(2, "auto")},
-    "3": {"mesh": mesh_of(3, "auto")},
-    "4": {"mesh": mesh_of(4, "explicit")},
-    "8": {"mesh": mesh_of(8, "auto")},
-    "8_explicit": {"mesh": mesh_of(8, "explicit")},
-    "8_other_name": {"mesh": jax.make_mesh((8,), ("ring",), (KINDS["auto"],)), "axis_name": "ring"},
-    "tuple": {"mesh": grid(), "axis_name": ("rows", "kv", "heads")},
-    "grid": {
-        "mesh": grid(),
-        "axis_name": "kv",
-        "batch_axis_name": "rows",
-        "heads_axis_name": "heads",
-    },
+    "one": None,
+    "2": cache_sharding(mesh_of(2, "auto")),
+    "3": cache_sharding(mesh_of(3, "auto")),
+    "4": cache_sharding(mesh_of(4, "explicit")),
+    "8": cache_sharding(mesh_of(8, "auto")),
+    "8_explicit": cache_sharding(mesh_of(8, "explicit")),
+    "8_other_name": cache_sharding(jax.make_mesh((8,), ("ring",), (KINDS["auto"],)), "ring"),
+    "tuple": cache_sharding(grid(), ("rows", "kv", "heads")),
+    "grid": cache_sharding(grid(), batch="rows", heads="heads"),
 }
 
 
@@ -75,9 +70,9 @@ def filled(
 
     The tokens are the same in all places. No program of the cache makes them, nor has to be compiled.
     """
-    sizes = {"value_dim": V, "placement": placement, **FORMS[form], **PLACES[place]}
+    sizes = {"value_dim": V, "placement": placement, **FORMS[form], "sharding": PLACES[place]}
     new = jax.eval_shape(lambda: distattn.KVCache.create(B, capacity, K, H, **sizes))
-    arrays = {name: np.zeros((x := getattr(new, name)).shape, x.dtype) for name in letters_of(new)}
+    arrays = {name: np.zeros((x := getattr(new, name)).shape, x.dtype) for name in new.arrays}
     arrays["positions"][:] = -1
     rng = np.random.default_rng(0)
     for row, held in enumerate(HELD):
@@ -107,9 +102,9 @@ def numbers(rng: np.random.Generator, name: str, like: np.ndarray) -> np.ndarray
 
 def lies(cache: distattn.KVCache) -> distattn.KVCache:
     """The sharding of each array, in the structure of the cache."""
-    letters = letters_of(cache).items()
-    with context_of(cache.layout):
-        shardings = {name: sharding_of(cache.layout, x) for name, x in letters}
+    letters = letters_in(cache.arrays).items()
+    with cache.layout.context():
+        shardings = {name: cache.layout.target(x) for name, x in letters}
     return dataclasses.replace(cache, **shardings)
 
 
@@ -131,8 +126,7 @@ def check_whole(cache: distattn.KVCache) -> None:
     """That counts say what tags say, and that all is and lies as `create` would have it."""
     tags = np.asarray(cache.positions).reshape(B, cache.layout.devices, -1)
     assert np.array_equal(cache.counts, (tags >= 0).sum(axis=2))
-    with context_of(cache.layout):
-        new = blank_like(cache, cache.capacity, cache.layout)
+    new = empty_like(cache.layout, cache._sizes())
     assert jax.tree.structure(new) == jax.tree.structure(cache)
     leaves = zip(*map(jax.tree.leaves, (cache, new, lies(cache))), strict=True)
     for got, want, sharding in leaves:
@@ -191,7 +185,7 @@ MOVES = {
 def test_a_cache_moves_to_another_mesh_and_goes_on(move):
     source, form, target, capacity, slots = MOVES[move]
     before = filled(source, form)
-    after = before.resize(capacity, **{"mesh": None, **PLACES[target]})
+    after = before.resize(capacity, sharding=PLACES[target])
     assert after.capacity == slots
     check_same(after, before)
     check_goes_on(after, form)
@@ -218,13 +212,15 @@ def test_a_cache_grows_and_shrinks_where_it_lies(place, form):
 
 def test_growing_sends_nothing():
     cache = filled("8", "int8_layers")
-    program = jax.jit(lambda cache: grown(cache, 48)).lower(cache).compile()
+    program = jax.jit(lambda x: grown(cache.layout, x, 48)).lower(cache.arrays).compile()
     assert collectives(program.as_text()) == {}
 
 
 def test_shrinking_sends_nothing_where_all_devices_have_room():
     large = filled("8").resize(80)
-    program = jax.jit(lambda cache: shrunk(cache, 24, surplus=0)).lower(large).compile()
+    program = (
+        jax.jit(lambda x: shrunk(large.layout, x, 24, surplus=0)).lower(large.arrays).compile()
+    )
     assert collectives(program.as_text()) == {}
     small = large.resize(24)
     for device in range(8):
@@ -233,8 +229,9 @@ def test_shrinking_sends_nothing_where_all_devices_have_room():
 
 
 def test_no_device_needs_memory_for_more_than_its_own_share():
-    cache = distattn.KVCache.create(1, 16384, 2, 64, dtype=jnp.bfloat16, **PLACES["8"])
-    program = jax.jit(lambda cache: shrunk(cache, 8192, surplus=1024)).lower(cache).compile()
+    cache = distattn.KVCache.create(1, 16384, 2, 64, dtype=jnp.bfloat16, sharding=PLACES["8"])
+    shrink = functools.partial(shrunk, cache.layout, slots=8192, surplus=1024)
+    program = jax.jit(shrink).lower(cache.arrays).compile()
     assert set(collectives(program.as_text())) == {"all-reduce"}
     memory = program.memory_analysis()  # of one device
     shares = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -273,7 +270,7 @@ def test_bits_survive_the_way_between_devices():
 def test_placement_changes_and_stays():
     cache = filled("8", placement="round_robin")
     assert cache.resize(48).placement == "round_robin"
-    assert cache.resize(mesh=None).placement == "round_robin"
+    assert cache.resize(sharding=None).placement == "round_robin"
     assert cache.resize(placement="block").placement == "block"
 
 
@@ -284,7 +281,7 @@ def test_the_same_size_and_place_is_the_same_cache():
 
 def test_axes_of_the_same_mesh():
     cache = filled("grid")
-    moved = cache.resize(mesh=cache.layout.mesh, axis_name=("kv", "rows"))
+    moved = cache.resize(sharding=P(None, ("kv", "rows")))
     assert moved.layout.slots == ("rows", "kv")
     assert moved.layout.batch == moved.layout.heads == ()
     check_same(moved, cache)
@@ -295,14 +292,14 @@ def test_whatever_mesh_the_context_has(kind, tmp_path):
     before = filled("8", "int8_layers", 64, "block")
     spare = jax.make_mesh((2, 4), ("copies", "kv"), (KINDS[kind],) * 2)  # each slot lies twice
     with jax.set_mesh(mesh_of(8, kind)):
-        on_four = before.resize(24, mesh=spare, axis_name="kv").resize(20)
+        on_four = before.resize(24, sharding=cache_sharding(spare)).resize(20)
         check_same(on_four, before)
-        check_same(on_four.resize(mesh=mesh_of(3, kind)), before)
-        check_same(on_four.resize(mesh=None), before)
+        check_same(on_four.resize(sharding=cache_sharding(mesh_of(3, kind))), before)
+        check_same(on_four.resize(sharding=None), before)
         on_four.save(tmp_path)
     with jax.set_mesh(spare):
-        check_same(distattn.KVCache.restore(tmp_path, axis_name="kv"), before)
-        check_same(distattn.KVCache.restore(tmp_path, capacity=64, **PLACES["8"]), before)
+        check_same(distattn.KVCache.restore(tmp_path, sharding=P(None, "kv")), before)
+        check_same(distattn.KVCache.restore(tmp_path, capacity=64, sharding=PLACES["8"]), before)
         check_same(distattn.KVCache.restore(tmp_path), before)
 
 
@@ -310,11 +307,11 @@ def test_a_row_that_does_not_fit_is_refused_and_nothing_changes():
     cache = filled("8", capacity=24)
     held = np.asarray(cache.counts)
     with pytest.raises(
-        ValueError, match=r"row 0 holds 17 tokens.*capacity=16 .*evict.*at least 17"
+        ValueError, match=r"sequence 0 holds 17 tokens.*capacity=16 .*evict.*at least 17"
     ):
         cache.resize(15)
-    with pytest.raises(ValueError, match=r"row 0 holds 17 tokens.*too many: \[0, 1\]"):
-        cache.resize(7, mesh=None)
+    with pytest.raises(ValueError, match=r"sequence 0 holds 17 tokens.*too many: \[0, 1\]"):
+        cache.resize(7, sharding=None)
     assert np.array_equal(cache.counts, held)
     check_goes_on(cache, "float32")
 
@@ -323,12 +320,11 @@ def test_a_row_that_does_not_fit_is_refused_and_nothing_changes():
     ("arguments", "message"),
     [
         ({"capacity": 0}, "capacity is 0.*at least 1"),
-        ({"axis_name": "kv"}, r"axis_name is 'kv'.*pass mesh=cache\.layout\.mesh"),
-        ({"mesh": "kv"}, "mesh is 'kv'.*another Mesh, or None"),
-        ({"mesh": grid()}, "axis_name is None.*pass the one"),
-        ({"mesh": mesh_of(3, "auto"), "axis_name": "x"}, "'x' is not an axis of the mesh"),
+        ({"sharding": "kv"}, "sharding is 'kv'; it must be a jax.NamedSharding.*or None"),
+        ({"sharding": grid()}, r"sharding is Mesh\(.*must be a jax.NamedSharding"),
+        ({"sharding": P(None, "x")}, "'x' is not an axis of the mesh"),
         (
-            {"mesh": grid(), "axis_name": "kv", "heads_axis_name": ("rows", "heads")},
+            {"sharding": cache_sharding(grid(), heads=("rows", "heads"))},
             "num_kv_heads is 2.*4 devices",
         ),
         ({"placement": "left"}, "placement is 'left'.*one of"),
@@ -341,7 +337,7 @@ def test_a_wrong_resize_says_what_to_pass(arguments, message):
 
 def test_under_jit_there_is_no_resize_and_no_save(tmp_path):
     cache = filled("8")
-    with pytest.raises(ValueError, match="resize changes shapes.*outside of jit"):
+    with pytest.raises(ValueError, match="resize was called under a trace.*outside of jit"):
         jax.jit(lambda cache: cache.resize(48))(cache)
     with pytest.raises(ValueError, match="save was called under a trace.*outside of jit"):
         jax.jit(lambda cache: cache.save(tmp_path))(cache)
@@ -352,7 +348,7 @@ def test_a_cache_is_restored_on_other_devices_and_goes_on(move, tmp_path):
     source, form, target, capacity, slots = MOVES[move]
     before = filled(source, form)
     assert before.save(tmp_path) == 0
-    after = distattn.KVCache.restore(tmp_path, capacity=capacity, **PLACES[target])
+    after = distattn.KVCache.restore(tmp_path, capacity=capacity, sharding=PLACES[target])
     assert after.capacity == slots
     check_same(after, before)
     check_goes_on(after, form)
@@ -361,12 +357,12 @@ def test_a_cache_is_restored_on_other_devices_and_goes_on(move, tmp_path):
 def test_another_capacity_and_placement_when_restored(tmp_path):
     before = filled("8")
     before.save(tmp_path)
-    place = PLACES["4"]
+    place = {"sharding": PLACES["4"]}
     for capacity, slots in ((40, 40), (17, 20)):
         after = distattn.KVCache.restore(tmp_path, capacity=capacity, placement="block", **place)
         assert (after.capacity, after.placement) == (slots, "block")
         check_same(after, before)
-    with pytest.raises(ValueError, match=r"row 0 holds 17 tokens.*capacity=16"):
+    with pytest.raises(ValueError, match=r"sequence 0 holds 17 tokens.*capacity=16"):
         distattn.KVCache.restore(tmp_path, capacity=16, **place)
 
 
@@ -377,7 +373,7 @@ def test_steps_are_numbered_and_never_overwritten(tmp_path):
     assert caches[1].save(str(directory), 7) == 7
     assert caches[2].save(directory) == 8
     for step, cache in ((0, caches[0]), (7, caches[1]), (8, caches[2]), (None, caches[2])):
-        check_same(distattn.KVCache.restore(directory, step, **PLACES["8"]), cache)
+        check_same(distattn.KVCache.restore(directory, step, sharding=PLACES["8"]), cache)
     with pytest.raises(ValueError, match=r"step=7 is in .*\[0, 7, 8\].*pass another"):
         caches[0].save(directory, 7)
     for wrong in (-1, 1.0, True):
@@ -394,27 +390,9 @@ def test_a_step_of_another_format_is_refused(tmp_path, monkeypatch):
     filled("one").save(tmp_path)
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match=r"step 0 in .* format 3, .* reads 1 \.\. 2; use the release that wrote"
+        ValueError, match=r"step 0 in .* format 3, .* reads the format 1; use the release"
     ):
         distattn.KVCache.restore(tmp_path)
-
-
-@pytest.mark.parametrize("move", ["fewer_devices", "to_a_number_that_does_not_divide", "to_one"])
-def test_a_step_of_the_first_format_has_refused_nothing(move, tmp_path, monkeypatch):
-    source, form, target, _, _ = MOVES[move]
-    before = filled(source, form)
-    letters = {name: x for name, x in letters_of(before).items() if name != "refused"}
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "FORMAT", 1)
-        patched.setattr(checkpoint, "letters_of", lambda cache: letters)
-        before.save(tmp_path)
-    assert not [*tmp_path.rglob("*refused*")]
-    after = distattn.KVCache.restore(tmp_path, **PLACES[target])
-    assert after.refused.tolist() == [0, 0]
-    check_same(after, dataclasses.replace(before, refused=jnp.zeros(B, jnp.int32)))
-    check_goes_on(after, form)
-    after.save(tmp_path)  # in the format of now
-    check_same(distattn.KVCache.restore(tmp_path, 1, **PLACES[source]), after)
 
 
 def test_without_orbax_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -467,8 +445,8 @@ def test_a_damaged_step_is_named_and_the_one_before_it_is_read(how, which, two_s
     what = "cannot be read" if which == "manifest" else what
     name = file.relative_to(directory / "1").as_posix()
     with pytest.raises(OSError, match=f"step 1 in .* damaged: file {name} .*{what}.*pass step=0"):
-        distattn.KVCache.restore(directory, **PLACES["8"])
-    restored = distattn.KVCache.restore(directory, 0, **PLACES["8"])
+        distattn.KVCache.restore(directory, sharding=PLACES["8"])
+    restored = distattn.KVCache.restore(directory, 0, sharding=PLACES["8"])
     check_same(restored, filled("8", capacity=2048))
 
     damaged(directory / "0" / "manifest.json", "changed")
@@ -522,7 +500,7 @@ def test_a_save_that_is_killed_leaves_the_steps_before(tmp_path):
     with pytest.warns(
         UserWarning, match=rf"step {step - 1} of .* restored; interrupted.*\[{step}\]"
     ):
-        cache = distattn.KVCache.restore(directory, **PLACES["8"])
+        cache = distattn.KVCache.restore(directory, sharding=PLACES["8"])
     key = np.random.default_rng(0).standard_normal(cache.key.shape, np.float32)
     assert int(cache.next_position[0]) == step - 1
     assert np.array_equal(cache.key, key)
@@ -552,7 +530,7 @@ def test_a_save_that_fails_at_the_last_moment_leaves_no_step(tmp_path, monkeypat
 
 def test_each_device_reads_its_own_share(tmp_path):
     filled("8", capacity=32).save(tmp_path)
-    cache = distattn.KVCache.restore(tmp_path, **PLACES["3"])
-    assert cache.key.sharding == NamedSharding(PLACES["3"]["mesh"], P(None, "kv", None, None))
+    cache = distattn.KVCache.restore(tmp_path, sharding=PLACES["3"])
+    assert cache.key.sharding == NamedSharding(PLACES["3"].mesh, P(None, "kv", None, None))
     assert [shard.data.shape[1] for shard in cache.key.addressable_shards] == [11, 11, 11]
     check_same(cache, filled("8", capacity=32))

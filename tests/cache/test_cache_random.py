@@ -18,16 +18,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distattn import KVCache
 from distattn.testing import reference
-from tests.cases import check_copies, mesh_of
+from tests.cases import cache_sharding, check_copies, mesh_of
 from tests.tolerance import assert_close
 
 B, K, H, V, N = 3, 1, 4, 4, 2
 CAPACITY, SIZES = 24, (1, 3)
 # Three ways to lie, so that little compiles; the first is where a cache starts, each token there twice.
 LAYOUTS = (
-    {"mesh": mesh_of(8, "auto"), "capacity": CAPACITY, "replicas": 2},
-    {"mesh": mesh_of(3, "explicit"), "capacity": CAPACITY, "replicas": 1},
-    {"mesh": None, "capacity": 2 * CAPACITY, "replicas": 1},
+    {"sharding": cache_sharding(mesh_of(8, "auto")), "capacity": CAPACITY, "replicas": 2},
+    {"sharding": cache_sharding(mesh_of(3, "explicit")), "capacity": CAPACITY, "replicas": 1},
+    {"sharding": None, "capacity": 2 * CAPACITY, "replicas": 1},
 )
 STEPS_PER_EXAMPLE = 25
 STEPS = int(os.environ.get("DISTATTN_RANDOM_STEPS", 8 * STEPS_PER_EXAMPLE))
@@ -233,7 +233,7 @@ class Life(RuleBasedStateMachine):
         assert np.array_equal(self.cache.counts, (shares >= 0).sum(axis=2))
 
     @invariant()
-    def copies_are_what_the_wards_have(self):
+    def replicas_equal_their_sources(self):
         assert (self.cache.replica is None) == (self.cache.layout.devices != 8)
         check_copies(self.cache)
 

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from distattn import KVCache
 from distattn.cache import replicas
-from distattn.cache.layout import make_layout
+from distattn.cache.layout import read_layout
 from distattn.testing import collectives, reference
-from tests.cases import FULLY_OPTIMIZED, KINDS, check_copies
+from tests.cases import FULLY_OPTIMIZED, KINDS, cache_sharding, check_copies
 from tests.tolerance import assert_close
 
 B, K, N, H, V, CAPACITY = 2, 2, 4, 8, 6, 40
@@ -31,17 +31,20 @@ def mesh(kind: str, *shape: int, names: tuple[str, ...] = ("host", "device")) ->
     return Mesh(devices, names, axis_types=(KINDS[kind],) * len(names))
 
 
-SLOTS = {"axis_name": ("host", "device")}
-GRID = {"axis_name": "host", "batch_axis_name": "rows", "heads_axis_name": "heads"}
-# The mesh, the axes of the cache, and the axis along which hosts lie.
+SLOTS = ("host", "device")
+
+
+def over_rows_and_heads() -> NamedSharding:
+    three = mesh("auto", 2, 2, 2, names=("rows", "host", "heads"))
+    return cache_sharding(three, "host", batch="rows", heads="heads")
+
+
+# The sharding of the cache; hosts are along the axis of that name.
 PLACES = {
-    "4x2": lambda: {"mesh": mesh("auto", 4, 2), **SLOTS},
-    "4x2_explicit": lambda: {"mesh": mesh("explicit", 4, 2), **SLOTS},
-    "rows_and_heads": lambda: {
-        "mesh": mesh("auto", 2, 2, 2, names=("rows", "host", "heads")),
-        **GRID,
-    },
-    "4_and_copies": lambda: {"mesh": mesh("explicit", 4, 2), "axis_name": "host"},
+    "4x2": lambda: cache_sharding(mesh("auto", 4, 2), SLOTS),
+    "4x2_explicit": lambda: cache_sharding(mesh("explicit", 4, 2), SLOTS),
+    "rows_and_heads": over_rows_and_heads,
+    "4_and_copies": lambda: cache_sharding(mesh("explicit", 4, 2), "host"),
 }
 append = jax.jit(KVCache.append, donate_argnums=0)
 every_place = pytest.mark.parametrize("place", PLACES)
@@ -59,7 +62,7 @@ def tokens(layers: int | None = None, count: int = max(LENGTHS)) -> tuple[np.nda
 
 def filled(place: str, form: str = "float32", copies: int = 2) -> KVCache:
     """Two ragged rows, in three appends."""
-    options = {**PLACES[place](), **FORMS[form], "replicas": copies}
+    options = {"sharding": PLACES[place](), **FORMS[form], "replicas": copies}
     cache = KVCache.create(B, CAPACITY, K, H, value_dim=V, **options)
     key, value = tokens(cache.layers)
     with jax.set_mesh(cache.layout.mesh):
@@ -72,7 +75,7 @@ def filled(place: str, form: str = "float32", copies: int = 2) -> KVCache:
 
 def by_token(cache: KVCache) -> list[dict]:
     """Of every row {position: bytes of all that is stored for it}; each position is there once."""
-    names = [name for name in replicas.replica_letters(cache) if name != "positions"]
+    names = [name for name in replicas.token_letters(cache.arrays) if name != "positions"]
     arrays = [np.asarray(getattr(cache, name)) for name in names]
     tags, rows = np.asarray(cache.positions), []
     for b in range(B):
@@ -122,8 +125,9 @@ def test_every_change_is_made_twice(place, form):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_that_stay_on_their_device_are_sent_to_the_other(kind):
     where = mesh(kind, 4, 2)
+    sharding = cache_sharding(where, SLOTS)
     cache = KVCache.create(
-        B, 32, K, H, value_dim=V, dtype=jnp.float32, mesh=where, **SLOTS, replicas=2
+        B, 32, K, H, value_dim=V, dtype=jnp.float32, sharding=sharding, replicas=2
     )
     along = NamedSharding(where, P(None, ("host", "device")))
     with jax.set_mesh(where):
@@ -141,7 +145,7 @@ def test_a_step_sends_nothing_for_the_copies_and_copies_nothing():
     compiled = {}
     for copies in (1, 2):
         cache = KVCache.create(
-            1, 4096, 1, 64, dtype=jnp.float32, mesh=mesh("auto", 4, 2), **SLOTS, replicas=copies
+            1, 4096, 1, 64, dtype=jnp.float32, sharding=PLACES["4x2"](), replicas=copies
         )
         new = jnp.zeros((1, 1, 1, 64), jnp.float32)
 
@@ -180,9 +184,10 @@ def test_a_host_is_lost_and_no_key(place, form):
 
 def test_hosts_of_one_device_each():
     """A mesh of one axis."""
+    sharding = cache_sharding(mesh("auto", 8, names=("host",)), "host")
     append = {"key": np.ones((B, 9, K, H), np.float32), "value": np.ones((B, 9, K, V), np.float32)}
     cache = KVCache.create(
-        B, CAPACITY, K, H, value_dim=V, dtype=jnp.float32, mesh=mesh("auto", 8, names=("host",))
+        B, CAPACITY, K, H, value_dim=V, dtype=jnp.float32, sharding=sharding
     ).append(**append)
     left, lost = cache.recover(without(cache, 1, 4))
     assert left.layout.devices == 6
@@ -211,7 +216,7 @@ def test_hosts_that_hold_each_others_copies_are_lost_together():
     cache = filled("4x2")
     before = by_token(cache)
     left, lost = cache.recover(without(cache, 0, 2))
-    assert not any(x.size for x in lost), "their wards are others"
+    assert not any(x.size for x in lost), "their sources are others"
     assert by_token(left) == before
     left, lost = cache.recover(without(cache, 1, 2))
     shares = np.asarray(cache.positions).reshape(B, 4, -1)
@@ -250,10 +255,10 @@ def test_what_was_evicted_is_not_lost():
     tags = np.asarray(cache.positions)
     smaller = without(cache, 2)
     with pytest.raises(
-        ValueError, match=r"row 0 has lost \d positions.*some had been evicted.*expected="
+        ValueError, match=r"sequence 0 has lost \d positions.*some had been evicted.*expected="
     ):
         cache.recover(smaller)
-    with pytest.raises(ValueError, match="expected has 1 rows, and the cache 2"):
+    with pytest.raises(ValueError, match="expected has 1 sequences, and the cache 2"):
         cache.recover(smaller, expected=[range(3)])
     _, lost = cache.recover(smaller, expected=[row[row >= 0] for row in tags])
     gone = tags.reshape(B, 4, -1)[:, 2]
@@ -266,24 +271,23 @@ def test_a_cache_gets_its_copies_later_and_gives_them_up(tmp_path):
     twice = cache.resize(replicas=2)
     check_copies(twice)
     assert (twice.replicas, by_token(twice)) == (2, before)
-    larger = twice.resize(80, mesh=mesh("explicit", 2, 4), axis_name=("host", "device"))
+    larger = twice.resize(80, sharding=cache_sharding(mesh("explicit", 2, 4), SLOTS))
     check_copies(larger)
     assert (larger.replicas, larger.capacity, by_token(larger)) == (2, 80, before)
     assert larger.resize(replicas=1).replica is None
     twice.save(tmp_path)
-    where = {"mesh": mesh("auto", 4, 2), **SLOTS}
-    assert KVCache.restore(tmp_path, **where).replicas == 1
-    restored = KVCache.restore(tmp_path, **where, replicas=2)
+    assert KVCache.restore(tmp_path, sharding=PLACES["4x2"]()).replicas == 1
+    restored = KVCache.restore(tmp_path, sharding=PLACES["4x2"](), replicas=2)
     check_copies(restored)
     assert by_token(restored) == before
 
 
-def test_wards_lie_on_other_hosts_whatever_the_order_of_the_devices():
-    layout = make_layout(mesh("auto", 4, 2), ("host", "device"), None, None)
-    assert replicas.wards_of(layout) == (6, 7, 0, 1, 2, 3, 4, 5)
-    one_axis = make_layout(mesh("auto", 8, names=("kv",)), "kv", None, None)
-    assert sorted(replicas.wards_of(one_axis)) == list(range(8))
-    assert all(ward != own for own, ward in enumerate(replicas.wards_of(one_axis)))
+def test_sources_are_on_other_hosts_in_any_order_of_the_devices():
+    layout = read_layout(PLACES["4x2"]())
+    assert replicas.replica_source(layout) == (6, 7, 0, 1, 2, 3, 4, 5)
+    sources = replicas.replica_source(read_layout(cache_sharding(mesh("auto", 8, names=("kv",)))))
+    assert sorted(sources) == list(range(8))
+    assert all(source != device for device, source in enumerate(sources))
 
 
 @pytest.mark.parametrize(
@@ -299,21 +303,21 @@ def test_wards_lie_on_other_hosts_whatever_the_order_of_the_devices():
 def test_uneven_hosts(monkeypatch, hosts, fits):
     monkeypatch.setattr(replicas, "_hosts", lambda layout: [frozenset({x}) for x in hosts])
     devices = np.array(jax.devices()[: len(hosts)])
-    layout = make_layout(Mesh(devices, ("kv",)), "kv", None, None)
-    replicas.wards_of.cache_clear()
+    layout = read_layout(cache_sharding(Mesh(devices, ("kv",))))
+    replicas.replica_source.cache_clear()
     try:
         assert replicas.replicas_fit(layout) == fits
         if fits:
-            wards = replicas.wards_of(layout)
-            assert sorted(wards) == list(range(len(hosts)))
-            assert all(hosts[ward] != hosts[own] for own, ward in enumerate(wards))
+            sources = replicas.replica_source(layout)
+            assert sorted(sources) == list(range(len(hosts)))
+            assert all(hosts[source] != hosts[device] for device, source in enumerate(sources))
         else:
             with pytest.raises(
                 ValueError, match="no host has more than half of them.*or replicas=1"
             ):
-                replicas.wards_of(layout)
+                replicas.replica_source(layout)
     finally:
-        replicas.wards_of.cache_clear()
+        replicas.replica_source.cache_clear()
 
 
 def test_wrong_calls():
@@ -322,7 +326,7 @@ def test_wrong_calls():
         cache.resize(replicas=3)
     with pytest.raises(ValueError, match=r"replicas is 2, and the 1 devices.*or replicas=1"):
         KVCache.create(B, CAPACITY, K, H, dtype=jnp.float32, replicas=2)
-    with pytest.raises(ValueError, match="lies on one device"):
+    with pytest.raises(ValueError, match="for a cache on one device"):
         KVCache.create(B, CAPACITY, K, H, dtype=jnp.float32).recover(mesh("auto", 4, 2))
     for other in (
         mesh("auto", 2, 4),
@@ -337,7 +341,7 @@ def test_wrong_calls():
     rows = filled("rows_and_heads")
     devices = rows.layout.mesh.devices
     with pytest.raises(
-        ValueError, match="along 'rows', over which the cache has its rows or heads"
+        ValueError, match="along 'rows', over which the cache shards sequences or heads"
     ):
         rows.recover(Mesh(devices[:1], rows.layout.mesh.axis_names))
     same, lost = cache.recover(cache.layout.mesh)

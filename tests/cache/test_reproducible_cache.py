@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from distattn import KVCache
 from distattn.cache.slots import PLACEMENTS
 from distattn.testing import collectives, reference
-from tests.cases import ALL_REDUCES, FULLY_OPTIMIZED, KINDS, mesh_of
+from tests.cases import ALL_REDUCES, FULLY_OPTIMIZED, KINDS, cache_sharding, mesh_of
 from tests.tolerance import assert_close
 
 B, N, K, H, V = 2, 4, 2, 16, 12
@@ -47,8 +47,8 @@ def on(devices, kind="auto"):
 
 
 def empty(mesh=None, *, dtype=jnp.float32, layers=LAYERS, **options):
-    given = {"value_dim": V, "layers": layers, "dtype": dtype, "mesh": mesh}
-    return KVCache.create(B, CAPACITY, K, H, **given, **options)
+    options = {"sharding": cache_sharding(mesh), **options}
+    return KVCache.create(B, CAPACITY, K, H, value_dim=V, layers=layers, dtype=dtype, **options)
 
 
 append = jax.jit(KVCache.append)
@@ -227,11 +227,11 @@ def test_edited_and_filled_again():
 
 def test_resized_and_restored(tmp_path):
     cache = filled(on(3), seed=30)
-    check_bits(cache.resize(mesh=on(8)), VIEWS)
-    check_bits(cache.resize(64, mesh=on(8)), ["a token"])
-    cache.resize(mesh=on(5)).save(tmp_path)
+    check_bits(cache.resize(sharding=cache_sharding(on(8))), VIEWS)
+    check_bits(cache.resize(64, sharding=cache_sharding(on(8))), ["a token"])
+    cache.resize(sharding=cache_sharding(on(5))).save(tmp_path)
     for devices in (None, 7, 8):
-        check_bits(KVCache.restore(tmp_path, mesh=on(devices)))
+        check_bits(KVCache.restore(tmp_path, sharding=cache_sharding(on(devices))))
 
 
 @pytest.mark.parametrize("strategy", [*ALL_REDUCES, "reduce_scatter"])
@@ -239,7 +239,7 @@ def test_resized_and_restored(tmp_path):
 def test_any_strategy(strategy, kind):
     view, options = "a token", {}
     if strategy == "reduce_scatter":
-        view, options = "a tree", {"query_axis_name": "kv"}
+        view, options = "a tree", {"query_sharding": P(None, "kv")}
     cache = filled(on(4, kind), seed=40)
     check_bits(cache, [view], strategy=strategy, **options)
     sent = collectives(program(view, strategy=strategy, **options).lower(cache).compile().as_text())
@@ -253,8 +253,8 @@ def test_a_combine_of_no_power_of_two():
 
 def test_rows_and_heads_on_other_devices():
     mesh = jax.make_mesh((2, 2, 2), ("b", "kv", "h"), (KINDS["auto"],) * 3)
-    where = {"axis_name": "kv", "batch_axis_name": "b", "heads_axis_name": "h"}
-    check_bits(filled(mesh, seed=50, **where), ["everything"])
+    sharding = cache_sharding(mesh, batch="b", heads="h")
+    check_bits(filled(seed=50, sharding=sharding), ["everything"])
 
 
 def test_a_cache_without_layers():
@@ -273,7 +273,7 @@ def test_one_slot_on_each_device():
     query, key, value = numbers(70, 1, 1, 4, 64), numbers(71, 1, 6, 2, 64), numbers(72, 1, 6, 2, 64)
     results = []
     for devices in (None, 3, 6):
-        cache = KVCache.create(1, 6, 2, 64, dtype=jnp.float32, mesh=on(devices))
+        cache = KVCache.create(1, 6, 2, 64, dtype=jnp.float32, sharding=cache_sharding(on(devices)))
 
         @functools.partial(jax.jit, compiler_options=FULLY_OPTIMIZED)
         def run(cache, lengths):
@@ -309,12 +309,12 @@ def test_the_gradient_of_a_query():
 
 def test_a_query_sharded_over_other_devices():
     mesh = jax.make_mesh((2, 4), ("rows", "kv"), (KINDS["auto"],) * 2)
-    cache = filled(mesh, seed=90, axis_name="kv")
+    cache = filled(mesh, seed=90)
     sharded = jax.device_put(QUERY, NamedSharding(mesh, P(None, "rows")))
 
     @functools.partial(jax.jit, compiler_options=FULLY_OPTIMIZED)
     def run(cache, query):
-        given = {"query_axis_name": "rows", "reproducible": True, "return_residual": True}
+        given = {"query_sharding": P(None, "rows"), "reproducible": True, "return_residual": True}
         return cache.attend(query, layer=LAYER, tree_mask=TREE, **given)
 
     check_same(run(cache, sharded), wanted("a tree"))
