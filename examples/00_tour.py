@@ -95,7 +95,7 @@ print("4. the gradient of the keys has their sharding")
 # Any device can store a token. Storing sends nothing, and attending sends a state.
 
 # %%
-cache = distattn.KVCache.create(1, 64, K, H, dtype=jnp.float32, mesh=mesh)
+cache = distattn.KVCache.create(1, 64, K, H, dtype=jnp.float32, sharding=split)
 for token in range(5):
     cache = cache.append(key[:, token, None], value[:, token, None])
 assert same(cache.attend(query), jax.nn.dot_product_attention(query, key[:, :5], value[:, :5]))

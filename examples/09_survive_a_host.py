@@ -48,8 +48,7 @@ def answer(replicas: int, killed: dict[int, int]) -> list[int]:
         CONFIG.head_dim,
         layers=CONFIG.layers,
         dtype=np.float32,
-        mesh=mesh,
-        axis_name=mesh.axis_names,
+        sharding=jax.NamedSharding(mesh, jax.P(None, mesh.axis_names)),
         replicas=replicas,
     )
     unread, tokens = list(prompt), []

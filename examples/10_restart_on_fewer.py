@@ -40,16 +40,24 @@ ANSWER, SAVED_EVERY = 24, 5  # tokens
 
 def begin(directory: Path, mesh: jax.sharding.Mesh) -> tuple[KVCache, list[int]]:
     """Return the cache and the tokens of the last save, or an empty cache and no tokens."""
-    where = {"mesh": mesh, "axis_name": mesh.axis_names}
+    sharding = jax.NamedSharding(mesh, jax.P(None, mesh.axis_names))
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
     if steps:
-        cache = KVCache.restore(directory, max(steps), **where)
+        cache = KVCache.restore(directory, max(steps), sharding=sharding)
         tokens = json.loads((directory / f"tokens-{max(steps)}.json").read_text())
         say(f" - continues after {len(tokens)} tokens, on {mesh.size} devices")
         return cache, tokens
     room = len(PROMPT) + ANSWER
-    heads = (CONFIG.kv_heads, CONFIG.head_dim)
-    return KVCache.create(1, room, *heads, layers=CONFIG.layers, dtype=np.float32, **where), []
+    cache = KVCache.create(
+        1,
+        room,
+        CONFIG.kv_heads,
+        CONFIG.head_dim,
+        layers=CONFIG.layers,
+        dtype=np.float32,
+        sharding=sharding,
+    )
+    return cache, []
 
 
 def save(directory: Path, cache: KVCache, tokens: list[int]) -> None:

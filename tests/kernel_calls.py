@@ -200,8 +200,7 @@ def decode_of_a_cache(
             head_dim=width,
             layers=layers,
             dtype=dtype,
-            mesh=jax.sharding.get_abstract_mesh(),
-            axis_name="kv",
+            sharding=P(None, "kv"),
         )
         cache = dataclasses.replace(
             cache,

@@ -67,7 +67,7 @@ def new_cache(
         config.head_dim,
         layers=config.layers,
         dtype=dtype,
-        mesh=mesh,
+        sharding=None if mesh is None else jax.NamedSharding(mesh, jax.P(None, mesh.axis_names)),
     )
 
 

@@ -47,7 +47,8 @@ def our_step(strategy, cache, query, key, value):
 
 
 def our_cache(tokens, dtype, mesh):
-    cache = KVCache.create(BATCH, tokens, KV_HEADS, WIDTH, dtype=dtype, mesh=mesh)
+    sharding = None if mesh is None else NamedSharding(mesh, SLOTS)
+    cache = KVCache.create(BATCH, tokens, KV_HEADS, WIDTH, dtype=dtype, sharding=sharding)
     chunk = min(tokens - ROOM, 8128)
     append = jax.jit(KVCache.append, donate_argnums=0)
     for start in range(0, tokens - ROOM, chunk):
@@ -181,8 +182,9 @@ def memory(dtype):
             ("step", functools.partial(our_step, "auto"), None),
             ("scan over 4 layers", model, layers),
         ):
+            sharding = NamedSharding(mesh, SLOTS)
             cache = KVCache.create(
-                BATCH, tokens, KV_HEADS, WIDTH, dtype=dtype, mesh=mesh, layers=stack
+                BATCH, tokens, KV_HEADS, WIDTH, dtype=dtype, sharding=sharding, layers=stack
             )
             step = Contender(step, cache, mesh).step
             m = step.memory_analysis()

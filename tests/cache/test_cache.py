@@ -683,7 +683,7 @@ def test_inside_a_shard_map_over_its_axis():
 def test_a_partition_spec_takes_the_mesh_of_the_context(kind):
     mesh = mesh_of(4, kind)
     with jax.set_mesh(mesh):
-        cache = create(sharding=P(None, "kv"))
+        cache = create(sharding=P(None, "kv"), value_dim=V)
         assert cache.layout.mesh == mesh
         assert cache.layout.slots == ("kv",)
         out = cache.append(*(x[:1] for x in tokens(1))).attend(queries()[:1], query_sharding=P())

@@ -318,11 +318,11 @@ def job_survives() -> None:
     )
     positions = distattn.distributed.fetch(arrays[2])
     assert sorted(positions[positions >= 0]) == sorted(mine.positions[:9])
-    where = {"mesh": smaller, "axis_name": smaller.axis_names}
-    cache = distattn.KVCache.create(B, 16, K, H, value_dim=V, dtype=jnp.float32, **where)
+    sharding = over(smaller)
+    cache = distattn.KVCache.create(B, 16, K, H, value_dim=V, dtype=jnp.float32, sharding=sharding)
     cache = cache.append(mine.key[:, :9], mine.value[:, :9])
     assert cache.save(sys.argv[2]) == 0
-    restored = distattn.KVCache.restore(sys.argv[2], **where)
+    restored = distattn.KVCache.restore(sys.argv[2], sharding=sharding)
     got, saved = (
         [distattn.distributed.fetch(x) for x in (c.positions, c.key)] for c in (restored, cache)
     )
@@ -331,7 +331,7 @@ def job_survives() -> None:
     with pytest.raises(ValueError, match="step=0 is in .* already"):
         cache.save(sys.argv[2], 0)
     with pytest.raises(FileNotFoundError, match="no step 5"):
-        distattn.KVCache.restore(sys.argv[2], 5, **where)
+        distattn.KVCache.restore(sys.argv[2], 5, sharding=sharding)
     private = f"{sys.argv[2]}/of-{rank}"
     with pytest.raises(ValueError, match=r"not the same for all processes: rank 2 cannot see 0"):
         cache.save(private)

@@ -29,7 +29,7 @@ from distattn.algebra.fixed_point import FixedPoint, FixedPointState, limb_forma
 from distattn.experimental.fused import exchange, hooks
 from distattn.experimental.fused.route import route_over
 from distattn.testing import interpreted, reference
-from tests.cases import CASES, DIFFERENTIABLE, Case, as_float32, check, shardings
+from tests.cases import CASES, DIFFERENTIABLE, Case, as_float32, cache_sharding, check, shardings
 from tests.tolerance import assert_close
 
 P = PartitionSpec
@@ -179,7 +179,8 @@ def cache() -> None:
     new = jnp.asarray(rng.normal(size=(2, 2, 1, 20, 2, 8)), jnp.float32)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
     for dtype in (jnp.float32, jnp.int8):
-        held = distattn.KVCache.create(**options, dtype=dtype, mesh=mesh_of(4), axis_name="kv")
+        sharding = cache_sharding(mesh_of(4))
+        held = distattn.KVCache.create(**options, dtype=dtype, sharding=sharding)
         held = held.append(*new)
         got = held.attend(query, layer=1, strategy="fused", **KERNEL)
         want = held.attend(query, layer=1, strategy="butterfly")

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 import distattn
 from distattn.local.kernels.tpu.tiling import QUANTISED
 from distattn.testing import interpreted
-from tests.cases import mesh_of
+from tests.cases import cache_sharding, mesh_of
 from tests.kernel_calls import (
     CACHE_SLOTS,
     arrays_of_size,
@@ -123,15 +123,13 @@ def test_gradient_of_the_query():
 
 
 def test_over_a_mesh():
-    mesh = mesh_of(4, "auto")
     cache = distattn.KVCache.create(
         batch=2,
         capacity=24,
         num_kv_heads=2,
         head_dim=8,
         dtype=jnp.int8,
-        mesh=mesh,
-        axis_name="kv",
+        sharding=cache_sharding(mesh_of(4, "auto")),
     )
     cache = cache.append(random(2, 13, 2, 8), random(2, 13, 2, 8, seed=1))
     query = random(2, 2, 4, 8, seed=2)
