@@ -11,11 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from distattn.cli import child
@@ -24,11 +24,8 @@ from distattn.distributed.agreement import ranks as ranks_text
 from distattn.distributed.start import JobPlace
 
 POLL_S = 0.05
-SETTLE_S, SETTLE_SECONDARY_S = (
-    0.3,
-    1.0,
-)  # wait for the cause after a failure that is secondary or not
-DRAIN_S, LAST_DRAIN_S = 0.3, 2.0  # wait for the last lines of a rank; and at the very end
+SETTLE_S, SETTLE_SECONDARY_S = 0.3, 1.0  # wait for the cause after a failure, primary or secondary
+DRAIN_S, LAST_DRAIN_S = 0.3, 2.0  # wait for a rank's last lines, while others run and at the end
 LINES = 20  # last lines kept per rank
 TIMED_OUT, TERMINATED = 124, 143  # exit codes of timeout(1) and of a shell
 # Lines of ranks that fail because another did: first those that waited for it, then those that JAX's
@@ -89,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     notices: list[int] = []  # numbers of signals
     previous = signal.signal(signal.SIGTERM, lambda number, _: notices.append(number))
     try:
-        with held_port() as port, _directory() as roll_call:
+        with held_port() as port, TemporaryDirectory(ignore_cleanup_errors=True) as roll_call:
             try:
                 address, count = "{}:{}".format(*port.getsockname()), options.processes
                 for number in range(count):
@@ -154,20 +151,12 @@ def _watch(
     return failed
 
 
-def _directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="distattn-", ignore_cleanup_errors=True)
-
-
 def _say(text: str) -> None:
     print(f"distattn launch: {text}", file=sys.stderr, flush=True)
 
 
 def held_port() -> socket.socket:
-    """Return a socket that holds a free port for the job.
-
-    It is bound and does not listen: JAX's coordinator of the same user shares it (SO_REUSEPORT), and other
-    programs find the port taken.
-    """
+    """Return a socket that keeps a free port from other programs; JAX's coordinator shares it."""
     holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     holder.bind(("127.0.0.1", 0))
@@ -237,13 +226,13 @@ class Rank:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def order(self) -> tuple[int, bool, float, int]:
-        """Return a key by which the cause comes first: those that blame others last, signals first."""
+        """Return a key that sorts the cause first: a rank that blames others last, a signal first."""
         return self.secondary(), (self.code() or 0) >= 0, self.ended, self.number
 
     def secondary(self) -> int:
         """Return 0 if its last lines blame no other process, else 1 + the index in `SECONDARY`."""
         patterns = enumerate(SECONDARY, start=1)
-        return max((i for i, p in patterns if any(map(p.search, self._tail))), default=0)
+        return max((i for i, p in patterns if any(map(p.search, list(self._tail)))), default=0)
 
     def ending(self) -> str:
         """Return how it ended, as text."""

@@ -323,17 +323,18 @@ def _exit_after(deadline: float, place: JobPlace, timeout_s: float) -> Generator
 
 def _check_others(place: JobPlace, timeout_s: float) -> None:
     """Raise RuntimeError if the processes differ in job size, versions or devices; start the devices."""
-    package = sys.modules[__name__.partition(".")[0]]  # it imports this module
-    facts = {
-        "num_processes": place.num_processes,  # JAX accepts a wrong one in silence
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.version.__version__,
-        "distattn": package.__version__,
-    }
-    assert_same("initialize", facts, timeout_s=timeout_s)
+    facts = {"num_processes": place.num_processes}  # JAX accepts a wrong one in silence
+    assert_same("initialize", facts | versions(), timeout_s=timeout_s)
     local = jax.local_devices()
     devices = {"platform": local[0].platform, "devices of a process": len(local)}
     assert_same("initialize: devices", devices, timeout_s=timeout_s)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of distattn, jax and jaxlib."""
+    package = sys.modules[__name__.partition(".")[0]]  # it imports this module
+    jaxlib_version = jaxlib.version.__version__
+    return {"distattn": package.__version__, "jax": jax.__version__, "jaxlib": jaxlib_version}
 
 
 def _exit_on_error(

@@ -11,13 +11,11 @@ import json
 import math
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib.version
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,6 +26,7 @@ from distattn.attention.strategy import STRATEGIES
 from distattn.collectives.all_reduce import BY_NAME
 from distattn.collectives.mesh import manual, on_devices_of, slice_axes
 from distattn.distributed.agreement import assert_same, meet
+from distattn.distributed.start import versions
 from distattn.planning import cost
 from distattn.planning.chips import fit_link
 from distattn.planning.cost import QUERY_REPLICATED, QUERY_SHARDED, Topology, Workload
@@ -76,7 +75,7 @@ def examine(mesh: Mesh, effort: Effort, say: Say) -> Json:
     compared = any("failure" not in found for found in checks)
     device = mesh.devices.flat[0]
     report: Json = {
-        "versions": versions(),
+        "versions": versions() | {"numpy": np.__version__, "python": platform.python_version()},
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": mesh.size,
@@ -102,18 +101,6 @@ def examine(mesh: Mesh, effort: Effort, say: Say) -> Json:
                 report["strategy_s"][case.name] = seconds
                 report["auto"][case.name] = predictions(mesh, case, seconds, links)
     return report
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages in use and of Python."""
-    package = sys.modules[__name__.partition(".")[0]]  # it imports this module
-    return {
-        "distattn": package.__version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.version.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 # --- programs that every process compiles and runs ---

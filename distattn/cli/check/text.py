@@ -9,14 +9,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from distattn.cli.check.runner import versions
+from distattn.distributed.start import versions
 from distattn.planning.text import count_text, seconds_text, table
 
 Json = dict[str, Any]
 SHOWN = 4  # differing replicas per strategy
 HEADINGS = ("strategy over axes", "worst error", "in result", "verdict")
 PACKAGES = (
-    *("flax", "equinox", "optax", "orbax-checkpoint", "ringattention", "tokamax"),
+    *("numpy", "flax", "equinox", "optax", "orbax-checkpoint", "ringattention", "tokamax"),
     *("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin"),
 )
 # Prefixes of the environment variables to show; no token or password has one.
@@ -175,10 +175,12 @@ def environment_text(mesh: Mesh) -> str:
 
 
 def _environment(mesh: Mesh) -> Iterator[tuple[str, str]]:
-    yield "versions", ", ".join(f"{name} {version}" for name, version in versions().items())
     installed = {x.name.lower(): x.version for x in importlib.metadata.distributions()}
-    found = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
-    yield "also installed", ", ".join(found) or f"none of {', '.join(PACKAGES)}"
+    others = {name: installed[name] for name in PACKAGES if name in installed}
+    found = versions() | {"python": platform.python_version()} | others
+    yield "versions", ", ".join(f"{name} {version}" for name, version in found.items())
+    if not others:
+        yield "also installed", f"none of {', '.join(PACKAGES)}"
     yield "machine", f"{platform.platform()}, {os.cpu_count()} CPUs"
     devices = list(mesh.devices.flat)
     kinds = sorted({device.device_kind for device in devices})
