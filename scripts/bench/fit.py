@@ -3,9 +3,10 @@
     python scripts/bench/fit.py              # 1 to 8 fake devices of one process
     python scripts/bench/fit.py --processes  # 1 to 8 processes on one machine, gloo
 
-Contenders: the butterfly, pmax and one packed psum, and the recipe that reduces maximum, sum and weighted
-sum apart. All are run by turns in one process, or one job; medians. N is the keys of the whole sequence.
-Devices that share cores do not divide the work: the first term is then a N.
+The contenders are the butterfly, pmax and one packed psum, and the recipe that reduces maximum, sum and
+weighted sum in three all-reduces. Their runs are interleaved in one process or one job; the figures are
+medians. N is the number of keys of the whole sequence. Devices that share cores do not divide the work: the
+first term is then a N.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def programs(mesh):
 
 
 def measure(mesh, repeats):
-    """[(contender, N, p, seconds)], for the devices of the mesh."""
+    """Return [(contender, N, p, seconds)] for the devices of the mesh."""
     found = []
     for keys in KEYS:
         query = array((1, 1, HEADS, WIDTH), mesh, P())
@@ -68,7 +69,7 @@ def measure(mesh, repeats):
 
 
 def rank(repeats):
-    """One process of a job."""
+    """Measure in one process of a job."""
     distattn.distributed.initialize()
     mesh = jax.make_mesh((jax.device_count(),), ("kv",), (AxisType.Auto,))
     print_samples(measure(mesh, repeats))

@@ -1,10 +1,11 @@
-"""What strategy='auto' takes, beside the best that could have been taken: measured, on a grid of shapes.
+"""Measure the strategy that strategy='auto' chooses against the fastest one, on a grid of shapes.
 
     python scripts/bench/planner.py                      # eight fake devices of one process
     python scripts/bench/planner.py --processes 2x4      # processes x devices on one machine, gloo
 
-Of each shape all strategies that fit are run by turns in one process, or one job; medians. `auto` is right
-where what it takes is the fastest, or within --noise of it, which two runs of one program differ by.
+For each shape the runs of all strategies that fit are interleaved in one process or one job; the figures
+are medians. `auto` is right if its choice is the fastest, or within --noise of it, by which two runs of one
+program differ.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SHAPES = (
 
 
 def measure(mesh, processes, repeats):
-    """[(shape, choice, {strategy: seconds})]."""
+    """Return [(shape, choice, {strategy: seconds})]."""
     found = []
     for b, t, s, n, k, h, sharded in SHAPES:
         shape = Workload(b, t, s, n, k, h, h, 4)

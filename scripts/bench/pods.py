@@ -1,12 +1,12 @@
-"""Attention on pods that are not here: compiled, counted, predicted.
+"""Compile, count and predict attention on pods, without one.
 
     python scripts/bench/pods.py compile [--large]      # decode, prompt, training step for each topology
     python scripts/bench/pods.py scaling [--json FILE] [--plot FILE]  # 1 chip to 4096, five contenders
     python scripts/bench/pods.py estimate               # the compiler's, beside its own partitioning's
     python scripts/bench/pods.py memory                 # beside Rabe & Staats, Tables 2 and 3
 
-They need the extras tpu and cuda-aot, or the environment that scripts/setup makes, whose compilers are
-found. Nothing here needs an accelerator.
+These need the extras tpu and cuda-aot, or the environment that scripts/setup makes. None needs an
+accelerator.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SHAPES = "1x1x1 2x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x1
 
 
 def compile_table(large):
-    """A row of the table for each topology and program."""
+    """Print a row for each topology and program."""
     jax.config.update("jax_platforms", "cpu")
     attention = distattn.dot_product_attention
     print(
@@ -95,7 +95,7 @@ def compile_table(large):
 
 
 def predicted(name, workload, where, report):
-    """Seconds by the model: of a plan, or of attention itself and the all-reduces that were compiled."""
+    """Return the predicted seconds: of a plan, or of attention and the all-reduces that were compiled."""
     if name in ("butterfly", "psum"):
         return plan(workload, where, strategy=name).predicted_s
     if name == "ring":
@@ -109,7 +109,7 @@ def predicted(name, workload, where, report):
 
 
 def scaling():
-    """Decoding on v5p, 8192 keys a chip: what each contender sends, and what it is predicted to take."""
+    """Compile decoding on v5p, 8192 keys per chip: what each contender sends, and its predicted time."""
     jax.config.update("jax_platforms", "cpu")
     rows = []
     for shape in SHAPES.split():
@@ -140,7 +140,7 @@ def scaling():
 
 
 def estimate():
-    """XLA:TPU's own estimate of a layer, beside that of its own partitioning: without loops, to compare."""
+    """Print XLA:TPU's estimates of a layer and of its own partitioning, without loops, to compare."""
     jax.config.update("jax_platforms", "cpu")
     dense = functools.partial(distattn.dot_product_attention, implementation="dense")
     print("| topology | devices | butterfly, us | psum, us | jax.nn, partitioned by XLA, us |")
@@ -183,7 +183,7 @@ TABLES = {
 
 
 def memory():
-    """Temporary memory on one TPU chip, beside the tables."""
+    """Print the temporary memory on one TPU chip beside the published tables."""
     jax.config.update("jax_platforms", "cpu")
     print("| | n | standard, published | jax.nn | memory-efficient, published | distattn |")
     print("|---|---|---|---|---|---|")

@@ -20,7 +20,7 @@ PANELS = {  # field: (factor, label)
 
 
 def plot(found: dict, path: Path) -> None:
-    """A panel for each figure, against the number of chips."""
+    """Draw a panel for each figure, against the number of chips."""
     plt = drawing.start("pods")
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
     chips = {row["devices"] for row in found["rows"]}

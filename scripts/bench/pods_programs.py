@@ -21,7 +21,7 @@ def shapes(rows, keys):
 
 
 def compiled(f, rows, keys, where, *, sharded, kind=AxisType.Explicit):
-    """The report of a call whose keys, and with `sharded` rows, lie along all axes of the pod."""
+    """Compile a call whose keys, and with `sharded` queries, are sharded over all axes of the pod."""
     axes = where.axes
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
     along = P(None, tuple(axes))
@@ -38,7 +38,7 @@ def training(strategy):
 
 
 def model_step(where):
-    """A training step of the example's transformer, all of it: batch over `data`, rows over `sequence`."""
+    """Compile a training step of the example's transformer: batch over `data`, rows over `sequence`."""
     from flax import nnx
 
     from byte_transformer import Config, Job, train_step
@@ -63,7 +63,7 @@ def model_step(where):
 
 
 def published_recipe(axes):
-    """Tree Attention's (arXiv 2408.04093, code of its appendix): three all-reduces of partial results."""
+    """Return Tree Attention's three all-reduces of partial results (arXiv 2408.04093, its appendix)."""
 
     def body(query, key, value):
         state = distattn.partial_attention(query, key, value)
@@ -78,7 +78,7 @@ def published_recipe(axes):
 
 
 def contenders(where):
-    """Name to (function, kind of the mesh axes)."""
+    """Return name to (function, kind of the mesh axes)."""
     axes, attention = tuple(where.axes), distattn.dot_product_attention
     return {
         "butterfly": (functools.partial(attention, strategy="butterfly"), AxisType.Explicit),
@@ -90,7 +90,7 @@ def contenders(where):
 
 
 def ring_decode(axes):
-    """One query on each device, to which all keys and values come, hop by hop."""
+    """Return decoding by a ring: all keys and values pass each device, hop by hop."""
 
     def body(query, key, value):
         size = lax.axis_size(axes)
