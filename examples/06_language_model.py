@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec as P
 from distattn import KVCache
 from distattn.testing import collective_bytes, collectives
 from language_model import llama
+from language_model.plain_cache import PlainCache
 from language_model.pretrained import DEVICES, Model, document_prompt, load, say
-from plain_cache import PlainCache
 
 AXIS = "kv"
 QUESTION = "\n\nSummarize the text above."

@@ -33,8 +33,8 @@ from jax.sharding import AxisType
 
 from language_model import llama
 from language_model.generation import Completion, Request, TextStream, generate
+from language_model.plain_cache import PlainCache
 from language_model.pretrained import DEVICES, Model, chat_prompt, document_prompt, load, say
-from plain_cache import PlainCache
 
 ROWS = 2
 CHUNK = 128  # tokens of a prompt that are read in a step

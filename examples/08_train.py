@@ -3,8 +3,8 @@ r"""Train a transformer on bytes of text, with its sequence sharded over devices
 It shows:
 
 1. A model is sequence-parallel if its batch is sharded and its attention is distattn's. The model, in
-   `byte_transformer.py`, is the one that runs on one device. Every array in it, from tokens to losses,
-   stays sharded. Only attention moves shards, which is counted in the program.
+   `byte_model/transformer.py`, is the one that runs on one device. Every array in it, from tokens to
+   losses, stays sharded. Only attention moves shards, which is counted in the program.
 2. Load balance: tokens, labels and positions are reordered (`distattn.layouts`) so that all devices have
    equal work under a causal mask. This happens once, on the host, and is never undone.
 3. Memory of a step on each device, and on one device with dense attention.
@@ -12,8 +12,9 @@ It shows:
    another shape and trained to the end. The losses are those of the uninterrupted run.
 5. A job of several processes that may die: `--save-every` saves every N steps, and on SIGTERM. `--resume`
    continues from the last checkpoint, on any number of processes and devices.
-6. Bitwise reproducible training on any mesh: `--reproducible`. `reproducible_layers.py` says what it needs
-   besides attention. The losses after resuming on another mesh then equal those of the uninterrupted run.
+6. Bitwise reproducible training on any mesh: `--reproducible`. `byte_model/reproducible_layers.py` says
+   what it needs besides attention. The losses after resuming on another mesh then equal those of the
+   uninterrupted run.
 
     pip install -e '.[train]'
     python examples/08_train.py
@@ -41,12 +42,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import distattn
-from byte_transformer import Attention, Config, Job, byte_entropy, train_step
+from byte_model.checkpoints import disturb, listen, restore, save
+from byte_model.options import LAYOUTS, name_of, parse
+from byte_model.report import difference, listed, moved, plot, progress, say, show
+from byte_model.transformer import Attention, Config, Job, byte_entropy, train_step
 from distattn import distributed
 from distattn.testing import fake_devices
-from training_checkpoints import disturb, listen, restore, save
-from training_options import LAYOUTS, name_of, parse
-from training_report import difference, listed, moved, plot, progress, say, show
 
 DEVICE_MIB = 4096  # memory of one device, for comparison
 AfterStep = Callable[[list[float], nnx.State], bool]

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from distattn import KVCache, distributed
+from language_model.small_llama import CONFIG, decode, encode, make_weights, replicate, step
 from processes import launch, say
-from small_llama import CONFIG, decode, encode, make_weights, replicate, step
 
 PROCESSES, DEVICES = 4, 2
 PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. what does it dream of?"

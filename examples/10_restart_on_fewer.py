@@ -28,8 +28,8 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from distattn import KVCache, distributed
+from language_model.small_llama import CONFIG, decode, encode, make_weights, replicate, step
 from processes import launch, say
-from small_llama import CONFIG, decode, encode, make_weights, replicate, step
 
 PROMPT = "it was a dark and stormy night, and the rain fell in torrents, except at intervals."
 ANSWER, SAVED_EVERY = 24, 5  # tokens

@@ -41,7 +41,7 @@ def model_step(where):
     """Compile a training step of the example's transformer: batch over `data`, rows over `sequence`."""
     from flax import nnx
 
-    from byte_transformer import Config, Job, train_step
+    from byte_model.transformer import Config, Job, train_step
 
     def attend(query, key, value, positions):
         return distattn.dot_product_attention(

@@ -85,7 +85,7 @@ def test_thirty_steps_are_equal_bit_for_bit(run, expected, sizes, strategy, layo
 
 def test_parts_do_not_depend_on_the_rows(example):
     """At sizes at which the compiler takes other loops for all rows than for those of one device."""
-    layers = importlib.import_module("reproducible_layers")
+    layers = importlib.import_module("byte_model.reproducible_layers")
     rows, width = 2048, 256
     random = np.random.default_rng(0)
     x, d = random.normal(size=(2, 2, rows, width)).astype(np.float32)

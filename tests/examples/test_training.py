@@ -33,7 +33,7 @@ KEYS = LENGTH * BATCH
 
 @pytest.fixture(scope="module")
 def model(example):
-    return importlib.import_module("byte_transformer")
+    return importlib.import_module("byte_model.transformer")
 
 
 @pytest.fixture(scope="module")

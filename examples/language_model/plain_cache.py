@@ -1,6 +1,6 @@
-"""What distattn is compared with: a cache on one device, in order, read by `jax.nn.dot_product_attention`.
+"""A cache on one device, in order, read by `jax.nn.dot_product_attention`, for comparison with distattn.
 
-It has the methods of `distattn.KVCache` that the language model calls, and nothing of its code.
+It has the methods of `distattn.KVCache` that the language model calls, and none of its code.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class PlainCache:
     def create(
         batch: int, capacity: int, num_kv_heads: int, head_dim: int, *, layers: int
     ) -> "PlainCache":
-        """An empty one, on the first device."""
+        """Create an empty cache on the first device."""
         shape = (layers, batch, capacity, num_kv_heads, head_dim)
         empty = (
             np.zeros(shape, np.float32),
@@ -35,7 +35,7 @@ class PlainCache:
     def reserve(
         self, tokens: int, *, lengths: jax.Array | None = None, owner: None = None
     ) -> tuple["PlainCache", jax.Array]:
-        """Slots int32[B, T] for the next tokens; past the end for those beyond a row's length."""
+        """Return slots int32[B, T] for the next tokens; tokens past `lengths` get a slot past the end."""
         index = np.arange(tokens, dtype=np.int32)[None]
         if lengths is None:
             lengths = jnp.full(self.next_position.shape, tokens, np.int32)
@@ -46,7 +46,7 @@ class PlainCache:
     def write(
         self, key: jax.Array, value: jax.Array, slots: jax.Array, *, layer: jax.Array
     ) -> "PlainCache":
-        """Keys and values [B, T, K, H] of a layer in their slots."""
+        """Write keys and values [B, T, K, H] of a layer to their slots."""
         rows = np.arange(slots.shape[0], dtype=np.int32)[:, None]
         place = (layer, rows, slots)
         return dataclasses.replace(
@@ -58,7 +58,7 @@ class PlainCache:
     def attend(
         self, query: jax.Array, *, layer: jax.Array, query_positions: jax.Array, strategy: str
     ) -> jax.Array:
-        """Causal attention; there is nothing to strategy. `jax.nn` knows no positions: it gets a mask."""
+        """Compute causal attention with a mask, because `jax.nn` has no positions; ignore `strategy`."""
         ages = np.arange(self.key.shape[2], dtype=np.int32)[None, None]
         mask = (ages <= query_positions[:, :, None])[:, None]
         key, value = self.key[layer], self.value[layer]

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-import reproducible_layers
+from byte_model import reproducible_layers
 
 BYTES = 256
 SMALL = nnx.initializers.normal(0.02)  # so that a byte's embedding outweighs the layers at first

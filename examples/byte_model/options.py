@@ -5,9 +5,9 @@ import math
 import time
 from pathlib import Path
 
-from byte_transformer import Config, Job
+from byte_model.reproducible_layers import BLOCK
+from byte_model.transformer import Config, Job
 from distattn import layouts
-from reproducible_layers import BLOCK
 
 LAYOUTS = {name: getattr(layouts, name) for name in ("contiguous", "zigzag", "striped")}
 

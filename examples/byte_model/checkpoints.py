@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from byte_transformer import Job
+from byte_model.transformer import Job
 
 KEPT = 3  # latest checkpoints
 
