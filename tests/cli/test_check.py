@@ -1,4 +1,4 @@
-"""`distattn check`: it finds what is wrong, measures what is there, and passes where all is well."""
+"""`distattn check`: it finds errors, measures links and times, and passes if all is well."""
 
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ from distattn.planning import cost
 from distattn.planning.cost import Link, Topology
 from tests.jobs import ROOT, ended_well
 
-LIMIT_S = 200  # of the launched job
+LIMIT_S = 200  # for the launched job
 EPS = np.finfo(np.float32).eps
 KEYS = {
     "versions",
@@ -69,13 +69,13 @@ def quiet(what):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The command without its start: in this process JAX runs already."""
+    """Skip the start of the command: JAX runs already in this process."""
     monkeypatch.setattr(check, "initialize", lambda *, cpu_devices: None)
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Puts a function of (state, axes) behind every all-reduce; programs are made anew."""
+    """Put a function of (state, axes) behind every all-reduce, and compile all programs again."""
 
     def breaks(change):
         real = device_step.all_reduce
@@ -178,7 +178,7 @@ def test_a_report_of_what_is_well(started, capfd, tmp_path):
         assert axis["bytes_per_s"] > 0
         assert axis["residual"] >= 0
         assert [sample["bytes"] for sample in axis["samples"]] == [8, 16 << 10, 256 << 10]
-    assert len(report["strategy_s"]) == 2  # of a replicated query: a little and much
+    assert len(report["strategy_s"]) == 2  # one replicated query, and many
     for name, seconds in report["strategy_s"].items():
         assert set(seconds) == {"psum", "all_gather"}
         assert min(seconds.values()) > 0
@@ -454,7 +454,7 @@ def test_report_of_what_runs_where(started, monkeypatch, capsys):
 
 def test_a_report_without_variables_or_packages_says_where_it_has_looked(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(texts, "PACKAGES", ("nobodys-package", "another-of-nobody"))
+    monkeypatch.setattr(texts, "PACKAGES", ("no-such-package", "nor-this-one"))
     text = texts.environment_text(mesh_of(x=2))
-    assert re.search(r"^also installed +none of nobodys-package, another-of-nobody$", text, re.M)
+    assert re.search(r"^also installed +none of no-such-package, nor-this-one$", text, re.M)
     assert re.search(r"^environment +no variable that begins with JAX_, XLA_, ", text, re.M)

@@ -1,4 +1,4 @@
-"""The launcher alone: what it starts, hears, blames and ends. The ranks do not use JAX."""
+"""The launcher: starts, output, blame and ends, with ranks that do not use JAX."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from distattn.distributed.start import JobPlace
 from tests.jobs import launcher
 
 LIMIT_S = 30
-# What every script starts with: who it is, and a way to leave a process behind.
+# Start of every script: its rank, and a function that leaves a process behind.
 PROLOGUE = """
 import os, signal, subprocess, sys, time
 rank = int(os.environ["DISTATTN_PROCESS_ID"])
@@ -40,7 +40,7 @@ def pids(text: str) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; one that has ended and waits for its parent does not."""
+    """Return whether a process runs and is not a zombie."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -92,7 +92,7 @@ KEPT = (
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_what_gloo_says_of_its_connections_is_shown_where_it_is_asked_for(capfd, tmp_path, shown):
+def test_greetings_of_gloo_are_shown_only_with_show_gloo(capfd, tmp_path, shown):
     greetings = (GLOO.format(0), TORN)
     printed = [greetings[0], *KEPT[:3], greetings[1], *KEPT[3:], GLOO.format(12)]
     code = f"print({chr(10).join(printed)!r})\nsys.exit(3)"
@@ -103,10 +103,10 @@ def test_what_gloo_says_of_its_connections_is_shown_where_it_is_asked_for(capfd,
     assert captured.out.splitlines() == [f"[0] {line}" for line in expected]
     assert (tmp_path / "rank-0.log").read_text().splitlines() == printed
     last = [x[len("  [0] ") :] for x in captured.err.splitlines() if x.startswith("  [0] ")]
-    assert last == list(KEPT)  # how it ended, greetings say nothing of
+    assert last == list(KEPT)  # greetings do not tell how it ended
 
 
-def test_what_is_left_comes_as_it_is_printed():
+def test_other_lines_appear_as_they_are_printed():
     rank = f"""
     print({GLOO.format(0)!r})
     print("first", flush=True)
@@ -154,7 +154,7 @@ def test_the_port_is_free_before_and_after(capfd):
     import socket
     host, port = os.environ["DISTATTN_COORDINATOR_ADDRESS"].split(":")
     print("port", port)
-    with socket.socket() as s:  # whoever does not share finds it taken
+    with socket.socket() as s:  # a socket that does not share finds it taken
         try:
             s.bind((host, int(port)))
             print("not held")
@@ -206,7 +206,7 @@ def test_a_rank_that_fails_ends_all(capfd, end, code, says):
     assert_all_end(pids(captured.out))
 
 
-def test_those_that_fail_because_of_another_are_not_blamed(capfd):
+def test_ranks_that_fail_because_of_another_are_not_blamed(capfd):
     code = """
     if rank == 2:
         time.sleep(0.4)

@@ -1,6 +1,6 @@
-"""Real processes over loopback, through the launcher; and what one process can be told alone.
+"""Real processes over loopback, through the launcher; and errors that need only one process.
 
-A process of JAX takes seconds to start: this file is also the program of the ranks, `JOBS`, each of which
+A process of JAX takes seconds to start, so this file is also the program of the ranks: each of `JOBS`
 checks many things.
 """
 
@@ -33,9 +33,14 @@ from tests.cases import FULLY_OPTIMIZED, shardings
 from tests.jobs import ROOT, ended_well, inherited, launcher
 from tests.tolerance import assert_close
 
-LIMIT_S = 100  # of a job
+LIMIT_S = 100  # per job
 B, T, S, N, K, H, V = 2, 6, 29, 8, 2, 8, 6
-TOKENS = {1: (29,), 2: (21, 8), 3: (12, 0, 17), 4: (3, 0, 20, 6)}  # of each host, by their number
+TOKENS = {
+    1: (29,),
+    2: (21, 8),
+    3: (12, 0, 17),
+    4: (3, 0, 20, 6),
+}  # per host, by the number of hosts
 ALL_REDUCES = ("auto", "butterfly", "psum", "all_gather")
 QUERY_SHARDED = ("reduce_scatter", "gather_kv", "ring", "ulysses", "ulysses_ring")
 
@@ -50,7 +55,7 @@ def say(*words: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """The whole of it, the same in every process: keys in a random order."""
+    """Sequence of keys in random order, equal in every process."""
 
     query: np.ndarray
     key: np.ndarray
@@ -67,7 +72,7 @@ class Sequence:
         return cls(query, key, value, positions, rng.normal(size=(B, T, N, V)).astype(np.float32))
 
     def own(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What this process has."""
+        """Return the keys, values and positions of this process."""
         ends = np.cumsum((0, *TOKENS[jax.process_count()]))
         mine = slice(*ends[jax.process_index() : jax.process_index() + 2])
         return self.key[:, mine], self.value[:, mine], self.positions[mine]
@@ -77,12 +82,12 @@ QUERY_POSITIONS = np.arange(S - T, S, dtype=np.int32)
 
 
 def over(mesh: Mesh, *axes: str) -> NamedSharding:
-    """Tokens over these axes, or over all."""
+    """Return a sharding of tokens over these axes, or over all."""
     return NamedSharding(mesh, PartitionSpec(None, axes or mesh.axis_names))
 
 
 def check_attention(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
-    """Forward and gradient against the oracle, and the same bits in every process."""
+    """Compare forward and gradient with the reference, and their bits in all processes."""
     whole = Sequence.make()
     key, value, positions = distattn.distributed.from_process_local(*whole.own(), over(mesh, *axes))
     where = shardings(mesh, axes, query=None if strategy in ALL_REDUCES else axes)
@@ -122,7 +127,7 @@ def check_attention(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
 
 
 def check_bits(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
-    """reproducible=True in all processes, forward and gradient: the bits of one device of this process."""
+    """Compare the bits of reproducible=True in all processes with those of one device of this process."""
     rng = np.random.default_rng(5)
     rows, keys = 64 * mesh.size, 128 * mesh.size
     shapes = (1, rows, 4, H), (1, keys, K, H), (1, keys, K, V)
@@ -136,7 +141,9 @@ def check_bits(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
         grads, out = jax.grad(total, (0, 1, 2), has_aux=True)(query, key, value)
         return out, *grads
 
-    compiled = functools.partial(jax.jit, compiler_options=FULLY_OPTIMIZED)  # what users compare
+    compiled = functools.partial(
+        jax.jit, compiler_options=FULLY_OPTIMIZED
+    )  # users compare optimized programs
     alone = compiled(functools.partial(run, {}))(*whole)
     split = NamedSharding(mesh, PartitionSpec(None, axes))
     there = [jax.make_array_from_callback(x.shape, split, x.__getitem__) for x in whole]
@@ -145,11 +152,11 @@ def check_bits(mesh: Mesh, axes: tuple[str, ...], strategy: str) -> None:
         found = compiled(functools.partial(run, where))(*there)
     for x, y in zip(found, alone, strict=True):
         np.testing.assert_array_equal(distattn.distributed.fetch(x), np.asarray(y), strict=True)
-    say("the same bits", strategy)
+    say("equal bits", strategy)
 
 
 def check_arrays(mesh: Mesh) -> None:
-    """Every token is there once, on a device of the process that handed it in."""
+    """Check that every token is stored once, on a device of its process."""
     whole = Sequence.make()
     own = whole.own()
     arrays = distattn.distributed.from_process_local(*own, over(mesh), slots=17)
@@ -173,12 +180,12 @@ def check_arrays(mesh: Mesh) -> None:
 
 
 def gave_up(rank: int) -> Path:
-    """By which a process tells another of its job that it waits no longer."""
+    """Return the file by which a process tells another that it waits no longer."""
     return Path(os.environ["DISTATTN_ROLL_CALL"], f"gave-up-{rank}")
 
 
 def check_health() -> None:
-    """Each process learns who differs in what, and can go on."""
+    """Check that each process learns which ranks differ, and can go on."""
     rank, count = jax.process_index(), jax.process_count()
     last = count - 1
     same, barrier = distattn.distributed.assert_same, distattn.distributed.barrier
@@ -217,7 +224,7 @@ def check_health() -> None:
         assert time.monotonic() - began < 30
         gave_up(rank).touch()
     else:
-        for other in range(last):  # however long a busy machine lets them wait for their turn
+        for other in range(last):  # a busy machine may let them wait
             while not gave_up(other).exists():
                 assert time.monotonic() - began < 60, f"rank {other} still waits for the last"
                 time.sleep(0.05)
@@ -238,7 +245,7 @@ def check_health() -> None:
 
 
 def job_all() -> None:
-    """Everything that a healthy job of n processes does."""
+    """Do everything that a healthy job of n processes does."""
     strategies = sys.argv[2].split(",")
     kind = AxisType[sys.argv[3]]
     count, own = jax.process_count(), jax.local_device_count()
@@ -262,7 +269,7 @@ def job_all() -> None:
 
 
 def job_fails() -> None:
-    """The others wait for rank 1 in a collective."""
+    """Fail on rank 1 while the others wait for it in a collective."""
     mesh = distattn.distributed.make_mesh()
     arrays = distattn.distributed.from_process_local(*Sequence.make().own(), over(mesh))
     distattn.distributed.fetch(arrays[0])
@@ -276,7 +283,7 @@ def job_fails() -> None:
 
 
 def job_hangs() -> None:
-    """Rank 1 does not come to a collective: time-outs are in `ARGUMENTS`."""
+    """Keep rank 1 from a collective; time-outs are in `ARGUMENTS`."""
     mesh = distattn.distributed.make_mesh()
     arrays = distattn.distributed.from_process_local(*Sequence.make().own(), over(mesh))
     distattn.distributed.fetch(arrays[0])  # the first among these devices has 30 s, whatever is set
@@ -286,7 +293,7 @@ def job_hangs() -> None:
 
 
 def job_survives() -> None:
-    """Rank 1 of three is killed; the two others go on, in a job of two."""
+    """Kill rank 1 of three; the two others go on, in a job of two."""
     mesh, rank = distattn.distributed.make_mesh(), jax.process_index()
     with distattn.distributed.all_or_none(mesh):
         before = distattn.distributed.fetch(check_lost(mesh))
@@ -297,7 +304,7 @@ def job_survives() -> None:
         with distattn.distributed.all_or_none(mesh):
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if rank == 0:  # the others get all of their results
+            if rank == 0:  # the others get all their results
                 distattn.distributed.fetch(check_lost(mesh))
 
     with pytest.raises(distattn.distributed.HostsLost, match="lost rank 1;") as lost:
@@ -338,7 +345,7 @@ def job_survives() -> None:
 
 
 def check_lost(mesh: Mesh) -> jax.Array:
-    """How many devices the mesh has, as they count it themselves."""
+    """Return the number of devices of the mesh, counted by a collective."""
     along = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ones = jax.make_array_from_callback((mesh.size,), along, lambda index: np.ones(1, np.int32))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -346,7 +353,7 @@ def check_lost(mesh: Mesh) -> jax.Array:
 
 
 def job_none() -> None:
-    """Starts, if it can."""
+    """Do nothing after the start."""
 
 
 JOBS: dict[str, Callable[[], None]] = {
@@ -359,7 +366,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "world": job_none,
     "extra": job_none,
 }
-# What a rank passes to `initialize`, by job and rank.
+# Arguments of `initialize`, by job and rank.
 ARGUMENTS = {
     ("late", 0): {"initialization_timeout_s": 2},
     ("hangs", 0): {"collective_timeout_s": 2},
@@ -393,7 +400,7 @@ def run_rank() -> None:
 
 
 def run(*options: str, job: tuple[str, ...]) -> tuple[int, str, float]:
-    """The exit code of the launcher, what it printed, and when it ended; nothing is left behind."""
+    """Return the launcher's exit code, output and end; check that nothing is left behind."""
     program = ("--", sys.executable, __file__, *job)
     process = launcher("--timeout", str(LIMIT_S), *options, *program)
     try:
@@ -428,7 +435,7 @@ def test_a_healthy_job(processes, devices, kind, strategies):
     assert code == 0, text
     for strategy, rank in itertools.product(strategies, range(processes)):
         assert f"[{rank}] checked {strategy} {{'host': {processes}" in text
-    assert text.count("] the same bits") == processes
+    assert text.count("] equal bits") == processes
     assert text.count("] done") == processes
 
 
@@ -444,7 +451,7 @@ def test_a_rank_that_fails_is_named_within_two_seconds(how, says):
     assert ended - float(re.search(r"at ([\d.]+)", text)[1]) < 2
 
 
-def test_those_who_are_left_go_on(tmp_path):
+def test_ranks_that_are_left_go_on(tmp_path):
     code, text, _ = run("-n", "3", "--may-fail", "1", job=("survives", str(tmp_path)))
     assert code == 0, text
     assert "rank 1 was killed by SIGKILL; the others go on" in text
@@ -468,7 +475,7 @@ def test_a_mesh_without_processes():
         meshes.without(mesh, (1,))
 
 
-def test_alone_a_block_is_what_it_is_without():
+def test_alone_all_or_none_does_nothing():
     mesh = distattn.distributed.make_mesh()
     with distattn.distributed.all_or_none(mesh):
         assert int(check_lost(mesh)) == 8
@@ -476,7 +483,7 @@ def test_alone_a_block_is_what_it_is_without():
         raise KeyError("x")
 
 
-def test_a_collective_that_nobody_else_comes_to():
+def test_a_collective_that_no_other_rank_reaches():
     code, text, _ = run("-n", "2", job=("hangs",))
     assert code == 1
     assert "distattn launch: rank 0 ended with exit code 1" in text
@@ -571,7 +578,7 @@ initialize = functools.partial(distattn.distributed.initialize, initialization_t
         (("h", 2, 0), "coordinator_address='h'; it must be host:port"),
     ],
 )
-def test_a_place_that_is_none(arguments, says):
+def test_a_place_that_cannot_be(arguments, says):
     with pytest.raises(ValueError, match=says):
         initialize(*arguments)
 
@@ -653,7 +660,7 @@ def test_tokens_that_do_not_fit(changed, says):
             distattn.distributed.from_process_local(*tokens(7), sharding)
 
 
-def test_what_make_mesh_and_fetch_refuse():
+def test_wrong_arguments_of_make_mesh_and_fetch():
     with pytest.raises(ValueError, match=r"len\(axis_names\) == 1"):
         distattn.distributed.make_mesh(("a",))
     with pytest.raises(ValueError, match="(?i)number of axis.names should match"):
