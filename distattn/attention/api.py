@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from distattn.attention.global_call import attend, choose_call
+from distattn.attention.global_call import attend
 from distattn.attention.sharding import Sharding, bring, read_placement, warn_of_one_device
-from distattn.attention.strategy import StrategyLike, check_exchange, check_strategy
+from distattn.attention.strategy import (
+    Call,
+    StrategyLike,
+    check_exchange,
+    check_strategy,
+    choose_strategy,
+)
 from distattn.local.dispatch import forward_mode_refused
 from distattn.local.inputs import Window, check_implementation, make_inputs, make_logit_config
 from distattn.local.reproducible import reproducible_blocks_of
@@ -133,7 +139,8 @@ def dot_product_attention(
     if key_value_sharding is None:
         warn_of_one_device(query, key, value)
     blocks = reproducible_blocks_of(inputs, implementation) if reproducible else None
-    call = choose_call(inputs, placement, logit_config, implementation, strategy, blocks)
+    placement, chosen = choose_strategy(placement, inputs, strategy, blocks)
+    call = Call(placement, chosen, logit_config, implementation, blocks)
     with forward_mode_refused():
         out, lse = attend(call, inputs)
     if jnp.ndim(query) == 3:

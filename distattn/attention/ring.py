@@ -19,13 +19,10 @@ from jax import lax
 
 from distattn._compat import vary, varying_axes
 from distattn.algebra.mergeable import State, Sum, add, empty_like, monoid_of, zeros_at, zeros_like
-from distattn.algebra.softmax_state import SoftmaxState, state_dtype
 from distattn.collectives.mesh import axes_size, mesh_order
-from distattn.local.block import LogitConfig
-from distattn.local.dispatch import local_fold, local_gradients, local_state, with_gradients
 from distattn.local.inputs import AttentionInputs
 from distattn.local.mask import Span, take
-from distattn.local.tiling import Machine, add_at, loop
+from distattn.local.tiling import add_at, loop
 
 # key, value, and int32[c, B|1, S] of what the mask reads of them (None: nothing)
 Shard = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -65,32 +62,6 @@ class Ring:
             index = at[axis] if axis in at else lax.axis_index(axis)
             number = number * axes_size((axis,)) + index
         return number
-
-
-def ring_state(
-    inputs: AttentionInputs,
-    logit_config: LogitConfig,
-    machine: Machine,
-    implementation: str,
-    ring: Ring | None,
-) -> SoftmaxState:
-    """`ring_fold`, differentiable; where keys stay, `local_state`."""
-    if ring is None:
-        return local_state(inputs, logit_config, machine, implementation)
-    inputs = _typed(inputs, ring)
-    local = local_fold(logit_config, machine, implementation)
-    if implementation == "dense":
-        return ring_fold(local, inputs, ring)
-    dtype = state_dtype(inputs.query, inputs.key, inputs.value)
-    return with_gradients(
-        lambda inputs: ring_fold(local, inputs, ring),
-        lambda inputs, **rows: ring_gradients(
-            local_gradients(logit_config, machine, implementation, None, rows, key_dtype=dtype),
-            inputs,
-            ring,
-        ),
-        inputs,
-    )
 
 
 def ring_fold(

@@ -1,38 +1,54 @@
-"""The public call inside a `shard_map` of one's own: what one device does, collectives included."""
+"""The public call inside your own `shard_map`: one device's view."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from distattn._compat import platform_of, varying_axes
-from distattn.attention.device_step import Own, Work, at_work, masks_at_work, reproducible_attention
+from distattn._compat import vary, varying_axes
+from distattn.attention import device_step
+from distattn.attention.sharding import Placement
 from distattn.attention.strategy import (
     QUERY_SHARDED,
-    Movement,
+    Call,
+    Strategy,
     StrategyLike,
     check_strategy,
     choose_sharded,
-    movement_of,
+    sizes_of_call,
+    strategy_of,
 )
 from distattn.collectives.all_reduce import BY_NAME, typed_as_replicated
-from distattn.collectives.mesh import AxisName, axes_size, mesh_order, topology_of, typed_as_varying
+from distattn.collectives.mesh import (
+    AxisName,
+    axes_size,
+    gathered,
+    mesh_order,
+    own_part,
+    topology_of,
+    typed_as_varying,
+)
+from distattn.collectives.reproducible_sum import reproducible_sum
 from distattn.experimental.fused import hooks
+from distattn.local.dispatch import refuse_second_derivative
 from distattn.local.inputs import (
     AttentionInputs,
     Window,
     check_implementation,
+    letters_of,
     make_inputs,
     make_logit_config,
+    map_named,
+    padded,
 )
 from distattn.local.reproducible import reproducible_blocks_of
-from distattn.local.tiling import Machine
-from distattn.planning.cost import Workload
 from distattn.planning.plan import Axes
 from distattn.planning.schedule import Schedule
 
@@ -130,12 +146,11 @@ def sharded_attention(
     logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
     axes = mesh_order(axis_name)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    rank = lax.axis_index(names)
+    rank, devices = lax.axis_index(names), axes_size(axes)
     rows, keys = jnp.shape(query)[-3], jnp.shape(key)[-3]
-    several = axes_size(axes) > 1
-    # As in `movement`: in index order the last device works as without a mask.
+    # In index order the last device works as without a mask.
     balanced = is_causal and query_positions is not None
-    movement = _choose(strategy, query_sharded, names, query, key, value, (bias, mask), balanced)
+    chosen = _choose(strategy, query_sharded, names, (query, key, value), (bias, mask), balanced)
     inputs = make_inputs(
         query,
         key,
@@ -151,37 +166,25 @@ def sharded_attention(
         key_positions=key_positions,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
-        query_start=rank * rows if query_sharded and several else 0,
-        key_start=rank * keys if several else 0,
-        dense_rows=rows * axes_size(movement.gather_rows),
-        dense_keys=keys if movement.all_reduce or movement.scatter else keys * axes_size(axes),
+        query_start=rank * rows if query_sharded and devices > 1 else 0,
+        key_start=rank * keys if devices > 1 else 0,
+        dense_rows=rows * axes_size(chosen.gather_rows),
+        dense_keys=keys if chosen.all_reduce or chosen.scatter else keys * devices,
     )
     mesh = jax.sharding.get_abstract_mesh()
     others = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
-    machine = Machine(platform_of(), any(mesh.shape[axis] > 1 for axis in others))
+    placement = Placement(
+        query=names if query_sharded else (),
+        key=names,
+        compiler_sharded=any(mesh.shape[axis] > 1 for axis in others),
+    )
     given = varying_axes(*jax.tree.leaves(inputs))
-    if reproducible and strategy == "fused" and typed_as_varying(axes):
-        more = varying_axes(*jax.tree.leaves(hooks.varied(inputs, axes))) - given - {*axes}
-        if more:
-            raise NotImplementedError(
-                "reproducible=True with strategy='fused' under check_vma=True is not built where nothing "
-                f"varies over other axes of the mesh, here {sorted(more)}; use 'butterfly', or "
-                "check_vma=False"
-            )
-    if reproducible and machine.compiler_sharded:
-        raise NotImplementedError(
-            f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
-            "name them in axis_names of the shard_map, or use distattn.dot_product_attention outside of it"
-        )
-    work = Work(logit_config, machine, implementation, movement, movement.keys_at_work(names))
+    blocks = None
     if reproducible:
-        whole = _global_shapes(inputs, axes_size(axes), query_sharded)
-        work = dataclasses.replace(
-            work, reproducible_blocks=reproducible_blocks_of(whole, implementation)
-        )
-        out, lse = reproducible_attention(Own(work, axes, query_sharded), inputs)
-    else:
-        out, lse = _attend(work, inputs)
+        _check_reproducible(inputs, axes, strategy, others, placement)
+        whole = _global_shapes(inputs, devices, query_sharded)
+        blocks = reproducible_blocks_of(whole, implementation)
+    out, lse = _attend(Call(placement, chosen, logit_config, implementation, blocks), inputs)
     if not query_sharded and typed_as_varying(axes):
         over = mesh_order((*axes, *(varying_axes(out) - given - {*axes})))
         if varying_axes(out) & set(axes):
@@ -193,17 +196,38 @@ def sharded_attention(
     return (out, lse) if return_residual else out
 
 
+def _check_reproducible(
+    inputs: AttentionInputs,
+    axes: Axes,
+    strategy: StrategyLike,
+    others: list[str],
+    placement: Placement,
+) -> None:
+    if strategy == "fused" and typed_as_varying(axes):
+        given = varying_axes(*jax.tree.leaves(inputs))
+        more = varying_axes(*jax.tree.leaves(hooks.varied(inputs, axes))) - given - {*axes}
+        if more:
+            raise NotImplementedError(
+                "reproducible=True with strategy='fused' under check_vma=True is not built if nothing "
+                f"varies over other axes of the mesh, here {sorted(more)}; use 'butterfly', or "
+                "check_vma=False"
+            )
+    if placement.compiler_sharded:
+        raise NotImplementedError(
+            f"reproducible=True in a shard_map that leaves the axes {others} to the compiler is not built; "
+            "name them in axis_names of the shard_map, or use distattn.dot_product_attention outside of it"
+        )
+
+
 def _choose(
     strategy: StrategyLike,
     query_sharded: bool,
     names: Axes,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: tuple[jax.Array, jax.Array, jax.Array],
     dense: tuple[jax.Array | None, ...],
-    causal: bool,
-) -> Movement:
-    """What moves; ValueError where the strategy that is named does not fit the query."""
+    balanced: bool,
+) -> Strategy:
+    """Return the strategy; raise ValueError if the one that is named does not fit the query."""
     fitting = QUERY_SHARDED if query_sharded else BY_NAME
     if not (
         strategy == "auto"
@@ -215,66 +239,39 @@ def _choose(
             f"{fitting}"
         )
     if not query_sharded:
-        return Movement(all_reduce=names, schedule=strategy)
+        return Strategy(all_reduce=names, schedule=strategy)
     sizes = {axis: axes_size((axis,)) for axis in names}
     if strategy == "auto":
-        strategy = _by_cost(sizes, query, key, value, dense, causal)
-    return movement_of(strategy, names, sizes, query.shape[-2])
+        strategy = _by_cost(sizes, arrays, dense, balanced)
+    return strategy_of(strategy, names, sizes, arrays[0].shape[-2])
 
 
 def _by_cost(
     sizes: dict[str, int],
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: tuple[jax.Array, jax.Array, jax.Array],
     dense: tuple[jax.Array | None, ...],
-    causal: bool,
+    balanced: bool,
 ) -> str:
+    query, key, _ = arrays
     size, rows, keys = math.prod(sizes.values()), query.shape[-3], key.shape[-3]
-    shape = Workload(
-        batch=query.shape[0] if query.ndim == 4 else 1,
-        query_length=size * rows,
-        key_length=size * keys,
-        num_heads=query.shape[-2],
-        num_kv_heads=key.shape[-2],
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        itemsize=key.dtype.itemsize,
-        causal=causal,
-    )
-    # A bias or a mask is cut for one or the other: it has all rows and these keys, or all keys.
-    cuts = [(1, *jnp.shape(x))[-2:] for x in dense if x is not None and jnp.ndim(x)]
-    if size > 1 and any(cut[0] not in (1, rows) or cut[1] == keys > 1 for cut in cuts):
+    # A bias or a mask is sharded for one or the other: it has all rows and these keys, or all keys.
+    dims = [(1, *jnp.shape(x))[-2:] for x in dense if x is not None and jnp.ndim(x)]
+    if size > 1 and any(dim[0] not in (1, rows) or dim[1] == keys > 1 for dim in dims):
         return "reduce_scatter"
-    all_keys = any(cut[1] == size * keys for cut in cuts)
+    batch = query.shape[0] if query.ndim == 4 else 1
+    shapes = [
+        jax.ShapeDtypeStruct((batch, size * x.shape[-3], *x.shape[-2:]), x.dtype) for x in arrays
+    ]
     return choose_sharded(
-        shape, topology_of(mesh_order(tuple(sizes))), tuple(sizes.values()), all_keys=all_keys
+        sizes_of_call(*shapes, causal=balanced),
+        topology_of(mesh_order(tuple(sizes))),
+        tuple(sizes.values()),
+        all_keys=any(dim[1] == size * keys for dim in dims),
     ).strategy
 
 
-def _attend(work: Work, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
-    """out and lse of this device's inputs, differentiated through the collectives."""
-    movement = work.movement
-    inputs, _ = at_work(masks_at_work(inputs, movement), movement)
-    if not work.in_one_launch(inputs):
-        return work.differentiable_result(inputs)
-
-    # As in `collectives`: the transpose of the same computation in another form.
-    def backward(
-        inputs: AttentionInputs, cotangents: tuple[jax.Array, jax.Array]
-    ) -> tuple[AttentionInputs]:
-        apart = dataclasses.replace(
-            work, movement=dataclasses.replace(movement, schedule="butterfly")
-        )
-        return jax.vjp(apart.differentiable_result, inputs)[1](cotangents)
-
-    launched = jax.custom_vjp(work.launched)
-    launched.defvjp(lambda inputs: (launched(inputs), inputs), backward)
-    return launched(hooks.varied(inputs, mesh_order(movement.all_reduce)))
-
-
 def _global_shapes(inputs: AttentionInputs, devices: int, query_sharded: bool) -> AttentionInputs:
-    """The shapes of the whole call, from those of one device."""
+    """Return the shapes of the whole call, from those of one device."""
 
     def longer(x: jax.Array, times: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * times, *x.shape[2:]), x.dtype)
@@ -285,3 +282,161 @@ def _global_shapes(inputs: AttentionInputs, devices: int, query_sharded: bool) -
         key=longer(inputs.key, devices),
         value=longer(inputs.value, devices),
     )
+
+
+def _attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    """Return out and lse of this device's inputs, differentiable.
+
+    The custom_vjp holds collectives, so it keeps the two rules of differentiation inside a `shard_map` by
+    itself. The cotangent of a result that all devices have is the sum of the cotangents on each device. The
+    gradient of an input that all devices have is the sum of the gradients on each device, so one device
+    returns a gradient that is whole already, and the others return 0.
+    """
+    rows, axes, strategy = inputs.query.shape[1], call.placement.key, call.strategy
+    if call.implementation == "dense":
+        return device_step.result(call, _masks_to_inner(inputs, strategy))
+    replicated = ()
+    if call.reproducible_blocks:
+        more = {
+            "T": -rows % call.reproducible_blocks.rows,
+            "S": -inputs.key.shape[1] % call.reproducible_blocks.keys,
+        }
+        moves = strategy.gather_keys or strategy.ring or strategy.heads
+        bias = inputs.bias
+        if bias is not None and typed_as_varying(axes) and not varying_axes(bias) & {*axes}:
+            replicated = ("bias",)
+        inputs = padded(inputs, more, dense=not moves)  # if keys move, they are for all of them
+    if strategy.schedule == "fused" and axes_size(axes) > 1:
+        inputs = hooks.varied(inputs, mesh_order(axes))
+    varying = varying_axes(*jax.tree.leaves(inputs), lax.axis_index(axes))
+    inputs = jax.tree.map(lambda x: vary(x, varying), inputs)
+    x = inputs
+    out, lse = _attention(call, replicated, x.query, x.key, x.value, x.bias, x.sinks, x.mask)
+    return out[:, :rows], lse[:, :rows]
+
+
+def _primal(call: Call, replicated: tuple[str, ...], *fields: Any) -> tuple[jax.Array, jax.Array]:
+    return device_step.result(call, _masks_to_inner(AttentionInputs(*fields), call.strategy))
+
+
+_attention: Any = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
+
+
+def _forward(call: Call, replicated: tuple[str, ...], *fields: Any) -> tuple[Any, ...]:
+    out, lse = _primal(call, replicated, *fields)
+    out, lse = checkpoint_name(out, "distattn_out"), checkpoint_name(lse, "distattn_lse")
+    return (out, lse), (fields, out, lse)
+
+
+def _backward(
+    call: Call, replicated: tuple[str, ...], residuals: tuple[Any, ...], cotangents: Any
+) -> tuple[Any, ...]:
+    @refuse_second_derivative
+    def run(residuals: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+        fields, out, lse = residuals
+        return _gradients(call, replicated, fields, out, lse, cotangents)
+
+    return *run(residuals, cotangents), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _gradients(
+    call: Call,
+    replicated: tuple[str, ...],
+    fields: tuple[Any, ...],
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
+    """Return the gradients of query, key, value, bias and sinks; `replicated` names those of one device."""
+    strategy, axes, inputs = call.strategy, call.placement.key, AttentionInputs(*fields)
+    exact, query_sharded = call.reproducible_blocks is not None, bool(call.placement.query)
+    if exact and strategy.heads and inputs.bias is not None:
+        raise NotImplementedError(
+            "the gradient of a bias under reproducible=True and a strategy that shards heads is not "
+            "built inside a shard_map; use 'ring' or 'gather_kv', or dot_product_attention outside"
+        )
+    if not query_sharded:
+        cotangents = _sum_cotangents(cotangents, axes, exact=exact)
+    d_out, lse_and_dsum = device_step.row_cotangents(call, out, lse, *cotangents)
+    gradients = device_step.gradients(
+        call,
+        _masks_to_inner(inputs, strategy),
+        d_out,
+        lse_and_dsum,
+        {
+            "query": strategy.all_reduce if exact else (),
+            "key": (),
+            "value": (),
+            "bias": axes if "bias" in replicated else (),
+        },
+    )
+    if strategy.heads and inputs.bias is not None:
+        local_rows = inputs.query.shape[1]
+        _, pull = jax.vjp(lambda x: _dense_to_heads(x, strategy.heads, local_rows), inputs.bias)
+        (gradients["bias"],) = pull(gradients["bias"])
+    if inputs.sinks is not None:
+        d_sinks = device_step.sink_gradient(call, inputs.sinks, lse_and_dsum)
+        d_sinks = device_step.sum_over(d_sinks, axes if exact and query_sharded else ())
+        gradients["sinks"] = device_step.numbers(d_sinks).astype(inputs.sinks.dtype)
+    whole = {*replicated}  # on every device, of which one returns it
+    if exact or not query_sharded:
+        whole.add("sinks")
+    if exact and not query_sharded:
+        whole.add("query")
+    first = lax.axis_index(axes) == 0
+    results = {
+        name: jnp.where(first, x, 0) if name in whole else x for name, x in gradients.items()
+    }
+    return tuple(results.get(name) for name in ("query", "key", "value", "bias", "sinks"))
+
+
+def _sum_cotangents(
+    cotangents: tuple[jax.Array, jax.Array], axes: Axes, *, exact: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return the cotangents of a result that all devices have, from those on each device."""
+    d_out, d_lse = cotangents
+    if typed_as_varying(axes):
+        axes = tuple(axis for axis in axes if axis in varying_axes(d_out, d_lse))
+    if not axes:
+        return cotangents
+    if exact:
+        return (
+            reproducible_sum(d_out, (), axis_name=axes),
+            reproducible_sum(d_lse, (), axis_name=axes),
+        )
+    packed = jnp.concatenate([d_out.astype(d_lse.dtype), d_lse[..., None]], axis=-1)
+    packed = lax.psum(packed, axes)
+    return packed[..., :-1], packed[..., -1]
+
+
+def _masks_to_inner(inputs: AttentionInputs, strategy: Strategy) -> AttentionInputs:
+    """Return the inputs with bias and mask for the queries, keys and heads of the inner sharding.
+
+    Positions, segments and lengths come for those of this device. A bias and a dense mask come as
+    `sharded_attention` says, and only their heads move.
+    """
+    heads, local_rows = strategy.heads, inputs.query.shape[1]
+
+    def bring(name: str, x: jax.Array) -> jax.Array:
+        letters = letters_of(name, x)
+        if name in ("query", "key", "value", "sinks"):
+            return x
+        if letters == "BNTS":
+            return _dense_to_heads(x, heads, local_rows) if heads else x
+        over = strategy.gather_rows if "T" in letters else strategy.gather_keys
+        return gathered(gathered(x, heads), over)
+
+    return map_named(bring, inputs)
+
+
+def _dense_to_heads(x: jax.Array, axes: Axes, local_rows: int) -> jax.Array:
+    """Bring [B|1, N|1, T|1, S|1] of this device's queries to all queries of its shard of the heads."""
+    has_rows = x.shape[2] > 1 or local_rows == 1  # otherwise it is equal for all
+    if x.shape[1] == 1:
+        return gathered(x, axes, 2) if has_rows else x
+    if has_rows:
+        return lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+    return own_part(x, axes, 1)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
+from distattn.attention.ring import Ring
 from distattn.attention.sharding import Placement
 from distattn.collectives.all_reduce import BY_NAME
+from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.reproducible import ReproducibleBlocks
+from distattn.local.tiling import Machine
 from distattn.planning import cost
-from distattn.planning import cost as planner
 from distattn.planning.cost import (
     HEADS_SHARDED,
     TWO_LEVELS,
@@ -32,33 +35,61 @@ CLEARLY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement:
-    """What moves before, during and after the local part."""
+class Strategy:
+    """What moves before, during and after the computation on each device: axes of the mesh."""
 
-    gather_rows: Axes = ()  # of T: the query (and all that goes by its rows) is gathered over these
-    gather_keys: Axes = ()  # of S: keys and values are gathered over these
-    ring: Axes = ()  # of T and S: keys and values travel round these, and rows stay
-    heads: Axes = ()  # of T and S: while devices compute, these shard heads instead
-    all_reduce: Axes = ()  # states are merged over these, and stay whole
-    scatter: Axes = ()  # states are merged over these, and scattered along T
+    gather_rows: Axes = ()  # query, and what has its rows, is gathered along T
+    gather_keys: Axes = ()  # keys and values are gathered along S
+    ring: Axes = ()  # keys and values travel round these devices, and queries stay
+    heads: Axes = ()  # shard T and S outside, and heads inside
+    all_reduce: Axes = ()  # states are merged, and are whole on all devices
+    scatter: Axes = ()  # states are merged, and scattered along T
     schedule: StrategyLike = "auto"  # of the all-reduce
-    # Of "T" (of query and result) and "S" what is whole at rest, though axes shard it: cut for the work, or
-    # not to be gathered.
+    # Of "T" (of query and result) and "S", those that are whole outside although axes shard them inside.
     whole: str = ""
 
     @property
     def gathers(self) -> tuple[Axes, Axes]:
-        """The axes over which what goes by T, and keys and values, have to be gathered."""
+        """Axes over which T, and keys and values, have to be gathered."""
         rows, keys = self.gather_rows, self.gather_keys
         return () if "T" in self.whole else rows, () if "S" in self.whole else keys
 
-    def keys_at_work(self, axes: Axes) -> Axes:
-        """Of the axes of S those that shard it while devices compute."""
-        return tuple(axis for axis in axes if axis not in self.gather_keys + self.heads)
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything about a call that is not an array."""
+
+    placement: Placement
+    strategy: Strategy
+    logit_config: LogitConfig
+    implementation: str
+    reproducible_blocks: ReproducibleBlocks | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """Platform on which the call runs."""
+        return Machine(self.placement.platform, self.placement.compiler_sharded)
+
+    @property
+    def key_axes(self) -> Axes:
+        """Axes of S in the inner sharding, in the order of its shards."""
+        moved = self.strategy.gather_keys + self.strategy.heads
+        return tuple(axis for axis in self.placement.key if axis not in moved)
+
+    @property
+    def row_axes(self) -> Axes:
+        """Axes of T in the inner sharding."""
+        moved = self.strategy.gather_rows + self.strategy.heads
+        return tuple(axis for axis in self.placement.query if axis not in moved)
+
+    @property
+    def ring(self) -> Ring | None:
+        """Devices round which keys travel."""
+        return Ring(self.strategy.ring, self.key_axes) if self.strategy.ring else None
 
 
 def check_strategy(strategy: StrategyLike) -> None:
-    """That the strategy exists."""
+    """Raise ValueError if the strategy does not exist."""
     if isinstance(strategy, Schedule):
         return
     if strategy not in STRATEGIES:
@@ -68,11 +99,7 @@ def check_strategy(strategy: StrategyLike) -> None:
 
 
 def check_exchange(placement: Placement, strategy: StrategyLike) -> None:
-    """That a strategy that is named has devices to strategy.
-
-    Raises:
-      ValueError: key is sharded over no axis, or it is not known over which.
-    """
+    """Raise ValueError if a strategy is named and key is sharded over no axis, as far as is known."""
     if strategy == "auto" or placement.key:
         return
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
@@ -96,25 +123,22 @@ def check_exchange(placement: Placement, strategy: StrategyLike) -> None:
     )
 
 
-def choose_movement(
+def choose_strategy(
     placement: Placement,
     inputs: AttentionInputs,
     strategy: StrategyLike,
     reproducible_blocks: ReproducibleBlocks | None = None,
-) -> tuple[Placement, Movement]:
-    """The movement of a call, and the placement with T sharded where the movement needs that.
+) -> tuple[Placement, Strategy]:
+    """Return the strategy of a global call, and the placement, with T sharded if the strategy needs that.
 
     Args:
-      placement: where the arrays lie.
+      placement: axes that shard the arrays.
       inputs: global shapes.
       strategy: as in `dot_product_attention`.
       reproducible_blocks: of a reproducible call.
 
-    Returns:
-      Placement and Movement.
-
     Raises:
-      ValueError: a strategy that does not fit where the query lies, or heads that do not divide.
+      ValueError: a strategy that does not fit the sharding of query, or heads that do not divide.
     """
     devices, cuts_rows = placement.size(placement.key), False
     if devices > 1 and placement.sized(placement.query) == placement.sized(placement.key):
@@ -127,13 +151,12 @@ def choose_movement(
         )
     if devices == 1:
         # Rows may still be sharded over an axis of the keys that has one device: nothing to move.
-        return placement, Movement(gather_keys=placement.key)
+        return placement, Strategy(gather_keys=placement.key)
     if strategy == "auto":
         strategy = _by_cost(placement, inputs, shared, reproducible_blocks)
         cuts_rows = strategy in QUERY_SHARDED and not shared and placement.query_known
     if strategy not in QUERY_SHARDED:
-        movement = Movement(gather_rows=shared, all_reduce=placement.key, schedule=strategy)
-        return placement, movement
+        return placement, Strategy(gather_rows=shared, all_reduce=placement.key, schedule=strategy)
     if not shared:
         if placement.query_given and not cuts_rows:
             raise ValueError(
@@ -150,15 +173,15 @@ def choose_movement(
         )
     sizes = {axis: placement.size((axis,)) for axis in placement.key}
     heads = inputs.query.shape[2] // placement.size(placement.heads)
-    movement = movement_of(strategy, shared, sizes, heads)
-    return placement, dataclasses.replace(movement, whole="T" if cuts_rows else "")
+    chosen = strategy_of(strategy, shared, sizes, heads)
+    return placement, dataclasses.replace(chosen, whole="T" if cuts_rows else "")
 
 
-def movement_of(strategy: str, shared: Axes, sizes: dict[str, int], heads: int) -> Movement:
-    """The movement of a strategy for a sharded query, by its name.
+def strategy_of(name: str, shared: Axes, sizes: dict[str, int], heads: int) -> Strategy:
+    """Return the strategy of that name for a sharded query.
 
     Args:
-      strategy: one of `QUERY_SHARDED`.
+      name: one of `QUERY_SHARDED`.
       shared: the axes that shard T and S.
       sizes: of the axes of S, in the order of its shards.
       heads: N on each device.
@@ -167,16 +190,16 @@ def movement_of(strategy: str, shared: Axes, sizes: dict[str, int], heads: int) 
       ValueError: no two levels, or heads that do not divide.
     """
     rest = tuple(axis for axis in sizes if axis not in shared)
-    if strategy == "reduce_scatter":
-        return Movement(gather_rows=shared, scatter=shared, all_reduce=rest)
-    if strategy == "gather_kv":
-        return Movement(gather_keys=shared, all_reduce=rest)
-    if strategy == "ring":
-        return Movement(ring=shared, all_reduce=rest)
-    way = strategy.removeprefix("ulysses").removeprefix("_")
+    if name == "reduce_scatter":
+        return Strategy(gather_rows=shared, scatter=shared, all_reduce=rest)
+    if name == "gather_kv":
+        return Strategy(gather_keys=shared, all_reduce=rest)
+    if name == "ring":
+        return Strategy(ring=shared, all_reduce=rest)
+    way = name.removeprefix("ulysses").removeprefix("_")
     if way and len(sizes) < 2:
         raise ValueError(
-            f"strategy={strategy!r} needs two levels, a tuple of axes with the fast one last, and the keys "
+            f"strategy={name!r} needs two levels, a tuple of axes with the fast one last, and the keys "
             f"lie on {shared}; on one axis use 'ulysses' or {way!r}"
         )
     inner = shared[-1:] if way else shared
@@ -184,20 +207,20 @@ def movement_of(strategy: str, shared: Axes, sizes: dict[str, int], heads: int) 
     size = math.prod(sizes[axis] for axis in inner)
     if heads % size:
         raise ValueError(
-            f"strategy={strategy!r} shards the heads of query over the {size} devices of {inner}, and there "
+            f"strategy={name!r} shards the heads of query over the {size} devices of {inner}, and there "
             f"are {heads} on each device, no multiple of {size}; use 'ring' or 'gather_kv', which "
             "leave heads where they are, or axes on which the heads divide"
         )
     if math.prod(sizes[axis] for axis in outer) == 1:
-        return Movement(heads=inner)
+        return Strategy(heads=inner)
     if way == "ring":
-        return Movement(heads=inner, ring=outer)
-    return Movement(heads=inner, gather_keys=outer)
+        return Strategy(heads=inner, ring=outer)
+    return Strategy(heads=inner, gather_keys=outer)
 
 
 def choose_sharded(
     shape: Workload, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
-) -> planner.Choice:
+) -> cost.Choice:
     """The cheapest strategy for a sharded query.
 
     Args:
@@ -212,7 +235,7 @@ def choose_sharded(
     elif sizes != topology.sizes:  # the fast axis is not where the heads would go
         excluded += TWO_LEVELS
     names = [x for x in QUERY_SHARDED if x not in excluded and fits(x, shape, topology)]
-    return planner.choose(shape, topology, query_sharded=True, candidates=names)
+    return cost.choose(shape, topology, query_sharded=True, candidates=names)
 
 
 def _by_cost(
@@ -221,7 +244,7 @@ def _by_cost(
     shared: Axes,
     reproducible_blocks: ReproducibleBlocks | None,
 ) -> str:
-    shape = _shape(placement, inputs)
+    shape = _sizes_of_group(placement, inputs)
     topology = placement.topology(placement.key)
     devices = placement.size(placement.key)
     same = not placement.query or placement.query == placement.key
@@ -231,7 +254,7 @@ def _by_cost(
         shape = dataclasses.replace(shape, words=reproducible_blocks.by_keys.words)
     if shared:
         return choose_sharded(shape, topology, sizes).strategy
-    choice = planner.choose(shape, topology, query_sharded=False)
+    choice = cost.choose(shape, topology, query_sharded=False)
     if placement.query or rows % devices:
         return choice.strategy
     if placement.query_known:
@@ -253,21 +276,34 @@ def _by_cost(
     ).strategy
 
 
-def _shape(placement: Placement, inputs: AttentionInputs) -> Workload:
-    """Sizes on one group of devices along the axes of the keys."""
-    batch, rows, heads, width = inputs.query.shape
-    keys, kv_heads, value_width = inputs.value.shape[-3:]
+def _sizes_of_group(placement: Placement, inputs: AttentionInputs) -> Workload:
+    """Return the sizes on one group of devices along the axes of the keys."""
     head_shards = placement.size(placement.heads)
     extra = tuple(axis for axis in placement.query if axis not in placement.key)
+    # In index order the last device works as without a mask; in another order, all work alike.
+    causal = inputs.mask.is_causal and inputs.mask.index_order is None
+    sizes = sizes_of_call(inputs.query, inputs.key, inputs.value, causal=causal)
+    return dataclasses.replace(
+        sizes,
+        batch=max(sizes.batch // placement.size(placement.batch), 1),
+        query_length=max(sizes.query_length // placement.size(extra), 1),
+        num_heads=sizes.num_heads // head_shards,
+        num_kv_heads=max(sizes.num_kv_heads // head_shards, 1),
+    )
+
+
+def sizes_of_call(query: Any, key: Any, value: Any, *, causal: bool) -> Workload:
+    """Return the sizes that the planner needs, from arrays [.., B, T, N, H], [.., S, K, H], [.., S, K, V]."""
+    batch, rows, heads, width = query.shape
+    keys, kv_heads, value_width = value.shape[-3:]
     return Workload(
-        batch=max(batch // placement.size(placement.batch), 1),
-        query_length=max(rows // placement.size(extra), 1),
+        batch=batch,
+        query_length=rows,
         key_length=keys,
-        num_heads=heads // head_shards,
-        num_kv_heads=max(kv_heads // head_shards, 1),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=width,
         value_dim=value_width,
-        itemsize=inputs.key.dtype.itemsize,
-        # In index order the last device works as without a mask; in one of the caller's, all work alike.
-        causal=inputs.mask.is_causal and inputs.mask.index_order is None,
+        itemsize=key.dtype.itemsize,
+        causal=causal,
     )

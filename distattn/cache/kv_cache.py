@@ -16,7 +16,13 @@ from jax.typing import ArrayLike
 
 from distattn.attention import global_call
 from distattn.attention.sharding import Sharding, bring
-from distattn.attention.strategy import QUERY_SHARDED, StrategyLike, check_strategy
+from distattn.attention.strategy import (
+    QUERY_SHARDED,
+    Call,
+    StrategyLike,
+    check_strategy,
+    choose_strategy,
+)
 from distattn.cache import checkpoint
 from distattn.cache.arguments import (
     INT32,
@@ -533,9 +539,8 @@ class KVCache:
             strategy = "reduce_scatter"
         blocks = reproducible_blocks_of(inputs, implementation, keys=1) if reproducible else None
         logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
-        call = global_call.choose_call(
-            inputs, placement, logit_config, implementation, strategy, blocks
-        )
+        placement, chosen = choose_strategy(placement, inputs, strategy, blocks)
+        call = Call(placement, chosen, logit_config, implementation, blocks)
         out, lse = global_call.attend(call, inputs)
         return (out, lse) if return_residual else out
 
