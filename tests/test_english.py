@@ -20,6 +20,8 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/__main__.py",
     "distattn/_compat.py",
     "distattn/cli",
+    "distattn/cli/plan.py",
+    "distattn/attention",
     "distattn/collectives/__init__.py",
     "distattn/collectives/all_reduce.py",
     "distattn/collectives/all_to_all.py",

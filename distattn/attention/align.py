@@ -1,8 +1,8 @@
 """Keys and values that arrive separately, each in its own order: bring every value to its key.
 
-Attention needs pairs. Where keys and values lie on many devices in two unrelated orders, one
+Attention needs pairs. If keys and values are stored on many devices in two unrelated orders, one
 exchange makes them pairs: the positions go round the devices once (`pair`), then each value goes to
-the device of its key (`exchange`). No device holds more than its share of either, at any time.
+the device of its key (`exchange`). A device never holds more than its share of either.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def align(
     *,
     sharding: Sharding = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The values in the order of the keys, each on the device of its key.
+    """Return the values in the order of the keys, each on the device of its key.
 
         value_aligned[b, i] = value[b, j]   where   value_positions[b, j] == key_positions[b, i]
 
@@ -59,7 +59,7 @@ def align(
       ValueError: wrong shapes or dtypes, S or S' not divisible by the devices, an axis that is not
         of the mesh, or, outside jit, positions that do not pair up.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from distattn import layouts
       >>> value = jnp.array([30.0, 10.0, 20.0]).reshape(1, 3, 1, 1)
@@ -130,12 +130,12 @@ def align_shards(
 class _Run:
     """How the work of one device is run: on every device, or, with an empty placement, here."""
 
-    axes: tuple[str, ...]  # that shard S, in the order of the mesh
+    axes: tuple[str, ...]  # shard S, in the order of the mesh
     placement: Placement = Placement()
 
     @classmethod
     def read(cls, value: jax.Array, rows: Any, sharding: Sharding) -> _Run:
-        """Where value lies; the positions are taken there."""
+        """Read the sharding of value, which the positions take too."""
         manual_axes = jax.sharding.get_abstract_mesh().manual_axes
         if isinstance(sharding, PartitionSpec | NamedSharding) and (
             inside := {*axes_of(getattr(sharding, "spec", sharding), 1)} & {*manual_axes}
@@ -158,7 +158,7 @@ class _Run:
         return cls(tuple(name for name in names if name in placement.key), placement)
 
     def place(self, letters: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """The arrays with the shardings that `__call__` takes, where axes are Explicit."""
+        """Return the arrays with the shardings that `__call__` takes, over Explicit axes."""
         placement = self.placement
         if placement.mesh is None:
             return arrays
@@ -222,7 +222,7 @@ _move_under_jit = jax.jit(_move, static_argnums=0)
 
 
 def _rows(value_positions: Any, key_positions: Any) -> tuple[list[jax.Array], bool]:
-    """Both as int32[R, S], R = 1 or B; and whether R = 1 since neither is given per row."""
+    """Return both as int32[R, S], R = 1 or B, and whether neither is given per sequence."""
     positions = [jnp.asarray(x).astype(jnp.int32) for x in (value_positions, key_positions)]
     rows = [x if x.ndim == 2 else x[None] for x in positions]
     count = max(x.shape[0] for x in rows)

@@ -88,17 +88,18 @@ def dot_product_attention(
 
       query_sharding: `jax.NamedSharding` or `jax.P` of query as passed. None: read from query, or chosen by
         cost inside jit under Auto axes. Heads may use more axes than key's.
-      key_value_sharding: of key and value. None: read from them; inside jit under Auto axes that fails with a
-        warning. Arrays are moved to a sharding that you pass. Lengths are padded to the devices.
+      key_value_sharding: of key and value. None: read from them; inside jit under Auto axes that fails
+        with a warning. Arrays are moved to a sharding that you pass. Lengths are padded to the devices.
 
       strategy: how devices exchange (page "Attention"). For a replicated query 'butterfly', 'psum',
         'all_gather', 'fused' or a `Schedule`; for a query sharded along T over the axes of S 'ring',
         'gather_kv', 'reduce_scatter', 'ulysses', 'ulysses_ring', 'ulysses_gather_kv'; 'auto': the cheapest.
-      reproducible: give the same bits on any number of devices and for any order of blocks of 64 keys,
-        gradients included, on one backend and JAX version. Costs 1.3 to 2 times the time.
+      reproducible: give bitwise equal results and gradients on any number of devices and for any order
+        of blocks of 64 keys, on one backend and JAX version. Costs 1.3 to 2 times the time.
 
     Returns:
-      out [B, T, N, V] or [T, N, V] in query's dtype; with `return_residual` also lse f32[B, T, N] or f32[T, N].
+      out [B, T, N, V] or [T, N, V] in query's dtype; with `return_residual` also
+      lse f32[B, T, N] or f32[T, N].
 
     Raises:
       ValueError: an invalid argument or combination; the message says what to pass.

@@ -1,4 +1,4 @@
-"""What one device computes in a call, collectives included: in the global call and in `sharded_attention`.
+"""One device's computation, collectives included, in the global call and in `sharded_attention`.
 
 Arrays have an outer sharding, in which they come and go, and an inner sharding, in which devices compute;
 a `Strategy` is the difference. Query, key, value and sinks come in the outer sharding, and bias and mask in
@@ -28,7 +28,7 @@ from distattn.local.reproducible import softmax_weights as reproducible_weights
 from distattn.planning.plan import Axes
 from distattn.planning.schedule import Schedule
 
-LARGE_BYTES = 2**20  # of a state, from which on one more collective costs less than it saves
+LARGE_BYTES = 2**20  # a larger state saves more by one more collective than that costs
 
 
 def result(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
@@ -68,7 +68,7 @@ def gradients(
     strategy = call.strategy
     inner, (d_out, lse_and_dsum) = to_inner(strategy, inputs, d_out, lse_and_dsum)
     kv_heads = inner.key.shape[2] * axes_size(strategy.heads)
-    copies = kv_heads // inputs.key.shape[2]  # of each key/value head
+    copies = kv_heads // inputs.key.shape[2]  # per key/value head
     dtype = lse_and_dsum.dtype
     summed = strategy.ring or axes["key"] or copies > 1
     local = local_gradients(
@@ -242,7 +242,7 @@ def sum_over(x: Sum, axes: Axes, scatter: Axes = ()) -> Sum:
 
 
 def numbers(x: Sum) -> jax.Array:
-    """Return [B, T, N, X] from sums with rows [B, N, T]; [B, N, T, S] or [N] from those of bias or sinks."""
+    """Return sums [B, N, T] of rows as [B, T, N, X]; those of bias or sinks keep their dimensions."""
     if not isinstance(x, FixedPoint):
         return x
     value = deterministic_math.fusion_barrier(fixed_point.value, x)

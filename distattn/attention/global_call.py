@@ -125,7 +125,7 @@ def place_outer(call: Call, x: Any, specs: Any) -> Any:
 def attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     """Return out [B, T, N, V] in query's dtype and lse f32[B, T, N] of global inputs."""
     query = inputs.query
-    axes = varying_axes(*jax.tree.leaves(inputs))  # of a shard_map around, if there is one
+    axes = varying_axes(*jax.tree.leaves(inputs))  # if the call is inside a shard_map
     inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     if call.strategy.heads:
         inputs = plain(inputs)  # one layer moves, as numbers

@@ -1,12 +1,12 @@
-"""Keys that travel: all queries meet all keys, and no device holds more than two shards of them.
+"""Ring attention: keys travel, and no device holds more than two shards of them.
 
-Everything here is what one device does, inside `shard_map`. Keys and values go round the devices with
+Everything here runs on one device, inside `shard_map`. Keys and values go round the devices with
 their positions and segment ids, one hop at a time, D - 1 hops; the next shard is on its way while this
 one is computed with. Back, the gradients of keys and values go round too, and come home in D - 1 hops
 (Liu, Zaharia & Abbeel, "Ring Attention", arXiv 2310.01889). It differs from the published algorithm in:
-1. what a shard may be attended by is read from the positions that travel with it, so shards and the
-keys in them may be in any order; 2. states are merged by the public `merge`; 3. a device's part in the
-gradient of its own keys stays at home, which spares a hop.
+1. masks are read from the positions that travel with a shard, so shards and the keys in them may be in
+any order; 2. states are merged by the public `merge`; 3. a device's gradient of
+its own keys does not travel, which saves a hop.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Ring:
     """The devices round which keys travel."""
 
     axes: tuple[str, ...]
-    key_axes: tuple[str, ...]  # that shard S, in the order of its shards; `axes` are among them
+    key_axes: tuple[str, ...]  # shard S, in the order of its shards; they include `axes`
 
     @property
     def in_order(self) -> tuple[str, ...]:
@@ -46,12 +46,12 @@ class Ring:
         return axes_size(self.axes)
 
     def send(self, x: Any) -> Any:
-        """What the device before had, on every device."""
+        """Send x to the next device, and return what the previous one sent."""
         pairs = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.in_order, pairs), x)
 
     def shard_number(self, hop: jax.Array | int) -> jax.Array:
-        """Which shard of S is here after so many hops."""
+        """Return the index of the shard of S that is here after `hop` hops."""
         source = (lax.axis_index(self.in_order) - hop) % self.size
         at = {}
         for axis in reversed(self.in_order):
@@ -67,7 +67,7 @@ class Ring:
 def ring_fold(
     local: Callable[[AttentionInputs], State], inputs: AttentionInputs, ring: Ring | None
 ) -> State:
-    """The state of this device's queries over the keys of all devices of the ring, or over its own.
+    """Return the state of this device's queries over the keys of all devices of the ring.
 
     Args:
       local: the state over the keys of its inputs.
@@ -101,7 +101,7 @@ def ring_gradients(
     inputs: AttentionInputs,
     ring: Ring | None,
 ) -> tuple[Sum, Sum, Sum, Sum | None]:
-    """The gradients by the keys that come by; those of keys and values are summed over the ring.
+    """Return this device's gradients, those of keys and values summed over the ring.
 
     Args:
       gradients: as `local_gradients` makes it for this device's rows, of query, key, value and bias over
@@ -160,19 +160,19 @@ def ring_gradients(
 
 
 def _typed(inputs: AttentionInputs, ring: Ring) -> AttentionInputs:
-    """The inputs, all typed as varying where any of them is, and over the ring."""
+    """Type all inputs as varying over the ring and wherever one of them varies."""
     axes = varying_axes(lax.axis_index(ring.axes), *jax.tree.leaves(inputs))
     return jax.tree.map(lambda x: vary(x, axes), inputs)
 
 
 def _shard(inputs: AttentionInputs) -> Shard:
-    """What travels."""
+    """Return the arrays that travel."""
     index = [getattr(inputs.mask, name) for name in _index_names(inputs)]
     return inputs.key, inputs.value, _stack(index) if index else None
 
 
 def _index_names(inputs: AttentionInputs) -> list[str]:
-    """What the mask reads of a key, besides a dense one."""
+    """Return the names of the arrays that a mask reads per key, without a dense mask."""
     names = ("key_positions", "key_segment_ids")
     return [name for name in names if getattr(inputs.mask, name) is not None]
 
@@ -185,7 +185,7 @@ def _stack(index: list[jax.Array]) -> jax.Array:
 def _at_hop(
     inputs: AttentionInputs, shard: Shard, ring: Ring, hop: jax.Array | int
 ) -> AttentionInputs:
-    """The inputs with the keys of the shard that is here."""
+    """Return the inputs with the keys of the shard that is here."""
     key, value, index = shard
     mask = inputs.mask
     parts = () if index is None else index
@@ -202,7 +202,7 @@ def _at_hop(
 def _columns(
     shape: tuple[int, ...], key: jax.Array, ring: Ring, hop: jax.Array | int
 ) -> list[Span]:
-    """The place of this hop's keys in a bias or dense mask [B|1, N|1, T|1, S|1] for all keys."""
+    """Return the span of this hop's keys in a bias or dense mask [B|1, N|1, T|1, S|1] for all keys."""
     keys = key.shape[1]
     rows = [Span(0, size) for size in shape[:3]]
     return [*rows, Span(ring.shard_number(hop) * keys, keys)]

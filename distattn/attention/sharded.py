@@ -79,11 +79,11 @@ def sharded_attention(
     key_value_segment_ids: ArrayLike | None = None,
     reproducible: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`dot_product_attention` as one device of a `jax.shard_map` of one's own sees it.
+    """Return attention as one device of your own `jax.shard_map` sees it.
 
-    Key and value are this device's shards along S. Differentiable in reverse mode, with check_vma True
-    and False. Under check_vma=True the result for a replicated query is typed as replicated; a schedule
-    of messages ('butterfly', 'fused', a `Schedule`) needs one more all-gather for that type.
+    Key and value are this device's shards along S. The call is differentiable in reverse mode, with
+    check_vma True and False. Under check_vma=True the result for a replicated query is typed as
+    replicated; strategies of messages ('butterfly', 'fused', a `Schedule`) add one all-gather for that.
 
     Args:
       query: [B, T, N, H], the same on all devices of the axis; with `query_sharded` this device's rows.
@@ -91,29 +91,28 @@ def sharded_attention(
       value: [B, S, K, V].
       bias: as in `dot_product_attention`, for this device's keys and all rows. With `query_sharded` for
         this device's rows and all keys, but for 'reduce_scatter', which takes all rows and these keys.
-      mask: the same.
+      mask: as bias, but bool.
       axis_name: the axis of the shard_map, or a tuple of axes, over which S is sharded; shards count in
         the order of the tuple.
       query_sharded: whether query holds this device's rows, sharded over the same axes.
       strategy: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; with `query_sharded`
         'auto', 'reduce_scatter', 'gather_kv', 'ring', 'ulysses', 'ulysses_ring' or 'ulysses_gather_kv'.
-        The gradient of 'fused' computes the states again, and merges them by the messages of 'butterfly'.
-      scale: as in `dot_product_attention`, like all that is not listed here.
-      is_causal: the same.
+      scale: as in `dot_product_attention`.
+      is_causal: as in `dot_product_attention`.
       query_seq_lengths: int32[B], in global rows.
       key_value_seq_lengths: int32[B], in positions.
-      local_window_size: the same.
-      implementation: the same.
-      return_residual: the same.
-      logits_soft_cap: the same.
-      sinks: the same.
-      precision: the same.
+      local_window_size: as in `dot_product_attention`.
+      implementation: as in `dot_product_attention`.
+      return_residual: as in `dot_product_attention`.
+      logits_soft_cap: as in `dot_product_attention`.
+      sinks: as in `dot_product_attention`.
+      precision: as in `dot_product_attention`.
       query_positions: int32[T] or int32[B, T], of the rows given; default: global indices.
       key_positions: int32[S] or int32[B, S], of the keys given; default: axis_index * S + 0, 1, 2, ...
       query_segment_ids: of the rows given.
       key_value_segment_ids: of the keys given.
-      reproducible: as in `dot_product_attention`. Blocks of 64 keys are cut from the start of each device's
-        shard, so the bits are those of other numbers of devices where S here is a multiple of 64. With
+      reproducible: as in `dot_product_attention`. Blocks of 64 keys start at the start of each device's
+        shard, so results are equal on other numbers of devices if S here is a multiple of 64. With
         `query_sharded` the same holds for rows in the gradients of key and value: blocks of 64, or for
         fewer than 512 rows in all of an eighth of them, 8 at least. The gradient of a bias that is the same
         on all devices is reproducible under check_vma=True. Under check_vma=False JAX divides what comes
@@ -128,7 +127,7 @@ def sharded_attention(
       ValueError: as `dot_product_attention`; an axis that the shard_map around does not have.
       NotImplementedError: as `dot_product_attention`.
 
-    Example:
+    Examples:
       >>> import functools, jax, jax.numpy as jnp, distattn
       >>> from jax.sharding import PartitionSpec as P
       >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))

@@ -1,7 +1,4 @@
-"""Which axes of a mesh shard which dimension of a call's arrays.
-
-Where the arrays of a call lie: what the caller says, and what meshes and shardings tell.
-"""
+"""The mesh axes that shard each dimension of a call, as given by shardings or read from arrays."""
 
 import dataclasses
 import math
@@ -23,13 +20,12 @@ from distattn.collectives.mesh import (
 from distattn.planning.cost import Topology
 from distattn.planning.plan import Axes
 
-# Of an array as it is passed; None: read from the array.
 Sharding = NamedSharding | PartitionSpec | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which axes of the mesh shard which dimension. No mesh: everything on one device."""
+    """Axes of the mesh that shard each dimension. Without a mesh everything is on one device."""
 
     mesh: Mesh | AbstractMesh | None = None
     batch: Axes = ()
@@ -42,7 +38,7 @@ class Placement:
     compiler_sharded: bool = False  # other axes may shard batch and heads, unseen
 
     def size(self, axes: Axes) -> int:
-        """The number of devices along the axes."""
+        """Return the number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
 
     def spec(
@@ -54,9 +50,9 @@ class Placement:
         keys: Axes | None = None,
         heads: Axes | None = None,
     ) -> PartitionSpec:
-        """The PartitionSpec of an array from the letters of its dimensions; size 1 is not sharded.
+        """Return the PartitionSpec of an array from its letters; size 1 is not sharded.
 
-        `rows`, `keys` and `heads` stand in for the axes of T, of S, and of N and K.
+        `rows`, `keys` and `heads` replace the axes of T, S, and N and K.
         """
         heads = self.heads if heads is None else heads
         by_letter = {
@@ -74,11 +70,11 @@ class Placement:
         )
 
     def sized(self, axes: Axes) -> Axes:
-        """The axes of more than one device."""
+        """Return the axes of more than one device."""
         return sized(axes, self.mesh)
 
     def topology(self, axes: Axes) -> Topology:
-        """The devices along the axes, in the order of the mesh."""
+        """Return the devices along the axes, in the order of the mesh."""
         sizes = tuple(self.mesh.shape[axis] for axis in self.mesh.axis_names if axis in axes)
         return topology_on(self.mesh, sizes)
 
@@ -190,14 +186,14 @@ def bring(placement: Placement, letters: str, x: Any) -> Any:
 
 
 def warn_of_one_device(query: Any, key: Any, value: Any) -> None:
-    """Of keys that are a part of those of a query: types tell, inside a shard_map with check_vma=True."""
+    """Warn if types say, inside a shard_map, that keys are sharded and the query is not."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return
     if axes := varying_axes(key, value) - varying_axes(query):
         warnings.warn(
             f"inside a shard_map key and value differ along {tuple(sorted(axes))} and query does not, so "
-            "this is attention to the keys of one device alone; for all keys call "
-            "distattn.sharded_attention with axis_name, and for a part to be merged partial_attention",
+            "this is attention to the keys of one device only; for all keys call "
+            "distattn.sharded_attention with axis_name, and for states to merge partial_attention",
             stacklevel=3,
         )
 
@@ -206,8 +202,8 @@ def _warn_of_unread_keys(argument: str, unread: Axes) -> None:
     if unread:
         warnings.warn(
             "the axes that shard S, the length of key and value, can't be read inside jit, vmap and "
-            f"jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may gather "
-            f"all keys and values; pass {argument}, or {argument}=jax.P() if key and value are replicated",
+            f"jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may "
+            f"gather all keys and values; pass {argument}, or {argument}=jax.P() if key and value are replicated",
             stacklevel=4,
         )
 
@@ -265,7 +261,7 @@ def _shared(what: str, query: Axes, key: Axes, arguments: dict[str, Sharding]) -
 
 
 def _check_context(mesh: Mesh | AbstractMesh) -> None:
-    """That JAX will map over the mesh: it refuses another than that of its context."""
+    """Raise ValueError if `jax.set_mesh` has another mesh, over which JAX would not map."""
     context = jax.sharding.get_abstract_mesh()
     if context.empty or context.manual_axes or identity_of(context) == identity_of(mesh):
         return
@@ -277,7 +273,7 @@ def _check_context(mesh: Mesh | AbstractMesh) -> None:
 
 
 def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes], set[str]]:
-    """The axes of each dimension, and the axes of the mesh of which that is the whole truth."""
+    """Return the axes of each dimension, and the axes of the mesh that could be read."""
     sharding = _sharding(x)
     spec = sharding.spec if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else ()
     axes = {
@@ -306,8 +302,8 @@ def _key_layout(
     values, also = _layout(value, letters["value"], mesh, free)
     if keys.get("S", ()) != values.get("S", ()):
         raise ValueError(
-            f"key is sharded over {keys.get('S', ())} along S and value over {values.get('S', ())}; a key and "
-            "its value must be stored on one device: reshard one of them, or pass key_value_sharding"
+            f"key is sharded over {keys.get('S', ())} along S and value over {values.get('S', ())}; a key "
+            "and its value must be stored on one device: reshard one of them, or pass key_value_sharding"
         )
     return keys, known & also
 
@@ -360,13 +356,13 @@ def _check_axes(argument: str, spec: PartitionSpec, mesh: Any, free: Axes) -> No
     for axis in axes:
         if axis not in mesh.axis_names:
             raise ValueError(
-                f"{argument} is {spec}, but {axis!r} is not an axis of the mesh {described(mesh)}; use axes "
-                f"of {list(mesh.axis_names)}"
+                f"{argument} is {spec}, but {axis!r} is not an axis of the mesh {described(mesh)}; use "
+                f"axes of {list(mesh.axis_names)}"
             )
         if axis not in free:
             raise ValueError(
-                f"{argument} is {spec}, but {axis!r} is manual here: the call is inside a shard_map over it; "
-                "use distattn.sharded_attention inside, or call dot_product_attention outside"
+                f"{argument} is {spec}, but {axis!r} is manual here: the call is inside a shard_map over "
+                "it; use distattn.sharded_attention inside, or call dot_product_attention outside"
             )
         if axes.count(axis) > 1:
             raise ValueError(f"{argument} is {spec}: it uses {axis!r} twice; use each axis once")

@@ -1,4 +1,4 @@
-"""What moves between devices in one call: chosen by name, or by the planner."""
+"""The strategy of a call: the axes over which arrays move, by name or by predicted cost."""
 
 import dataclasses
 import math
@@ -29,14 +29,14 @@ from distattn.planning.schedule import Schedule
 QUERY_SHARDED = tuple(SHARDED_FORMULAS)
 STRATEGIES = ("auto", *BY_NAME, *QUERY_SHARDED)
 StrategyLike = str | Schedule
-# Where it is not known whether the query is sharded, nor how the result is wanted: 256 queries on 2 x 4 and
+# If it is not known how query and result are sharded: 256 queries on 2 x 4 and
 # 4 x 2 processes and devices (Gloo) took 1.06 to 1.14 times as long for 0.8 of the predicted time.
 CLEARLY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What moves before, during and after the computation on each device: axes of the mesh."""
+    """Axes of the mesh over which arrays move before, during and after each device computes."""
 
     gather_rows: Axes = ()  # query, and what has its rows, is gathered along T
     gather_keys: Axes = ()  # keys and values are gathered along S
@@ -44,8 +44,8 @@ class Strategy:
     heads: Axes = ()  # shard T and S outside, and heads inside
     all_reduce: Axes = ()  # states are merged, and are whole on all devices
     scatter: Axes = ()  # states are merged, and scattered along T
-    schedule: StrategyLike = "auto"  # of the all-reduce
-    # Of "T" (of query and result) and "S", those that are whole outside although axes shard them inside.
+    schedule: StrategyLike = "auto"  # for the all-reduce
+    # "T" (query and result) and "S", if whole outside although axes shard them inside
     whole: str = ""
 
     @property
@@ -146,7 +146,7 @@ def choose_strategy(
     shared = tuple(axis for axis in placement.query if axis in placement.key)
     if isinstance(strategy, Schedule) and strategy.size != devices:
         raise ValueError(
-            f"strategy is a Schedule for {strategy.size} devices, but the keys lie on {devices} (axes "
+            f"strategy is a Schedule for {strategy.size} devices, but the keys are on {devices} (axes "
             f"{placement.key}); build it for {devices}"
         )
     if devices == 1:
@@ -200,7 +200,7 @@ def strategy_of(name: str, shared: Axes, sizes: dict[str, int], heads: int) -> S
     if way and len(sizes) < 2:
         raise ValueError(
             f"strategy={name!r} needs two levels, a tuple of axes with the fast one last, and the keys "
-            f"lie on {shared}; on one axis use 'ulysses' or {way!r}"
+            f"are on {shared}; on one axis use 'ulysses' or {way!r}"
         )
     inner = shared[-1:] if way else shared
     outer = tuple(axis for axis in shared if axis not in inner)
@@ -221,7 +221,7 @@ def strategy_of(name: str, shared: Axes, sizes: dict[str, int], heads: int) -> S
 def choose_sharded(
     shape: Workload, topology: Topology, sizes: tuple[int, ...], *, all_keys: bool = False
 ) -> cost.Choice:
-    """The cheapest strategy for a sharded query.
+    """Choose the cheapest strategy for a sharded query.
 
     Args:
       shape: sizes over all devices.
@@ -293,7 +293,7 @@ def _sizes_of_group(placement: Placement, inputs: AttentionInputs) -> Workload:
 
 
 def sizes_of_call(query: Any, key: Any, value: Any, *, causal: bool) -> Workload:
-    """Return the sizes that the planner needs, from arrays [.., B, T, N, H], [.., S, K, H], [.., S, K, V]."""
+    """Return the sizes of a call from query [B, T, N, H], key [.., S, K, H] and value [.., S, K, V]."""
     batch, rows, heads, width = query.shape
     keys, kv_heads, value_width = value.shape[-3:]
     return Workload(
