@@ -57,19 +57,18 @@ def dot_product_attention(
       >>> distattn.dot_product_attention(query, key, value, key_value_sharding=sharded).shape
       (1, 8, 2, 4)
 
-    The result is softmax(cap(scale * query . key + bias)) . value, over the keys that all masks allow. The
-    arguments of `jax.nn.dot_product_attention` keep their meaning. Two results differ: a query that attends
-    to no key gives 0, and the residual is float32 and differentiable. A slot that no query of its sequence
-    may attend to can hold anything, also NaN. Inside `jax.shard_map` call `sharded_attention`.
+    The result is softmax(cap(scale * query . key + bias)) . value, over the keys that all masks allow.
+    Arguments of `jax.nn.dot_product_attention` keep their meaning, but a query that attends to no key gives
+    0, and the residual is float32 and differentiable. A slot that no query of its sequence may attend to
+    can hold anything, also NaN. Inside `jax.shard_map` call `sharded_attention`.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
       key: [B, S, K, H] or [S, K, H]; K divides N.
       value: [B, S, K, V] or [S, K, V].
-      bias: float, broadcasts to [B, N, T, S]; added to the scaled logits; differentiable.
+      bias: float, broadcasts to [B, N, T, S]; added to the scaled logits.
       mask: bool, broadcasts to [B, N, T, S]; True = attend.
       scale: Python number; None: 1 / sqrt(H).
-
       is_causal: attend if key position <= query position.
       query_seq_lengths: int32[B]; queries from this index on give 0.
       key_value_seq_lengths: int32[B]; attend if key position < length.

@@ -203,7 +203,7 @@ def _warn_of_unread_keys(argument: str, unread: Axes) -> None:
         warnings.warn(
             "the axes that shard S, the length of key and value, can't be read inside jit, vmap and "
             f"jax.checkpoint under Auto axes, here {unread}: the compiler decides what moves, and may "
-            f"gather all keys and values; pass {argument}, or {argument}=jax.P() if key and value are replicated",
+            f"gather all keys and values; pass {argument}, or {argument}=jax.P() if both are replicated",
             stacklevel=4,
         )
 
