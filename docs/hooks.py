@@ -1,7 +1,7 @@
-"""What the site needs besides Markdown: links into the repository, and nothing from elsewhere.
+"""Hooks of the site: links into the repository, and a check that pages load nothing from elsewhere.
 
-A page links to a file of the repository as a reader on a code host needs it, `../../tests/algebra/test_state.py`.
-On the site a figure is copied, and any other file becomes a page that shows it.
+Pages link to files of the repository by relative paths, as `../../tests/algebra/test_state.py`, for readers on a
+code host. On the site a figure is copied, and any other file becomes a page that shows it.
 """
 
 import re
@@ -19,14 +19,14 @@ FIGURES = {".svg", ".png"}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".json": "json", ".toml": "toml"}
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)(?=[)#])")
-# What a browser loads by itself, from anywhere but the site.
+# Elements that make a browser load something from outside the site.
 LOADED = re.compile(
     r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>"
     r"|<link\b(?![^>]*\brel=[\"']?canonical)[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
     r"|url\([\"']?(?:https?:)?//[^)]*\)|@import\s[^;]*//[^;]*;",
     re.IGNORECASE,
 )
-# What would be missing, without a word, if extensions.py no longer did what it is for; a name of each kind.
+# Entries of each kind, which would be missing silently if extensions.py were broken.
 READ = {
     "api/cache.html": ("distattn.KVCache.append", "distattn.KVCache.restore"),
     "api/layouts.html": ("distattn.layouts.align",),
@@ -35,19 +35,19 @@ READ = {
 
 
 def linked(page: str, target: str) -> Path | None:
-    """The file of the repository that a link of a page leads out of the pages to."""
+    """Return the file of the repository that a link of a page leads to, if it is outside the pages."""
     path = (PAGES / page).parent.joinpath(target).resolve()
     return None if path.is_relative_to(PAGES) or not path.is_relative_to(ROOT) else path
 
 
 def place(path: Path) -> str:
-    """Where a file of the repository is on the site."""
+    """Return the path on the site of a file of the repository."""
     name = path.relative_to(ROOT).as_posix()
     return f"figures/{path.name}" if path.suffix in FIGURES else f"source/{name}.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds every file of the repository that some page links to."""
+    """Add every file of the repository that some page links to."""
     for page in sorted(PAGES.rglob("*.md")):
         name = page.relative_to(PAGES).as_posix()
         for target in LINK.findall(page.read_text(encoding="utf-8")):
@@ -63,7 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def shown(path: Path) -> str:
-    """A page with the text of a file."""
+    """Return a page with the text of a file."""
     name = path.relative_to(ROOT).as_posix()
     text = path.read_text(encoding="utf-8").rstrip("\n")
     language = LANGUAGES.get(path.suffix, "bash")
@@ -71,7 +71,7 @@ def shown(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links into the repository to what `on_files` made of it."""
+    """Turn links into the repository into links to the pages of `on_files`."""
     del config, files
     here = page.file.src_uri
 
@@ -83,7 +83,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Unfolds the sources that stand in the text."""
+    """Unfold the sources in the text."""
     del page, config, files
     return html.replace(
         '<details class="mkdocstrings-source"', '<details open class="mkdocstrings-source"'
@@ -91,7 +91,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Fails where a page would load something from elsewhere, or the reference lacks an entry."""
+    """Fail if a page would load something from elsewhere, or the reference lacks an entry."""
     site = Path(config.site_dir)
     for page, names in READ.items():
         text = (site / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The public names, as one list: a new one is a reviewed line; and the examples in docstrings."""
+"""The public names as one list, in which a new name is a reviewed line; and examples in docstrings."""
 
 import doctest
 import functools
@@ -39,7 +39,7 @@ PUBLIC = [
 ]
 OPTIONAL = {
     *("equinox", "flax", "gguf", "hypothesis", "matplotlib", "optax", "orbax", "tokenizers"),
-    "jax.experimental.pallas",  # the half of a second that it takes is for those who run kernels
+    "jax.experimental.pallas",  # it takes half a second, which only users of kernels pay
 }
 MODULES = [m.name for m in pkgutil.walk_packages(distattn.__path__, "distattn.")]
 
@@ -84,7 +84,7 @@ def test_what_an_optional_package_itself_lacks_is_said_as_it_is():
 
 
 def callables(holder: Any) -> Iterator[tuple[str, Any]]:
-    """A module's public functions and classes, those of its public modules, and KVCache's methods."""
+    """Yield functions and classes of a module and its public modules, and KVCache's methods."""
     for name in holder.__all__:
         given = getattr(holder, name)
         if isinstance(given, ModuleType):
@@ -115,7 +115,7 @@ def test_examples_in_docstrings(module):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_public_name_has_an_example(name):
-    """One that runs above: in the docstring that `help` shows."""
+    """The docstring that `help` shows has an example, which ran above."""
     given = EVERY[name]
     assert any(test.docstring == given.__doc__ for test in doctests(given.__module__))
 
@@ -124,14 +124,14 @@ def test_every_public_name_has_an_example(name):
 def test_help_tells_of_every_argument_and_of_the_result(name):
     given = EVERY[name]
     signature, text = inspect.signature(given), inspect.getdoc(given)
-    if not (inspect.isclass(given) and issubclass(given, Exception)):  # nobody else makes them
+    if not (inspect.isclass(given) and issubclass(given, Exception)):  # users do not make them
         untold = [x for x in signature.parameters if x != "self" and f"\n  {x}: " not in text]
         assert untold == []
     result = signature.return_annotation
     assert (result in (None, "None", inspect.Signature.empty)) or "Returns:" in text
 
 
-# Modules that are public besides those that `distattn` itself names.
+# Public modules that `distattn` does not name.
 BESIDE = (
     *("algebra.fixed_point", "planning.cost", "local.streaming", "testing.hlo", "testing.programs"),
     *(f"integrations.{name}" for name in ("equinox", "flax", "jax_nn")),
@@ -139,7 +139,7 @@ BESIDE = (
 
 
 def defined(module: str) -> Iterator[tuple[str, Any]]:
-    """The public functions and classes of a module, and the methods that its classes define."""
+    """Yield the public functions and classes of a module, and the methods of its classes."""
     for name, given in vars(importlib.import_module(f"distattn.{module}")).items():
         if name.startswith("_") or getattr(given, "__module__", None) != f"distattn.{module}":
             continue
@@ -162,7 +162,7 @@ SHOWN = {
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_help_shows_types_by_their_names(name):
-    """As they are written, `ArrayLike`: spelt out, the union of it takes half a screen."""
+    """`ArrayLike` is shown by name: its union would take half a screen."""
     signature = str(inspect.signature(SHOWN[name]))
     assert "Union[" not in signature
     assert "jaxlib" not in signature
@@ -173,8 +173,7 @@ def test_help_shows_types_by_their_names(name):
 def test_types_that_are_shown_by_name_are_there(name):
     given = SHOWN[name]
     called = given.__init__ if inspect.isclass(given) else given
-    # Files of KVCache's methods cannot import it: it imports them.
-    hints = typing.get_type_hints(called, localns={"KVCache": distattn.KVCache})
+    hints = typing.get_type_hints(called)
     assert not any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values())
     if name.endswith("dot_product_attention"):
         assert hints["query"] == typing.get_type_hints(distattn.partial_attention)["query"]
