@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distattn.planning.chips import CHIPS, TYPICAL, Chip, Link, worst
-from distattn.planning.network import Axis, Dimension, butterfly_s, halving_s, levels, ring_link
+from distattn.planning.network import (
+    Dimension,
+    Dimensions,
+    butterfly_s,
+    halving_s,
+    levels,
+    ring_link,
+)
 from distattn.planning.schedule import butterfly_round_count
 
 
@@ -34,7 +41,7 @@ class Topology:
     chip: Chip | None = None  # None: the typical chip of the platform
     # The dimensions of the network along each of `sizes`, as `network.along` returns them. None: any two
     # devices have a link of their own.
-    wiring: tuple[Axis, ...] | None = None
+    wiring: tuple[Dimensions, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the platform, and that each axis has a link or dimensions."""
@@ -67,7 +74,7 @@ class Topology:
         return dataclasses.replace(row, link=worst(used)) if used else row
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
+    def axis_dimensions(self) -> tuple[Dimensions, ...]:
         """The network along each axis."""
         if self.wiring is not None:
             return self.wiring
@@ -79,7 +86,7 @@ class Topology:
         )
 
     @property
-    def network(self) -> Axis:
+    def network(self) -> Dimensions:
         """The network along all axes together, for collectives that cross all of them at once."""
         if self.wiring is not None:
             return tuple(dimension for axis in self.wiring for dimension in axis)
@@ -255,7 +262,7 @@ def sum_traffic(strategy: str, payload_bytes: float, topology: Topology) -> Traf
         # If a size is no power of two, the busiest device sits out the round that folds, and no device
         # merges in the round that unfolds.
         sent = sum((size - 1).bit_length() for size in topology.sizes)
-        seconds = sum(butterfly_s(axis, payload_bytes) for axis in topology.axes)
+        seconds = sum(butterfly_s(axis, payload_bytes) for axis in topology.axis_dimensions)
         merged = sent * payload_bytes
         return Traffic(rounds, rounds, merged, seconds, merges=sent, merged_bytes=merged)
     scatter = gather_traffic(payload_bytes, topology)  # a reduce-scatter, and as much back

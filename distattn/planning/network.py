@@ -60,10 +60,10 @@ class Dimension:
         return self.shared_link.seconds(near * message_bytes, near if self.closed else far)
 
 
-Axis = tuple[Dimension, ...]  # the network along a mesh axis, slowest dimension first
+Dimensions = tuple[Dimension, ...]  # the network along a mesh axis, slowest dimension first
 
 
-def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Axis, ...]:
+def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Dimensions, ...]:
     """Return the dimensions, or parts of them, along each mesh axis; mesh and network are row-major.
 
     Args:
@@ -77,7 +77,7 @@ def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Axis, 
       ValueError: another number of devices, or an axis that ends within a dimension at no divisor of it.
     """
     places = [(d, d.size) for d in dimensions]
-    axes: list[Axis] = []
+    axes: list[Dimensions] = []
     for size in reversed(sizes):
         parts: list[Dimension] = []
         while size > 1 and places:
@@ -102,12 +102,12 @@ def along(dimensions: Sequence[Dimension], sizes: Sequence[int]) -> tuple[Axis, 
     return tuple(axes)
 
 
-def butterfly_s(axis: Axis, message_bytes: float) -> float:
+def butterfly_s(axis: Dimensions, message_bytes: float) -> float:
     """Return the seconds that the messages of a butterfly over an axis take."""
     return sum(dimension.butterfly_s(message_bytes) for dimension in axis)
 
 
-def halving_s(axis: Axis, whole_bytes: float) -> float:
+def halving_s(axis: Dimensions, whole_bytes: float) -> float:
     """Return the seconds that the messages of `halving` over an axis take, the slowest dimension first.
 
     A shift along a dimension carries some messages to the next place of each slower one.
@@ -121,7 +121,7 @@ def halving_s(axis: Axis, whole_bytes: float) -> float:
     return seconds
 
 
-def ring_link(axis: Axis) -> Link:
+def ring_link(axis: Dimensions) -> Link:
     """Return the slowest link of a ring over all devices.
 
     Each device sends to a neighbor, and one message leaves a host. The ring is a snake through the torus
@@ -140,7 +140,7 @@ class Level:
     exchange: Link  # all messages of an all-to-all; bytes count what a device holds, its own part included
 
 
-def levels(axis: Axis) -> tuple[Level, ...]:
+def levels(axis: Dimensions) -> tuple[Level, ...]:
     """Return the levels of XLA's collectives over an axis, slowest first.
 
     On a torus rings run along all dimensions at once, both ways if closed, and the last byte travels half

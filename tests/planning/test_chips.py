@@ -116,7 +116,7 @@ def test_axes_of_one_s_own_lie_along_the_pod():
 def test_measured_links_stand_in_for_the_wiring():
     where, link = pod("h100:2x8"), Link(1e-3, 1e6)
     measured = where.topology(links={"host": link, "device": Link(1e-4, 1e7)})
-    assert measured.axes[0][0].link == measured.network[0].link == link
+    assert measured.axis_dimensions[0][0].link == measured.network[0].link == link
     assert measured.chip == CHIPS["h100"]
     with pytest.raises(ValueError, match=r"links is for \('device',\)") as error:
         where.topology(links={"device": link})
