@@ -55,18 +55,17 @@ class JobPlace:
         Raises:
           ValueError: some variables are absent or not numbers.
         """
-        names = {f.name: f"{PREFIX}{f.name.upper()}" for f in dataclasses.fields(cls)}
-        absent = [variable for variable in names.values() if variable not in environment]
-        if len(absent) == len(names):
+        names = [f"{PREFIX}{field.name.upper()}" for field in dataclasses.fields(cls)]
+        if not any(name in environment for name in names):
             return None
-        remedy = "they are set by `distattn launch`: leave all of them to it, or unset all of them"
-        if absent:
-            raise ValueError(f"the environment lacks {', '.join(absent)}; {remedy}")
-        address, *numbers, roll_call = (environment[variable] for variable in names.values())
         try:
+            address, *numbers, roll_call = (environment[name] for name in names)
             return cls(address, *map(int, numbers), roll_call=roll_call)
-        except ValueError as error:
-            raise ValueError(f"the variables {PREFIX}* are wrong: {error}; {remedy}") from None
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"a variable of {', '.join(names)} is absent or not a number ({error}); `distattn launch` "
+                "sets them: leave all of them to it, or unset all of them"
+            ) from None
 
     def arrive(self) -> None:
         """Add this rank to the roll call."""

@@ -661,9 +661,9 @@ def test_tokens_that_do_not_fit(changed, says):
 
 
 def test_wrong_arguments_of_make_mesh_and_fetch():
-    with pytest.raises(ValueError, match=r"len\(axis_names\) == 1"):
+    with pytest.raises(ValueError, match="axis_names"):
         distattn.distributed.make_mesh(("a",))
-    with pytest.raises(ValueError, match="(?i)number of axis.names should match"):
+    with pytest.raises(ValueError, match="axis_types"):
         distattn.distributed.make_mesh(axis_types=(AxisType.Auto,))
     for to in (1, -1, "one"):
         with pytest.raises(ValueError, match=r"it must be 'all' or a rank from 0 to 0"):

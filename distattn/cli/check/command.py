@@ -83,9 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     first = jax.process_index() == 0
     if options.report:
         if first:
-            print(
-                f"```text\n{environment_text(mesh)}\n```", flush=True
-            )  # an issue keeps the columns
+            print(f"```text\n{environment_text(mesh)}\n```", flush=True)  # keeps the columns
         return 0
     effort = Effort(options.quick, options.sizes, options.repeats, options.strategies, options.seed)
     chosen, left_out = subjects(mesh, effort.strategies, quick=effort.quick)
