@@ -22,6 +22,7 @@ CLEAN = (  # grows until it is TEXTS
     "distattn/cli",
     "distattn/cli/plan.py",
     "distattn/attention",
+    "distattn/cache",
     "distattn/collectives/__init__.py",
     "distattn/collectives/all_reduce.py",
     "distattn/collectives/all_to_all.py",

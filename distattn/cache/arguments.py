@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from distattn.local.inputs import integers
 
 INT32 = np.iinfo(np.int32)
+LOCAL = "local"  # owner of a token that stays on its device
 
 
 def known(x: Any) -> np.ndarray | None:
@@ -100,8 +101,8 @@ def per_sequence(
     array = _integers(name, x)
     if array.shape not in ((), (batch,)):
         raise ValueError(
-            f"{name} has shape {array.shape}; it must be int32[B] = [{batch}], one for each sequence, or one "
-            "for all"
+            f"{name} has shape {array.shape}; it must be int32[B] = [{batch}], one for each sequence, "
+            "or one for all"
         )
     check_range(name, known(x) if read else on_host(x), 0, high, remedy)
     return jnp.broadcast_to(array, (batch,))
@@ -112,8 +113,8 @@ def per_token(name: str, x: ArrayLike, batch: int, tokens: int) -> jax.Array:
     array = _integers(name, x)
     if array.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(
-            f"{name} has shape {array.shape} for B={batch}, T={tokens}; it must be int32[T] or int32[B, T]: "
-            "one for each new token"
+            f"{name} has shape {array.shape} for B={batch}, T={tokens}; it must be int32[T] or "
+            "int32[B, T]: one for each new token"
         )
     return jnp.broadcast_to(array if array.ndim == 2 else array[None], (batch, tokens))
 
@@ -145,7 +146,8 @@ def sequence_mask(name: str, x: ArrayLike, batch: int) -> jax.Array:
         return (np.arange(batch, dtype=np.int32)[:, None] == indices[None]).any(axis=1)
     if mask.shape != (batch,):
         raise ValueError(
-            f"{name} has shape {mask.shape}; a mask of sequences must be bool[B] = [{batch}]: or pass indices"
+            f"{name} has shape {mask.shape}; a mask of sequences must be bool[B] = [{batch}]: or "
+            "pass indices"
         )
     return mask
 
@@ -179,22 +181,105 @@ def attended_layer(x: ArrayLike | None, layers: int | None) -> jax.Array | None:
 
 
 def check_new(
-    name: str, x: Any, batch: int, tokens: int, heads: int, width: int, layers: int | None
+    new: dict[str, jax.Array], stored: dict[str, jax.Array], tokens: int, *, all_layers: bool
 ) -> None:
-    """Raise ValueError unless new keys or values are [B, T, K, H], for all layers [L, B, T, K, H]."""
-    expected = (*(() if layers is None else (layers,)), batch, tokens, heads, width)
-    if tuple(x.shape) != expected:
-        letters, hint = "[B, T, K, .]", ""
-        if layers is not None:
-            letters = "[L, B, T, K, .]"
-            hint = "; to write one layer, reserve slots and pass layer to write"
+    """Raise ValueError unless new keys and values are [B, T, K, H], for all layers [L, B, T, K, H]."""
+    for name, x in new.items():
+        *lead, batch, _, heads, width = stored[name].shape
+        expected = (*(lead if all_layers else ()), batch, tokens, heads, width)
+        if x.shape != expected:
+            letters, hint = "[B, T, K, .]", ""
+            if len(expected) == 5:
+                letters = "[L, B, T, K, .]"
+                hint = "; to write one layer, reserve slots and pass layer to write"
+            raise ValueError(
+                f"{name} has shape {x.shape}; this cache needs {letters} = {list(expected)}{hint}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; it must be floating point, cast it with .astype"
+            )
+
+
+def new_positions(
+    tokens: int,
+    positions: ArrayLike | None,
+    lengths: ArrayLike | None,
+    next_position: jax.Array,
+) -> jax.Array:
+    """Return int32[B, T], the positions of new tokens, -1 for no token."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; this cache needs {letters} = {list(expected)}{hint}"
+            f"tokens is {tokens!r}; it must be an int of at least 1: pass lengths for sequences that "
+            "get none"
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    (batch,) = next_position.shape
+    if positions is None:
+        new = next_position[:, None] + np.arange(tokens, dtype=np.int32)[None]
+    else:
+        new = per_token("positions", positions, batch, tokens)
+        remedy = "positions are int32, and the next one must be too; negative is no token"
+        check_range("positions", known(positions), INT32.min, INT32.max - 1, remedy)
+    if lengths is not None:
+        remedy = f"the first ones of the T={tokens} tokens; append more tokens, or 0 for no token"
+        lengths = per_sequence("lengths", lengths, batch, high=tokens, remedy=remedy, read=True)
+    return up_to_lengths(new, lengths)
+
+
+def owners_of(
+    owner: ArrayLike | str | None, batch: int, tokens: int, devices: int
+) -> tuple[jax.Array | None, bool]:
+    """Return int32[B, T] or None, and whether each token stays on its device."""
+    if owner is None:
+        return None, False
+    if not isinstance(owner, str):
+        owners = per_token("owner", owner, batch, tokens)
+        check_range("owner", known(owner), 0, devices - 1, f"slots are on {devices} devices")
+        return owners, False
+    if owner != LOCAL:
+        raise ValueError(f"owner is {owner!r}; it must be int32[B, T], 'local' or None")
+    if tokens % devices:
         raise ValueError(
-            f"{name} has dtype {x.dtype}; it must be floating point, cast it with .astype"
+            f"owner='local' shards T={tokens} tokens evenly over {devices} devices; pad them to a "
+            "multiple, and pass lengths"
         )
+    return None, True
+
+
+def check_room(
+    new: jax.Array, overflow: jax.Array, counts: jax.Array, slots: int, placement: str
+) -> None:
+    """Raise ValueError outside of jit if a sequence has no room for its new tokens.
+
+    Args:
+      new: int32[B, T], their positions.
+      overflow: bool[B].
+      counts: int32[B, D], before.
+      slots: of a sequence on a device.
+      placement: of the cache.
+    """
+    refused = known(overflow)
+    if refused is None or not refused.any():
+        return
+    sequences = np.flatnonzero(refused)
+    first = sequences[0]
+    wanted, free = (np.asarray(new)[first] >= 0).sum(), slots - np.asarray(counts)[first]
+    raise ValueError(
+        f"sequence {first} gets {wanted} new tokens, and its free slots are {free.tolist()} on the devices "
+        f"of the cache (sequences that overflow: {sequences.tolist()}; placement {placement!r}); nothing "
+        "was written: evict, rewind or reset the sequence, resize the cache, or append less"
+    )
+
+
+def token_tree(tree: ArrayLike, batch: int, tokens: int) -> jax.Array:
+    """Return bool[B, T, T] from bool[T, T] or bool[B, T, T]."""
+    tree = jnp.asarray(tree)
+    if tree.dtype != jnp.bool_ or tree.shape not in ((tokens, tokens), (batch, tokens, tokens)):
+        raise ValueError(
+            f"tree_mask is {tree.dtype}{list(tree.shape)}; it must be bool[T, T] or bool[B, T, T] with "
+            f"T={tokens}, B={batch}: which query attends to which of the last {tokens} tokens"
+        )
+    return jnp.broadcast_to(tree if tree.ndim == 3 else tree[None], (batch, tokens, tokens))
 
 
 def check_path(paths: list[np.ndarray], appended: np.ndarray | None) -> None:
@@ -209,8 +294,8 @@ def check_path(paths: list[np.ndarray], appended: np.ndarray | None) -> None:
         if appended is not None and 0 < appended[sequence] <= max(nodes, default=-1):
             raise ValueError(
                 f"nodes is {path.tolist()} for sequence {sequence}, and the last append added "
-                f"{appended[sequence]} tokens to it; they must be 0 .. {appended[sequence] - 1}, or negative "
-                "for no node: pass -1, or lengths if sequences keep fewer"
+                f"{appended[sequence]} tokens to it; they must be 0 .. {appended[sequence] - 1}, or "
+                "negative for no node: pass -1, or lengths if sequences keep fewer"
             )
 
 

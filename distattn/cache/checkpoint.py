@@ -3,7 +3,8 @@
 A step is a directory `<directory>/<step>`. It contains the arrays, which Orbax writes, in `arrays`, and
 `manifest.json` with the cache's sizes and the size and CRC-32 of every file. It is written under another
 name, `<step>.unfinished`, and renamed once all of it is on disk, so a step is complete or absent. Orbax
-detects files that are cut short, but not numbers that have changed: the manifest is compared before reading.
+detects files that are cut short, but not numbers that have changed: the manifest is compared before
+reading.
 
 Orbax's `CheckpointManager` doesn't name the steps, for two reasons. It renames a step before a manifest of
 its files could be in it. And every save of it calls JAX's preemption sync point with the step, which breaks
@@ -27,8 +28,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from distattn._compat import needed
-from distattn.cache.layout import Arrays
-from distattn.cache.slots import FREE
+from distattn.cache.layout import FREE, Arrays
 from distattn.distributed.agreement import fail_together, from_first, meet, present, ranks
 
 FORMAT = 1  # steps in other formats are refused
@@ -81,8 +81,8 @@ def open_step(directory: str | os.PathLike[str], step: int | None) -> tuple[Path
     about = _read_manifest(folder)["about"]
     if (written := about.pop("format")) != FORMAT:
         raise ValueError(
-            f"step {number} in {directory} was written in the format {written}, and this release of distattn "
-            f"reads the format {FORMAT}; use the release that wrote it"
+            f"step {number} in {directory} was written in the format {written}, and this release of "
+            f"distattn reads the format {FORMAT}; use the release that wrote it"
         )
     return folder, about
 

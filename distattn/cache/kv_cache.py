@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from distattn.attention import global_call
+from distattn.attention.global_call import attend
 from distattn.attention.sharding import Sharding, bring
 from distattn.attention.strategy import (
     QUERY_SHARDED,
@@ -23,29 +23,34 @@ from distattn.attention.strategy import (
     check_strategy,
     choose_strategy,
 )
-from distattn.cache import checkpoint
 from distattn.cache.arguments import (
     INT32,
+    LOCAL,
     attended_layer,
     check_new,
     check_not_traced,
     check_path,
-    check_range,
+    check_room,
     check_sizes,
     known,
     layer_index,
+    new_positions,
     on_host,
+    owners_of,
     per_sequence,
     per_token,
     sequence_indices,
     sequence_mask,
+    token_tree,
     up_to_lengths,
 )
+from distattn.cache.checkpoint import check_processes, open_step, read_arrays, save_step
 from distattn.cache.layout import (
     COUNTERS,
     LETTERS,
     Arrays,
     Layout,
+    empty,
     letters_in,
     letters_of,
     query_placement,
@@ -65,8 +70,6 @@ from distattn.cache.replicas import (
 )
 from distattn.cache.resize import check_fit, counted, resized, with_slots
 from distattn.cache.slots import (
-    FREE,
-    LOCAL,
     PLACEMENTS,
     Edit,
     Slots,
@@ -77,10 +80,8 @@ from distattn.cache.slots import (
     mask_of_tree,
     on_path,
     retag,
-    retag_replica,
     take_slots,
     tally,
-    without,
     write_tokens,
 )
 from distattn.collectives.mesh import check_mesh
@@ -93,12 +94,9 @@ from distattn.local.reproducible import reproducible_blocks_of
 class KVCache:
     """Keys and values of the tokens so far, in slots on many devices; a slot is tagged with a position.
 
-    A pytree: pass it through `jax.jit`, donate it, carry it through `jax.lax.scan`. Every method returns a
-    new cache and leaves the old one unchanged; under `jit(..., donate_argnums)` the new one is written in
-    place. All shapes are static, so no step compiles anew.
-
-    Create one with `create`. The letters are the package's; S is the capacity of a sequence, over all
-    devices, and L the number of layers; without layers that dimension is absent.
+    A pytree of static shapes: donate it to `jax.jit`, and every step writes in place and compiles once; carry
+    it through `jax.lax.scan`. Every method returns a new cache. Create one with `create`. S is the capacity of
+    a sequence, over all devices, and L the number of layers, a dimension that a cache may lack.
 
     Attributes:
       key: [L, B, S, K, H].
@@ -112,15 +110,15 @@ class KVCache:
       placed: int32[B], tokens that were ever appended to the sequence.
       overflow: bool[B], True if the last append was refused and the sequence left unchanged.
       refused: int32[B], tokens that all appends refused since `create` or the last `reset` of the sequence.
-        Read it once, after a loop under jit. A forked sequence has its source's.
-      replica: for each device a second copy of the slots of another one, by the names of the arrays; or None.
+        Read it once, after a loop under jit.
+      replica: for each device a second copy of the slots of another one, by name; or None.
       layout: axes of the mesh that shard sequences, slots and heads.
       placement: how a new token is placed, as in `create`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, distattn
-      >>> along_slots = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("x",)), jax.P(None, "x"))
-      >>> cache = distattn.KVCache.create(1, 16, 2, 4, dtype=jnp.float32, sharding=along_slots)  # B, S, K, H
+      >>> sharding = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("x",)), jax.P(None, "x"))
+      >>> cache = distattn.KVCache.create(1, 16, 2, 4, dtype=jnp.float32, sharding=sharding)  # B, S, K, H
       >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
       >>> cache = cache.append(key, value)
       >>> wanted = jax.nn.dot_product_attention(query, key, value, is_causal=True)
@@ -168,14 +166,14 @@ class KVCache:
           layers: L, for all layers of a model under one set of tags; None: one layer, without a dimension.
           dtype: of stored keys and values. int8 and the 8-bit floating-point dtypes are quantised, with a
             float32 scale for each slot and head (`distattn.cache.quantise.quantise` states the error).
-          sharding: `jax.NamedSharding` of keys [B, slots, K, H], or `jax.P` over the mesh of `jax.set_mesh`;
-            None: one device. Axes of a dimension are used in the order of the mesh.
+          sharding: `jax.NamedSharding` of keys [B, slots, K, H], or `jax.P` over the mesh of
+            `jax.set_mesh`; None: one device. The axes of a dimension are used in the order of the mesh.
           placement: the device of a new token. 'least_loaded': the one with the fewest tokens of the
-            sequence, so that a sequence is full only when all devices are; 'round_robin': each in turn,
-            refused if that one is full; 'block': the first device until it is full, then the next.
-          replicas: 2: each token is on two devices of different hosts, so that `recover` loses no token with
-            a host. The cache takes twice the memory; nothing more is sent, except for owner='local'. In a
-            program of one process the first axis of the slots stands for hosts.
+            sequence; 'round_robin': each in turn, refused if that one is full; 'block': the first device
+            until it is full, then the next.
+          replicas: 2: each token is on two devices of different hosts, so that `recover` loses no token
+            with a host. The cache takes twice the memory; nothing more is sent, except for owner='local'.
+            In a program of one process the first axis of the slots stands for hosts.
 
         Returns:
           KVCache.
@@ -209,22 +207,9 @@ class KVCache:
         size = dict(zip("BSKHV", sizes.values(), strict=True))
         size |= {"S": layout.rounded(capacity), "L": layers, "d": layout.devices}
         names = [name for name in LETTERS if quantised or "scale" not in name]
-        fills = {"positions": (FREE, jnp.int32), "overflow": (False, jnp.bool_)}
-        fills |= {"key": (0, dtype), "value": (0, dtype)}
-        fills |= {"key_scale": (0, jnp.float32), "value_scale": (0, jnp.float32)}
-
-        def filled(letters: dict[str, str]) -> Arrays:
-            return {
-                name: _filler(
-                    tuple(size[letter] for letter in dims),
-                    *fills.get(name, (0, jnp.int32)),
-                    layout.sharding(dims),
-                )()
-                for name, dims in letters.items()
-            }
-
-        arrays = filled(letters_of(names, layers is not None))
-        replica = filled(token_letters(arrays)) if replicas == 2 else None
+        letters = letters_of(names, layers is not None)
+        arrays = empty(layout, letters, size, dtype)
+        replica = empty(layout, token_letters(arrays), size, dtype) if replicas == 2 else None
         absent = dict.fromkeys(LETTERS)  # None for the scales
         return KVCache(**absent | arrays, replica=replica, layout=layout, placement=placement)
 
@@ -262,18 +247,17 @@ class KVCache:
         Args:
           key: [B, T, K, H]; in a cache with layers [L, B, T, K, H].
           value: [B, T, K, V] or [L, B, T, K, V].
-          positions: int32[T] or int32[B, T]; default: the next ones of the sequence.
-          lengths: int32[B] or one for all sequences, 0 .. T, how many of the T tokens each gets.
-          owner: as in `reserve`; default: by the cache's placement, or 'local' if key is seen to be sharded
-            along T over the axes of the slots.
+          positions: as in `reserve`.
+          lengths: as in `reserve`.
+          owner: as in `reserve`; 'local' by default if key is seen to be sharded along T over the axes of
+            the slots.
 
         Returns:
           The cache. If a sequence has no room for its new tokens, none are written; its `overflow` is set,
-          and `refused` counts them.
+          and `refused` counts them. Outside of jit that is an error, and nothing is written at all.
 
         Raises:
-          ValueError: a wrong shape or dtype, or an error of `reserve`. Outside of jit also a sequence without
-            room: nothing is written then.
+          ValueError: a wrong shape or dtype, or an error of `reserve`.
 
         Examples:
           >>> import jax.numpy as jnp, distattn
@@ -285,7 +269,7 @@ class KVCache:
         """
         key, value = jnp.asarray(key), jnp.asarray(value)
         tokens = key.shape[-3] if key.ndim > 2 else 0
-        self._check_new(key, value, tokens, self.layers)
+        check_new({"key": key, "value": value}, self.arrays, tokens, all_layers=True)
         if owner is None and sharded_along(key, key.ndim - 3, self.layout):
             owner = LOCAL
         cache, reserved = self.reserve(tokens, positions=positions, lengths=lengths, owner=owner)
@@ -301,27 +285,27 @@ class KVCache:
     ) -> tuple[KVCache, Slots]:
         """Reserve slots for new tokens in every sequence, tagged with their positions.
 
-        Then call `write`, once for each layer, before you attend to the cache: until then the slots contain
-        what was there before. Nothing is sent between devices.
+        Then call `write` for each layer before you attend to the cache. Nothing is sent between devices.
 
         Args:
           tokens: T, the most that a sequence gets.
-          positions: int32[T] or int32[B, T]; default: the next ones of the sequence. Negative: no token. Two
+          positions: int32[T] or int32[B, T]; None: the next ones of the sequence. Negative: no token. Two
             tokens of a sequence may have one position; both are attended to.
-          lengths: int32[B] or one for all sequences, 0 .. T; sequence b gets its first lengths[b] tokens;
-            default T. A tracer can't be checked: its values count as the nearest in 0 .. T.
+          lengths: int32[B] or one for all, 0 .. T: sequence b gets its first lengths[b] tokens; None: T.
+            The values of a tracer can't be checked, and count as the nearest in 0 .. T.
           owner: int32[T] or int32[B, T], the device of each token, counted along the axes of the slots;
-            'local': the device that has the token already, if keys and values are sharded along T over these
-            axes; default: by the cache's placement. A device that doesn't exist, in a tracer, has no room.
+            'local': the device that has the token already, if keys and values are sharded along T over
+            these axes; None: by the cache's placement. A device that doesn't exist, in a tracer, has no
+            room.
 
         Returns:
           The cache with its tags, and the `Slots`. If a sequence has no room for its new tokens, it gets no
           slots; its `overflow` is set, and `refused` counts them.
 
         Raises:
-          ValueError: a wrong shape, lengths out of 0 .. T, devices that don't exist, also in arrays on
-            devices: outside of jit the call waits for them anyway, to see if a sequence is full. Outside of
-            jit also a sequence without room. Arrays on other hosts can't be read, and are as under jit.
+          ValueError: a wrong shape, or a value out of range, also in arrays on devices: outside of jit the
+            call waits for them anyway. Outside of jit also a sequence without room. Arrays on other hosts
+            can't be read, and are treated as under jit.
 
         Examples:
           >>> import jax.numpy as jnp, distattn
@@ -330,8 +314,9 @@ class KVCache:
           >>> slots.positions.tolist(), cache.next_position.tolist()
           ([[0, 1, 2], [0, -1, -1]], [3, 1])
         """
-        new = self._new_positions(tokens, positions, lengths)
-        owners, local = self._owners(tokens, owner)
+        batch, devices = self.counts.shape
+        new = new_positions(tokens, positions, lengths, self.next_position)
+        owners, local = owners_of(owner, batch, tokens, devices)
 
         def take(layout: Layout, tags: jax.Array) -> tuple[jax.Array, ...]:
             return layout.run(
@@ -343,7 +328,7 @@ class KVCache:
             )
 
         tags, counts, index, taken, overflow = take(self.layout, self.positions)
-        self._refuse(new, overflow)
+        check_room(new, overflow, self.counts, self.capacity // devices, self.placement)
         replica, replica_index = self.replica, None
         if replica is not None:
             copies, _, replica_index, _, _ = take(replica_layout(self.layout), replica["positions"])
@@ -370,8 +355,8 @@ class KVCache:
           key: [B, T, K, H]; for all layers at once [L, B, T, K, H].
           value: [B, T, K, V] or [L, B, T, K, V].
           slots: from `reserve`.
-          layer: int32[], the layer to write; None: all. Python's and numpy's numbers are checked; if a tracer
-            or an array on a device is out of range, nothing is written.
+          layer: int32[], the layer to write; None: all. Python's and numpy's numbers are checked; if a
+            tracer or an array on a device is out of range, nothing is written.
 
         Returns:
           The cache.
@@ -392,30 +377,26 @@ class KVCache:
         """
         key, value = jnp.asarray(key), jnp.asarray(value)
         index = layer_index(layer, self.layers)
-        self._check_new(
-            key, value, slots.positions.shape[1], self.layers if layer is None else None
-        )
+        tokens = slots.positions.shape[1]
+        check_new({"key": key, "value": value}, self.arrays, tokens, all_layers=layer is None)
         new = as_stored(key, value, self.key.dtype)
         letters = letters_of(new, self.layers is not None)
         arriving = [dims.replace("S", "D" if slots.local else "T") for dims in letters.values()]
         if layer is not None:
             arriving = [dims.removeprefix("L") for dims in arriving]
 
-        def put(layout: Layout, stored: Arrays, slot: jax.Array) -> Arrays:
+        def put(layout: Layout, arrays: Arrays) -> Arrays:
             written = layout.run(
                 write_tokens,
                 ("DB.", None if layer is None else "", *letters.values(), *arriving),
                 (*letters.values(),),
-                *(slot, index, *(stored[name] for name in new), *new.values()),
+                slots.replica_index if layout.replica_source else slots.index,
+                *(index, *(arrays[name] for name in new), *new.values()),
                 static=(self.layers is not None, slots.local),
             )
-            return stored | dict(zip(new, written, strict=True))
+            return dict(zip(new, written, strict=True))
 
-        replica = self.replica
-        if replica is not None:
-            replica = put(replica_layout(self.layout), replica, slots.replica_index)
-        arrays = put(self.layout, self.arrays, slots.index)
-        return dataclasses.replace(self, **arrays, replica=replica)
+        return self._changed(put)
 
     def attend(
         self,
@@ -442,7 +423,7 @@ class KVCache:
         strategy: StrategyLike = "auto",
         reproducible: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Return attention of queries to the cache, as `distattn.dot_product_attention`.
+        """Return attention of queries to the cache; `distattn.dot_product_attention` documents more.
 
         Append the queries' own keys first. No key and no value is moved or copied.
 
@@ -450,16 +431,16 @@ class KVCache:
           query: [B, T, N, H]; K divides N.
           bias: float, broadcasts to [B, N, T, S]; S are the slots, whose positions are `cache.positions`.
           mask: bool, broadcasts to [B, N, T, S].
-          layer: int32[], the layer of a cache with layers. Python's and numpy's numbers are checked; a tracer
-            or an array on a device that is out of range counts as the nearest layer.
-          query_positions: int32[T] or int32[B, T]; default: those of the last append, or of its last T
-            tokens: next_position - min(appended, T) + 0, 1, ... Pass them if you appended at other positions.
+          layer: int32[], in a cache with layers. A tracer or an array on a device that is out of range
+            counts as the nearest layer; other values are checked.
+          query_positions: int32[T] or int32[B, T]; None: those of the last append, or of its last T tokens:
+            next_position - min(appended, T) + 0, 1, ... Pass them if you appended at other positions.
           is_causal: attend if key position <= query position. True by default, unlike in
             `dot_product_attention`: a cache may contain what comes after a query.
-          tree_mask: bool[T, T] or bool[B, T, T], if the queries are the last append and the nodes of a token
-            tree, each after its parent: [t, u] is True if node t attends to node u, an ancestor or itself. All
-            nodes attend to all earlier tokens. Append the nodes at the next positions of the sequence, which
-            then number them, and rotate by start + depth; see `accept`.
+          tree_mask: bool[T, T] or bool[B, T, T], if the queries are the last append and the nodes of a
+            token tree, each after its parent: [t, u] is True if u is t or an ancestor of t. All nodes
+            attend to all earlier tokens. Append nodes at the next positions, and rotate by start + depth;
+            see `accept`.
           scale: Python number; None: 1 / sqrt(H).
           query_seq_lengths: int32[B]; queries from this index on give 0.
           key_value_seq_lengths: int32[B]; attend if key position < length.
@@ -473,8 +454,9 @@ class KVCache:
           key_value_segment_ids: int32[S] or int32[B, S], of the slots.
           query_sharding: `jax.NamedSharding`, or `jax.P` over the cache's mesh, of query; T may be sharded
             over the axes of the slots or others. None: read from query if possible, else replicated.
-          strategy: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; 'reduce_scatter' for a
-            query sharded along T over the axes of the slots. 'gather_kv' would gather the cache: an error.
+          strategy: 'auto', 'butterfly', 'psum', 'all_gather', 'fused' or a `Schedule`; 'reduce_scatter' for
+            a query sharded along T over the axes of the slots. 'gather_kv' would gather the cache: an
+            error.
           reproducible: give bitwise equal results on any number of devices, for any order of tokens, as in
             `dot_product_attention`, but in blocks of one key, since slots fill up one by one: 4 times the
             time for one query, 11 for eight. Bits change where the capacity passes 486, 7782 or 124518.
@@ -501,8 +483,8 @@ class KVCache:
         if strategy in QUERY_SHARDED and strategy != "reduce_scatter":
             raise ValueError(
                 f"strategy={strategy!r} moves keys and values, and those of a cache are never moved; use "
-                "'auto', 'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query sharded "
-                "along T"
+                "'auto', 'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query that is "
+                "sharded along T"
             )
         query = jnp.asarray(query)
         if query.ndim != 4:
@@ -512,7 +494,9 @@ class KVCache:
         if query_positions is None and (is_causal or local_window_size is not None):
             query_positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
         if tree_mask is not None:
-            in_tree = self._tree_mask(start, tree_mask, tokens)
+            tree = token_tree(tree_mask, self.positions.shape[0], tokens)
+            arrays = (self.positions, start, tree)
+            (in_tree,) = self.layout.run(mask_of_tree, ("BS", "B", "B.."), ("B..S",), *arrays)
             mask = in_tree if mask is None else in_tree & jnp.asarray(mask)
         placement = query_placement(self.layout, query, self.key, self.value, query_sharding)
         inputs = make_inputs(
@@ -541,7 +525,7 @@ class KVCache:
         logit_config = make_logit_config(query, scale, logits_soft_cap, precision)
         placement, chosen = choose_strategy(placement, inputs, strategy, blocks)
         call = Call(placement, chosen, logit_config, implementation, blocks)
-        out, lse = global_call.attend(call, inputs)
+        out, lse = attend(call, inputs)
         return (out, lse) if return_residual else out
 
     def reset(self, sequences: ArrayLike) -> KVCache:
@@ -565,20 +549,21 @@ class KVCache:
           ([0, 3], [[0], [3]])
         """
         gone = sequence_mask("sequences", sequences, self.positions.shape[0])
-        names = ("positions", "counts", *COUNTERS)
-        letters = [LETTERS[name] for name in names]
-        old = (getattr(self, name) for name in names)
-        changed = self.layout.run(clear, ("B", *letters), letters, gone, *old)
-        replica = self._retagged_replica(without, gone)
-        return dataclasses.replace(self, replica=replica, **dict(zip(names, changed, strict=True)))
+
+        def cleared(layout: Layout, arrays: Arrays) -> Arrays:
+            names = ("positions", "counts", *COUNTERS)
+            letters = {name: LETTERS[name] for name in names if name in arrays}
+            return layout.update(clear, arrays, letters, gone, argument_letters="B")
+
+        return self._changed(cleared)
 
     def rewind(self, lengths: ArrayLike) -> KVCache:
         """Free all positions from a length on: those of a rejected draft, for example.
 
         Args:
-          lengths: int32[B], or one for all sequences; positions below stay. Python's and numpy's numbers are
-            checked, for which a call outside of jit waits until `next_position` is known. Tracers and arrays
-            on devices are not: a length beyond the next position changes nothing, one below 0 is 0.
+          lengths: int32[B], or one for all sequences; positions below stay. Python's and numpy's numbers
+            are checked, for which a call outside of jit waits until `next_position` is known. Tracers and
+            arrays on devices are not: a length beyond the next position changes nothing, one below 0 is 0.
 
         Returns:
           The cache, whose next positions are at most the lengths.
@@ -600,7 +585,8 @@ class KVCache:
             lengths,
             self.positions.shape[0],
             high=INT32.max if ends is None else ends,
-            remedy="a sequence is never made longer; pass cache.next_position to keep all of it, 0 to empty it",
+            remedy="a sequence is never made longer; pass cache.next_position to keep all of it, 0 to "
+            "empty it",
         )
         lengths = jnp.maximum(lengths, 0)
         next_position = jnp.minimum(self.next_position, lengths)
@@ -611,9 +597,9 @@ class KVCache:
     def evict(self, window: ArrayLike, *, keep_first: ArrayLike = 0) -> KVCache:
         """Free old positions: the last `window` of a sequence stay, and the first `keep_first`.
 
-        With keep_first > 0 these are the attention sinks of Xiao et al., "Efficient Streaming Language Models
-        with Attention Sinks", arXiv 2309.17453, section 3. Positions do not move up: rotate keys by their
-        positions, or by their rank, before you append them.
+        With keep_first > 0 these are the attention sinks of Xiao et al., "Efficient Streaming Language
+        Models with Attention Sinks", arXiv 2309.17453, section 3. Positions do not move up: rotate keys by
+        their positions, or by their rank, before you append them.
 
         Args:
           window: int32[B], or one for all sequences: positions p >= next_position - window stay. Only
@@ -644,25 +630,23 @@ class KVCache:
     def accept(self, nodes: ArrayLike, lengths: ArrayLike | None = None) -> KVCache:
         """Keep one path of the last append, a token tree, and free its other nodes.
 
-        The nodes of the path get the positions start, start + 1, ..., where start is the position of the first
-        node; see `tree_mask` of `attend`. Keys stay as they were rotated: rotate the key of a node by start +
-        its depth.
+        The nodes of the path get the positions start, start + 1, ..., where start is the position of the
+        first node; see `tree_mask` of `attend`. Keys stay as they were rotated.
 
         Args:
           nodes: int32[P] or int32[B, P], indices into the tokens of the last append, from the root on, each
-            once; negative: no node. If the last append added nothing to a sequence, it keeps no node.
-            Python's and numpy's numbers are checked, for which a call outside of jit waits until `appended`
-            is known. In others, a node that doesn't exist is no node; one that comes twice keeps its first
-            place, and the position of the second is empty.
-          lengths: int32[B], how many of the P nodes each sequence keeps; default P. Checked as nodes; others
-            count as the nearest in 0 .. P.
+            once; negative: no node. If the last append added nothing to a sequence, it keeps no node. In a
+            tracer, or an array on a device, a node that doesn't exist is no node; one that comes twice
+            keeps its first place, and the second position is empty. Other values are checked, for which a
+            call outside of jit waits until `appended` is known.
+          lengths: int32[B], how many of the P nodes each sequence keeps; None: P. Checked as nodes;
+            unchecked values count as the nearest in 0 .. P.
 
         Returns:
           The cache, whose next position is one past the path.
 
         Raises:
-          ValueError: a wrong shape or dtype; a node that comes twice; lengths out of 0 .. P; outside of jit
-            also a node that the last append did not add.
+          ValueError: a wrong shape or dtype, a node that comes twice, or a value out of range.
 
         Examples:
           >>> import jax.numpy as jnp, distattn
@@ -696,8 +680,8 @@ class KVCache:
 
         Args:
           source: the index of a sequence, or int32[n].
-          target: the sequence, or sequences, that become copies; each one once. Under jit a pair with an index
-            out of range is ignored, and the last of several pairs with one target counts.
+          target: the sequence, or sequences, that become copies; each one once. Under jit a pair with an
+            index out of range is ignored, and the last of several pairs with one target counts.
 
         Returns:
           The cache. A copy has all counters of its source, `refused` too.
@@ -719,26 +703,24 @@ class KVCache:
         targets = sequence_indices("target", target, batch)
         if sources.shape != targets.shape:
             raise ValueError(
-                f"source has {sources.shape[0]} sequences and target {targets.shape[0]}; pass one source for "
-                "each target"
+                f"source has {sources.shape[0]} sequences and target {targets.shape[0]}; pass one source "
+                "for each target"
             )
         values = known(target)
         if values is not None and len(np.unique(values)) < values.size:
             raise ValueError(
-                f"target is {values.tolist()}; a sequence becomes a copy of one other: pass each target once"
+                f"target is {values.tolist()}; a sequence becomes a copy of one other: pass each target "
+                "once"
             )
 
-        def copied(layout: Layout, arrays: Arrays, letters: dict[str, str]) -> Arrays:
-            dims = (*letters.values(),)
-            inputs = (sources, targets, *(arrays[name] for name in letters))
-            changed = layout.run(copy_sequences, (".", ".", *dims), dims, *inputs, static=(dims,))
-            return dict(zip(letters, changed, strict=True))
+        def copied(layout: Layout, arrays: Arrays) -> Arrays:
+            letters = letters_in(arrays)
+            static, pair = ((*letters.values(),),), (sources, targets)
+            return layout.update(
+                copy_sequences, arrays, letters, *pair, argument_letters="..", static=static
+            )
 
-        arrays, replica = self.arrays, self.replica
-        if replica is not None:
-            replica = copied(replica_layout(self.layout), replica, token_letters(replica))
-        arrays = copied(self.layout, arrays, letters_in(arrays))
-        return dataclasses.replace(self, **arrays, replica=replica)
+        return self._changed(copied)
 
     def resize(
         self,
@@ -748,38 +730,34 @@ class KVCache:
         placement: str | None = None,
         replicas: int | None = None,
     ) -> KVCache:
-        """Return the same tokens in a cache of another capacity, with another sharding, or both.
+        """Return the same tokens with another capacity, another sharding, or both. Not under jit.
 
-        Call it outside of jit. With the same sharding no key and no value leaves its device, unless the cache
-        shrinks and a device has more tokens of a sequence than it will have slots. Then only those tokens
-        move, to the devices with the fewest; meanwhile a device needs twice the memory of its shards of the
-        old and the new cache. Between meshes each device gets its shard of the slots, and never all of them.
+        With the same sharding no key and no value leaves its device, unless the cache shrinks and a device
+        has more tokens of a sequence than it will have slots. Then only those tokens move, to the devices
+        with the fewest; meanwhile a device needs twice the memory of its shards of the old and the new
+        cache. Between meshes each device gets its shard of the slots, and never all of them.
 
         Args:
           capacity: tokens of a sequence, S, rounded up to a multiple of the new devices; None: as before.
-          sharding: as in `create`, None being one device; `jax.P` is over the mesh of `jax.set_mesh`, or else
-            that of the cache. 'keep': as before.
+          sharding: as in `create`, None being one device; `jax.P` is over the mesh of `jax.set_mesh`, or
+            else that of the cache. 'keep': as before.
           placement: for new tokens from now on; None: as before.
-          replicas: of each token from now on, as in `create`; None: as before. Replicas are not moved but made
-            anew: each device sends its slots once.
+          replicas: as in `create`; None: as before. They are made anew: each device sends its slots once.
 
         Returns:
           The cache. Positions, next positions and counters are unchanged.
 
         Raises:
-          ValueError: a sequence with more tokens than the new capacity, or an error of `create`; nothing has
-            changed then.
+          ValueError: a sequence with more tokens than the new capacity, or an error of `create`.
 
         Examples:
           >>> import jax, jax.numpy as jnp, distattn
           >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
-          >>> new = jnp.ones((1, 3, 1, 4))
+          >>> cache = cache.append(jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)))
           >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
-          >>> cache = cache.append(new, new)
           >>> cache = cache.resize(16, sharding=jax.NamedSharding(mesh, jax.P(None, "x")))
-          >>> held = sorted(p for p in cache.positions[0].tolist() if p >= 0)
-          >>> cache.capacity, cache.layout.mesh == mesh, held
-          (16, True, [0, 1, 2])
+          >>> cache.capacity, cache.layout.mesh == mesh, int(cache.counts.sum())
+          (16, True, 3)
         """
         check_not_traced("resize", self.positions)
         layout = self.layout
@@ -798,8 +776,8 @@ class KVCache:
         """Write the cache to disk as a new step; return when it is complete.
 
         Args:
-          directory: of all steps, on a file system of this machine, or one that all processes share; it is
-            made if it doesn't exist. Steps are directories in it; you may delete them.
+          directory: of all steps, on a file system that all processes share; it is made if it doesn't
+            exist. Steps are directories in it; you may delete them.
           step: a new number; None: one more than the largest, or 0.
 
         Returns:
@@ -815,17 +793,16 @@ class KVCache:
         Examples:
           >>> import tempfile, jax.numpy as jnp, distattn
           >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
-          >>> new = jnp.ones((1, 3, 1, 4))
           >>> with tempfile.TemporaryDirectory() as directory:
-          ...     step = cache.append(new, new).save(directory)
+          ...     step = cache.append(jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4))).save(directory)
           ...     restored = distattn.KVCache.restore(directory)
           >>> step, restored.next_position.tolist()
           (0, [3])
         """
-        checkpoint.check_processes(self.layout.mesh)
+        check_processes(self.layout.mesh)
         check_not_traced("save", self.positions)
         arrays = {name: x for name, x in self.arrays.items() if name != "counts"}
-        return checkpoint.save_step(directory, step, arrays, self._sizes())
+        return save_step(directory, step, arrays, self._sizes())
 
     @staticmethod
     def restore(
@@ -843,19 +820,19 @@ class KVCache:
 
         Args:
           directory: as in `save`.
-          step: its number; None: the largest. If a later save was interrupted, that is a warning.
+          step: its number; None: the largest, with a warning if a later save was interrupted.
           capacity: tokens of a sequence, S; None: as saved, rounded up to a multiple of the devices.
           sharding: as in `create`; None: one device.
           placement: for new tokens from now on; None: as saved.
-          replicas: of each token from now on, as in `create`; one copy is saved, however many there were.
+          replicas: as in `create`; one copy is saved, however many there were.
 
         Returns:
           The cache, which continues as the saved one would have.
 
         Raises:
           FileNotFoundError: no such step; the message lists the steps, and those that were interrupted.
-          OSError: a file of the step is missing or has changed; the message says which, and names the
-            latest earlier step that is whole.
+          OSError: a file of the step is missing or has changed; the message names an earlier step that is
+            whole.
           ValueError: an error of `create` or `resize`; a step in another format.
           ModuleNotFoundError: Orbax is not installed.
           NotImplementedError: a mesh without devices of some process of the program.
@@ -863,19 +840,18 @@ class KVCache:
         Examples:
           >>> import tempfile, jax, jax.numpy as jnp, distattn
           >>> cache = distattn.KVCache.create(1, 8, 1, 4, dtype=jnp.float32)
-          >>> new = jnp.ones((1, 3, 1, 4))
           >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))  # not the devices that it was saved from
           >>> with tempfile.TemporaryDirectory() as directory:
-          ...     step = cache.append(new, new).save(directory, step=7)
+          ...     step = cache.save(directory, step=7)
           ...     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
           ...     restored = distattn.KVCache.restore(directory, sharding=sharding)
-          >>> restored.next_position.tolist(), restored.layout.devices == mesh.size
-          ([3], True)
+          >>> step, restored.layout.devices == mesh.size
+          (7, True)
         """
         layout = read_layout(sharding)
         check_replicas(replicas, layout)
-        checkpoint.check_processes(layout.mesh)
-        folder, sizes = checkpoint.open_step(directory, step)
+        check_processes(layout.mesh)
+        folder, sizes = open_step(directory, step)
         like = empty_like(layout, sizes)
         with layout.context():
             letters = letters_in(shapes := like.arrays)
@@ -884,7 +860,7 @@ class KVCache:
                 for name, x in shapes.items()
                 if name != "counts"
             }
-            arrays = checkpoint.read_arrays(folder, shapes, sizes["capacity"])
+            arrays = read_arrays(folder, shapes, sizes["capacity"])
             cache = dataclasses.replace(like, **counted(layout, arrays))
         if placement is None and capacity is None and replicas == 1:
             return cache
@@ -901,24 +877,21 @@ class KVCache:
 
         With two replicas no position is lost with one host. The capacity stays, and the tokens are spread
         evenly over the remaining devices. Meanwhile a device needs memory for twice its shard of the old
-        cache, beside the old and the new one.
-
-        You can compute the lost positions again from their tokens, all at once: reserve slots for them
-        (`reserve(..., positions=lost)`), and attend by `query_positions`.
+        cache, beside the old and the new one. You can compute the lost positions again from their tokens:
+        reserve slots for them (`reserve(..., positions=lost)`), and attend by `query_positions`.
 
         Args:
-          mesh: the mesh of the cache without the lost devices: some indices along one axis are left out. The
-            axis shards slots, or nothing. `distattn.distributed.all_or_none` gives it.
-          expected: int32[n] for each sequence, the positions that it had; None: all below its next one. Pass
-            it if some had been evicted.
+          mesh: the mesh of the cache without the lost devices: some indices along one axis are left out.
+            The axis shards slots, or nothing. `distattn.distributed.all_or_none` gives it.
+          expected: int32[n] for each sequence, the positions that it had; None: all below its next one.
+            Pass it if some had been evicted.
           replicas: from now on, 1 or 2; None: as before, or 1 if the remaining devices are on one host.
 
         Returns:
           The cache, and for each sequence the positions that it had and has no more, int32[n], ascending.
 
         Raises:
-          ValueError: another mesh than that; expected positions that were not there, if some are lost; a
-            cache under a trace. Nothing has changed then.
+          ValueError: another mesh than that; expected positions that were not there, if some are lost.
 
         Examples:
           >>> import jax, jax.numpy as jnp, distattn
@@ -926,7 +899,8 @@ class KVCache:
           >>> sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
           >>> cache = distattn.KVCache.create(1, 16, 1, 4, dtype=jnp.float32, sharding=sharding)
           >>> cache = cache.append(jnp.ones((1, 8, 1, 4)), jnp.ones((1, 8, 1, 4)))
-          >>> half = jax.sharding.Mesh(mesh.devices[: -(-mesh.size // 2)], ("x",), axis_types=mesh.axis_types)
+          >>> half = mesh.devices[: -(-mesh.size // 2)]
+          >>> half = jax.sharding.Mesh(half, ("x",), axis_types=mesh.axis_types)
           >>> cache, lost = cache.recover(half)
           >>> sorted([*lost[0].tolist(), *(p for p in cache.positions[0].tolist() if p >= 0)])
           [0, 1, 2, 3, 4, 5, 6, 7]
@@ -968,101 +942,29 @@ class KVCache:
         with self.layout.context():
             return dataclasses.replace(self, replica=replicated(self.layout, self.arrays))
 
-    def _check_new(self, key: jax.Array, value: jax.Array, tokens: int, layers: int | None) -> None:
-        batch, heads = self.positions.shape[0], self.key.shape[-2]
-        check_new("key", key, batch, tokens, heads, self.key.shape[-1], layers)
-        check_new("value", value, batch, tokens, heads, self.value.shape[-1], layers)
-
-    def _new_positions(
-        self, tokens: int, positions: ArrayLike | None, lengths: ArrayLike | None
-    ) -> jax.Array:
-        """Return int32[B, T], the positions of new tokens, -1 for no token."""
-        if isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1:
-            raise ValueError(
-                f"tokens is {tokens!r}; it must be an int of at least 1: pass lengths for sequences that get "
-                "none"
-            )
-        batch = self.positions.shape[0]
-        if positions is None:
-            new = self.next_position[:, None] + np.arange(tokens, dtype=np.int32)[None]
-        else:
-            new = per_token("positions", positions, batch, tokens)
-            remedy = "positions are int32, and the next one must be too; negative is no token"
-            check_range("positions", known(positions), INT32.min, INT32.max - 1, remedy)
-        if lengths is not None:
-            remedy = (
-                f"the first ones of the T={tokens} tokens; append more tokens, or 0 for no token"
-            )
-            lengths = per_sequence("lengths", lengths, batch, high=tokens, remedy=remedy, read=True)
-        return up_to_lengths(new, lengths)
-
-    def _owners(self, tokens: int, owner: ArrayLike | str | None) -> tuple[jax.Array | None, bool]:
-        """Return int32[B, T] or None, and whether each token stays on its device."""
-        devices = self.layout.devices
-        if owner is None:
-            return None, False
-        if not isinstance(owner, str):
-            owners = per_token("owner", owner, self.positions.shape[0], tokens)
-            check_range("owner", known(owner), 0, devices - 1, f"slots are on {devices} devices")
-            return owners, False
-        if owner != LOCAL:
-            raise ValueError(f"owner is {owner!r}; it must be int32[B, T], 'local' or None")
-        if tokens % devices:
-            raise ValueError(
-                f"owner='local' shards T={tokens} tokens evenly over {devices} devices; pad them to a "
-                "multiple, and pass lengths"
-            )
-        return None, True
-
-    def _refuse(self, new: jax.Array, overflow: jax.Array) -> None:
-        """Raise ValueError outside of jit if a sequence has no room for its new tokens."""
-        refused = known(overflow)
-        if refused is None or not refused.any():
-            return
-        sequences = np.flatnonzero(refused)
-        first = sequences[0]
-        wanted = int(np.asarray((new[first] >= 0).sum()))
-        free = self.capacity // self.layout.devices - np.asarray(self.counts)[first]
-        raise ValueError(
-            f"sequence {first} gets {wanted} new tokens, and its free slots are {free.tolist()} on the devices "
-            f"of the cache (sequences that overflow: {sequences.tolist()}; placement {self.placement!r}); "
-            "nothing was written: evict, rewind or reset the sequence, resize the cache, or append less"
-        )
-
-    def _tree_mask(self, start: jax.Array, tree: ArrayLike, tokens: int) -> jax.Array:
-        """Return the mask bool[B, 1, T, S] of a token tree, the last append."""
-        batch, tree = self.positions.shape[0], jnp.asarray(tree)
-        if tree.dtype != jnp.bool_ or tree.shape not in ((tokens, tokens), (batch, tokens, tokens)):
-            raise ValueError(
-                f"tree_mask is {tree.dtype}{list(tree.shape)}; it must be bool[T, T] or bool[B, T, T] with "
-                f"T={tokens}, B={batch}: which query attends to which of the last {tokens} tokens"
-            )
-        tree = jnp.broadcast_to(tree if tree.ndim == 3 else tree[None], (batch, tokens, tokens))
-        arrays = (self.positions, start, tree)
-        return self.layout.run(mask_of_tree, ("BS", "B", "B.."), ("B..S",), *arrays)[0]
+    def _changed(self, change: Callable[[Layout, Arrays], Arrays]) -> KVCache:
+        """Return the cache with the arrays that change(layout, arrays) returns, in the replica too."""
+        changed, replica = change(self.layout, self.arrays), self.replica
+        if replica is not None:
+            replica = replica | change(replica_layout(self.layout), replica)
+        return dataclasses.replace(self, **changed, replica=replica)
 
     def _retagged(self, edit: Edit, *arguments: jax.Array) -> KVCache:
         """Return the cache with the tags edit(tags, *arguments), on the devices that store them."""
         letters = ["B" + "." * (x.ndim - 1) for x in arguments]
-        tags, counts = self.layout.run(
-            retag,
-            ("BS", *letters),
-            ("BS", "Bd"),
-            *(self.positions, *arguments),
-            static=(edit,),
-        )
-        replica = self._retagged_replica(edit, *arguments)
-        return dataclasses.replace(self, positions=tags, counts=counts, replica=replica)
 
-    def _retagged_replica(self, edit: Edit, *arguments: jax.Array) -> Arrays | None:
-        if self.replica is None:
-            return None
-        letters = ["B" + "." * (x.ndim - 1) for x in arguments]
-        tags = (self.replica["positions"], *arguments)
-        (copies,) = replica_layout(self.layout).run(
-            retag_replica, ("BS", *letters), ("BS",), *tags, static=(edit,)
-        )
-        return self.replica | {"positions": copies}
+        def edited(layout: Layout, arrays: Arrays) -> Arrays:
+            names = [name for name in ("positions", "counts") if name in arrays]
+            changed = layout.run(
+                retag,
+                ("BS", *letters),
+                [LETTERS[name] for name in names],
+                *(arrays["positions"], *arguments),
+                static=(edit, "counts" in names),
+            )
+            return dict(zip(names, changed, strict=True))
+
+        return self._changed(edited)
 
 
 def empty_like(layout: Layout, sizes: dict[str, Any]) -> KVCache:
@@ -1070,12 +972,3 @@ def empty_like(layout: Layout, sizes: dict[str, Any]) -> KVCache:
     create = functools.partial(KVCache.create, **sizes, sharding=layout.sharding("BSKH"))
     with layout.context():
         return jax.eval_shape(create)
-
-
-@functools.lru_cache
-def _filler(
-    shape: tuple[int, ...], fill: Any, dtype: Any, sharding: NamedSharding | None
-) -> Callable[[], jax.Array]:
-    """Return a function that makes an array with its sharding; compiled once for each kind of array."""
-    make = functools.partial(jnp.full, shape, fill, dtype)
-    return make if sharding is None else jax.jit(make, out_shardings=sharding)

@@ -24,6 +24,7 @@ from distattn.collectives.mesh import axes_of, free_axes, manual, partition_spec
 from distattn.planning.plan import Axes
 
 Arrays = dict[str, jax.Array]
+FREE = -1  # the tag of a slot without a token
 
 # The arrays that hold tokens, which a replica has too.
 TOKEN_LETTERS = {
@@ -64,8 +65,8 @@ class Layout:
         """Raise ValueError if the devices along the axes do not divide an argument."""
         if size % self.size(axes):
             raise ValueError(
-                f"{name} is {size}, and sharding shards it over {axes}, {self.size(axes)} devices, which do "
-                "not divide it; pass a multiple of them, or shard it over fewer axes"
+                f"{name} is {size}, and sharding shards it over {axes}, {self.size(axes)} devices, which "
+                "do not divide it; pass a multiple of them, or shard it over fewer axes"
             )
 
     def spec(self, letters: str) -> PartitionSpec:
@@ -130,6 +131,21 @@ class Layout:
         self.check_outside()
         return _run(self, body, static, tuple(letters), tuple(out_letters), *arguments)
 
+    def update(
+        self,
+        body: Callable[..., Any],
+        arrays: Arrays,
+        letters: dict[str, str],
+        *arguments: Any,
+        argument_letters: Sequence[str | None] = (),
+        static: tuple[Any, ...] = (),
+    ) -> Arrays:
+        """Run body(self, *static, *arguments, *arrays), which changes the arrays that have letters here."""
+        dims = (*letters.values(),)
+        inputs = (*arguments, *(arrays[name] for name in letters))
+        changed = self.run(body, (*argument_letters, *dims), dims, *inputs, static=static)
+        return dict(zip(letters, changed, strict=True))
+
     # For the body of `run`.
 
     def rank(self) -> jax.Array | int:
@@ -161,6 +177,42 @@ def _run(
         axis_names=() if layout.mesh is None else layout.free_axes(),
     )
     return mapped(*arguments)
+
+
+def empty(
+    layout: Layout, letters: dict[str, str], size: dict[str, int | None], dtype: jnp.dtype
+) -> Arrays:
+    """Return empty arrays of a cache, by name.
+
+    Args:
+      layout: of the cache.
+      letters: of each array.
+      size: of each letter.
+      dtype: of keys and values.
+    """
+    kinds = {
+        **dict.fromkeys(("key", "value"), (0, dtype)),
+        **dict.fromkeys(("key_scale", "value_scale"), (0, jnp.float32)),
+        "positions": (FREE, jnp.int32),
+        "overflow": (False, jnp.bool_),
+    }
+    return {
+        name: _filler(
+            tuple(size[letter] for letter in dims),
+            *kinds.get(name, (0, jnp.int32)),
+            layout.sharding(dims),
+        )()
+        for name, dims in letters.items()
+    }
+
+
+@functools.lru_cache
+def _filler(
+    shape: tuple[int, ...], fill: Any, dtype: Any, sharding: NamedSharding | None
+) -> Callable[[], jax.Array]:
+    """Return a function that makes an array with its sharding, compiled once for each kind of array."""
+    make = functools.partial(jnp.full, shape, fill, dtype)
+    return make if sharding is None else jax.jit(make, out_shardings=sharding)
 
 
 def letters_of(names: Iterable[str], layers: bool) -> dict[str, str]:

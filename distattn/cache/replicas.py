@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from distattn.cache.layout import TOKEN_LETTERS, Arrays, Layout, letters_in
+from distattn.cache.layout import FREE, TOKEN_LETTERS, Arrays, Layout, letters_in
 from distattn.cache.resize import counted
-from distattn.cache.slots import FREE, from_source
+from distattn.cache.slots import from_source
 
 
 def check_replicas(replicas: int, layout: Layout) -> None:
@@ -44,9 +44,9 @@ def replica_layout(layout: Layout) -> Layout:
 def replica_source(layout: Layout) -> tuple[int, ...]:
     """Return, for each device along the axes of the slots, the device whose slots it has a replica of.
 
-    Devices are sorted by host and rotated by as many places as the fullest host has devices: each then has a
-    source on another host, and is the source of one. In a program of one process, the first of the axes with
-    more than one device stands for the hosts.
+    Devices are sorted by host and rotated by as many places as the fullest host has devices: each then has
+    a source on another host, and is the source of one. In a program of one process, the first of the axes
+    with more than one device stands for the hosts.
 
     Raises:
       ValueError: a host has more than half of the devices.
@@ -91,14 +91,7 @@ def _hosts(layout: Layout) -> list[frozenset[int]]:
 
 def replicated(layout: Layout, arrays: Arrays) -> Arrays:
     """Return the replica of a cache: each device sends its slots once."""
-    letters = token_letters(arrays)
-    copies = replica_layout(layout).run(
-        _copy_of_source,
-        (*letters.values(),),
-        (*letters.values(),),
-        *(arrays[name] for name in letters),
-    )
-    return dict(zip(letters, copies, strict=True))
+    return replica_layout(layout).update(_copy_of_source, arrays, token_letters(arrays))
 
 
 def token_letters(arrays: Arrays) -> dict[str, str]:
@@ -118,7 +111,8 @@ def shards_left(layout: Layout, mesh: Mesh) -> list[int]:
     """
     if layout.mesh is None:
         raise ValueError(
-            "recover was called for a cache on one device; it needs a cache on a mesh: create it with sharding="
+            "recover was called for a cache on one device; it needs a cache on a mesh: create it with "
+            "sharding="
         )
     axis, kept = _axis_left(layout.mesh, mesh)
     if axis in (*layout.batch, *layout.heads):
@@ -141,8 +135,8 @@ def _axis_left(old: Mesh, mesh: Mesh) -> tuple[str, list[int]]:
             if len(kept) == len(left) and [slabs[index] for index in kept] == left:
                 return axis, kept
     raise ValueError(
-        f"mesh is {dict(mesh.shape)} and the cache is on {dict(old.shape)}; mesh must be the same with some "
-        "indices along one axis left out, in the same order, as distattn.distributed.all_or_none gives it"
+        f"mesh is {dict(mesh.shape)} and the cache is on {dict(old.shape)}; mesh must be the same with "
+        "some indices along one axis left out, in the same order, as distattn.distributed.all_or_none gives it"
     )
 
 

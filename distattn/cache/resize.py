@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from distattn.cache.layout import Arrays, Layout, letters_in
-from distattn.cache.slots import FREE, as_integers, choose_owners, occupied, write
+from distattn.cache.layout import FREE, Arrays, Layout, letters_in
+from distattn.cache.slots import as_integers, choose_owners, occupied, write
 
 WINDOWS = 8  # at most 1/8 of the new slots are between devices at any time
 
@@ -33,10 +33,10 @@ def check_fit(counts: np.ndarray, slots: int) -> None:
         return
     sequence = int(held.argmax())
     raise ValueError(
-        f"sequence {sequence} holds {held[sequence]} tokens, {counts[sequence].tolist()} on the devices, and "
-        f"capacity={slots} has no room for them (sequences with too many: "
-        f"{np.flatnonzero(held > slots).tolist()}); nothing was changed: evict, rewind or reset the sequence "
-        f"first, or pass a capacity of at least {held.max()}"
+        f"sequence {sequence} holds {held[sequence]} tokens, {counts[sequence].tolist()} on the devices, "
+        f"and capacity={slots} has no room for them (sequences with too many: "
+        f"{np.flatnonzero(held > slots).tolist()}); nothing was changed: evict, rewind or reset the "
+        f"sequence first, or pass a capacity of at least {held.max()}"
     )
 
 
@@ -65,7 +65,7 @@ def _moved(layout: Layout, arrays: Arrays) -> Arrays:
 def counted(layout: Layout, arrays: Arrays) -> Arrays:
     """Return the arrays with the counts of their tags."""
     (counts,) = layout.run(_count, ("BS",), ("Bd",), arrays["positions"])
-    return arrays | _as_created(layout, {"counts": "Bd"}, counts)
+    return arrays | _as_created(layout, {"counts": "Bd"}, {"counts": counts})
 
 
 def with_slots(layout: Layout, arrays: Arrays, slots: int) -> Arrays:
@@ -89,14 +89,10 @@ def grown(layout: Layout, arrays: Arrays, slots: int) -> Arrays:
     """Return the arrays with more slots, at the end of each device's own. Nothing is sent."""
     letters = _slotted(arrays)
     fills = tuple(FREE if name == "positions" else 0 for name in letters)
-    changed = layout.run(
-        _grow,
-        (*letters.values(),),
-        (*letters.values(),),
-        *(arrays[name] for name in letters),
-        static=((*letters.values(),), fills, slots // layout.devices),
+    static = ((*letters.values(),), fills, slots // layout.devices)
+    return arrays | _as_created(
+        layout, letters, layout.update(_grow, arrays, letters, static=static)
     )
-    return arrays | _as_created(layout, letters, *changed)
 
 
 def shrunk(layout: Layout, arrays: Arrays, slots: int, surplus: int) -> Arrays:
@@ -109,18 +105,19 @@ def shrunk(layout: Layout, arrays: Arrays, slots: int, surplus: int) -> Arrays:
       surplus: tokens of a sequence that devices hold beyond S' / D, for the sequence with the most; 0:
         nothing is sent.
     """
-    letters = _slotted(arrays)
+    letters = {"counts": "Bd"} | _slotted(arrays)
     slots_per_device = slots // layout.devices
     window = math.ceil(slots_per_device / WINDOWS)
-    rounds = jnp.asarray(math.ceil(surplus / window), jnp.int32) if surplus else None
-    changed = layout.run(
+    changed = layout.update(
         _shrink,
-        (None if rounds is None else "", "Bd", "BS", *letters.values()),
-        ("Bd", *letters.values()),
-        *(rounds, arrays["counts"], arrays["positions"], *(arrays[name] for name in letters)),
-        static=((*letters.values(),), slots_per_device, window),
+        arrays,
+        letters,
+        jnp.asarray(math.ceil(surplus / window), jnp.int32) if surplus else None,
+        arrays["positions"],
+        argument_letters=("" if surplus else None, "BS"),
+        static=((*letters.values(),)[1:], slots_per_device, window),
     )
-    return arrays | _as_created(layout, {"counts": "Bd"} | letters, *changed)
+    return arrays | _as_created(layout, letters, changed)
 
 
 def _slotted(arrays: Arrays) -> dict[str, str]:
@@ -128,13 +125,11 @@ def _slotted(arrays: Arrays) -> dict[str, str]:
     return {name: letters for name, letters in letters_in(arrays).items() if "S" in letters}
 
 
-def _as_created(layout: Layout, letters: dict[str, str], *arrays: jax.Array) -> Arrays:
-    """Name the arrays, with exactly the shardings that `create` gives, so that no step is compiled anew."""
-    named = zip(letters.items(), arrays, strict=True)
-    return {
-        name: x if layout.mesh is None else jax.device_put(x, layout.sharding(dims))
-        for (name, dims), x in named
-    }
+def _as_created(layout: Layout, letters: dict[str, str], arrays: Arrays) -> Arrays:
+    """Give arrays exactly the shardings that `create` gives, so that no step is compiled anew."""
+    if layout.mesh is None:
+        return arrays
+    return {name: jax.device_put(x, layout.sharding(letters[name])) for name, x in arrays.items()}
 
 
 # Bodies for `Layout.run`.
@@ -162,8 +157,8 @@ def _shrink(
     slots: int,
     window: int,
     rounds: jax.Array | None,
-    counts: jax.Array,
     tags: jax.Array,
+    counts: jax.Array,
     *arrays: jax.Array,
 ) -> tuple[Any, ...]:
     """Return counts, and each array with fewer slots, the occupied ones first.
@@ -178,8 +173,8 @@ def _shrink(
       slots: of a sequence on a device, fewer than before.
       window: W, how many tokens of a sequence move between devices at once.
       rounds: int32[], enough for the surplus of any sequence; None: nothing is sent.
-      counts: int32[B, D].
       tags: int32[B, S], of this device's slots.
+      counts: int32[B, D].
       *arrays: with S, the tags among them.
     """
     # All as [L, B, S, ...], and as integers: nothing is rounded, nor widened, nor loses the sign of a zero.

@@ -7,25 +7,22 @@ occupied slots that all devices know, so nothing is sent. The owner chooses one 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from distattn._compat import platform_of
-from distattn.cache.layout import Layout
+from distattn.cache.layout import FREE, Layout
 from distattn.local.tiling import loop
 
-FREE = -1  # the tag of a slot without a token
 PLACEMENTS = ("least_loaded", "round_robin", "block")
-LOCAL = "local"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Slots that are reserved, and tagged, for new tokens; `write` puts the keys and values of a layer there.
+    """Slots that are reserved, and tagged, for new tokens.
 
     `index` is the slot on the device that owns the token; on other devices, and for a token without a slot,
     it is past the end. With `local` each device knows only its own shard of the T tokens.
@@ -69,7 +66,8 @@ def take_slots(
       owner: int32[B, T] or None.
 
     Returns:
-      the new tags and counts, and for `Slots` index int32[1, B, T], positions int32[B, T], overflow bool[B].
+      the new tags and counts, and for `Slots` index int32[1, B, T], positions int32[B, T], overflow
+      bool[B].
     """
     batch, slots = tags.shape
     devices, tokens = layout.devices, new.shape[1]
@@ -175,31 +173,23 @@ def tally(
 Edit = Callable[..., jax.Array]  # new tags from tags and other arrays
 
 
-def retag(layout: Layout, edit: Edit, tags: jax.Array, *arguments: jax.Array) -> tuple[Any, ...]:
-    """Return edited tags and their counts."""
+def retag(
+    layout: Layout, edit: Edit, count: bool, tags: jax.Array, *arguments: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return edited tags and, with `count`, their counts."""
     tags = edit(tags, *arguments)
-    return tags, occupied(layout, tags)
-
-
-def retag_replica(
-    layout: Layout, edit: Edit, tags: jax.Array, *arguments: jax.Array
-) -> tuple[Any, ...]:
-    """Return edited tags, whose counts are known."""
-    return (edit(tags, *arguments),)
+    return (tags, occupied(layout, tags)) if count else (tags,)
 
 
 def clear(
-    layout: Layout, gone: jax.Array, tags: jax.Array, counts: jax.Array, *counters: jax.Array
-) -> tuple[Any, ...]:
-    """Empty the sequences that are gone, and zero their counters."""
-    counts = jnp.where(gone[:, None], 0, counts)
-    zeroed = (jnp.where(gone, jnp.zeros_like(x), x) for x in counters)
-    return without(tags, gone), counts, *zeroed
-
-
-def without(tags: jax.Array, gone: jax.Array) -> jax.Array:
-    """Free all slots of the sequences that are gone."""
-    return jnp.where(gone[:, None], FREE, tags)
+    layout: Layout, gone: jax.Array, tags: jax.Array, *counters: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Free the slots of the sequences that are gone, and zero their counters, [B] or [B, D]."""
+    tags = jnp.where(gone[:, None], FREE, tags)
+    masks = (gone if x.ndim == 1 else gone[:, None] for x in counters)
+    return tags, *(
+        jnp.where(mask, jnp.zeros_like(x), x) for mask, x in zip(masks, counters, strict=True)
+    )
 
 
 def below(tags: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Time of a decoding step on a sharded cache, beside what else one could do, on this machine's CPU.
+"""Time of a decoding step on a sharded cache, and of the alternatives, on this machine's CPU.
 
     python scripts/bench/cache.py length     # a step at 1k, 8k and 64k cached tokens, eight fake devices
     python scripts/bench/cache.py devices    # the same at 64k tokens, on 1, 2, 4 and 8 fake devices
@@ -107,7 +107,7 @@ def recipe_step(mesh, cache, query, key, value):
 
 
 class Contender:
-    """A step that keeps its cache, compiled once, the cache donated."""
+    """A compiled step with its cache, which is donated and replaced."""
 
     def __init__(self, step, cache, mesh):
         arrays = (token(2, HEADS), token(3, KV_HEADS), token(4, KV_HEADS))
@@ -145,7 +145,7 @@ def report(title, runs, repeats):
 
 
 def reproducible(dtype, repeats):
-    """Attention alone, of one query and of several, the same bits everywhere or not."""
+    """Time attention alone, to one query and to several, with reproducible=True and without."""
 
     def attending(cache, tokens, exact):
         query = token(2, HEADS, tokens)
@@ -163,7 +163,7 @@ def reproducible(dtype, repeats):
 
 
 def memory(dtype):
-    """What the compiled step holds beside its arguments, and what it sends, alone and in a scan."""
+    """Print temp bytes and collectives of the compiled step, alone and in a scan."""
     mesh, layers = mesh_of(8), 4
 
     def model(cache, query, key, value):

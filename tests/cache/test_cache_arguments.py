@@ -84,7 +84,7 @@ WRONG = {
     "rewind": (
         lambda c, x: c.rewind(x),
         {
-            -3: r"lengths is -3; for sequence 0 it must be 0 \.\. 5: .*never made longer; pass .*next_position",
+            -3: r"lengths is -3; for sequence 0 it must be 0 \.\. 5: .*longer; pass .*next_position",
             99: r"lengths is 99; for sequence 0 it must be 0 \.\. 5",
             4: r"lengths is 4; for sequence 1 it must be 0 \.\. 3",
             (5, 3, 0, 5): r"lengths\[3\] is 5; for sequence 3 it must be 0 \.\. 4",
