@@ -1,8 +1,8 @@
 """The fastest block sizes of the attention kernels on this machine's TPU or GPU.
 
-    python scripts/bench/block_sizes.py                                        # prints the medians
+    python scripts/bench/block_sizes.py            # prints the medians
     python scripts/bench/block_sizes.py --widths 64,128 --dtypes bfloat16,int8
-    python scripts/bench/block_sizes.py --write                                # the fastest go into the table
+    python scripts/bench/block_sizes.py --write    # the fastest go into the table
 
 Every size that there is room for is timed on the first device, interleaved. The table is
 distattn/local/kernels/block_sizes.json: a row per chip, kind of call, head dimension and dtype of keys. All

@@ -1,7 +1,7 @@
 """A whole decode attention as one kernel: the fold over keys, the exchange, and the division.
 
-The states of all rows stay in VMEM. The devices that will exchange meet while keys are still folded, and the
-first messages leave after the last block of keys.
+The states of all rows stay in VMEM. The devices that will exchange meet while keys are still folded, and
+the first messages leave after the last block of keys.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """All rounds of an exchange inside a kernel, by remote copies; and the kernel that does nothing else.
 
-A device keeps its state in one buffer per round: what arrives in a round goes to the buffer of that round, is
-merged there with the device's own state, and is sent on from there. So no buffer is written while it is being
-sent, and a device waits for its own messages to leave only at the end.
+A device keeps its state in one buffer per round: what arrives in a round goes to the buffer of that round,
+is merged there with the device's own state, and is sent on from there. So no buffer is written while it is
+being sent, and a device waits for its own messages to leave only at the end.
 
 No message is sent before its receiver has entered the kernel: each device signals those from which it will
 receive, and waits for those to which it will send.

@@ -207,7 +207,7 @@ def _check_state(state: State, route: Route) -> None:
 
 
 def _held_bytes(route: Route, layout: MessageLayout) -> int:
-    """Return the bytes of an exchange: a buffer per round, and the state as it is read, kept and written."""
+    """Return the bytes of an exchange: a buffer per round, and the state as read, kept and written."""
     return (len(route.rounds) + 1 + 3) * layout.bytes
 
 

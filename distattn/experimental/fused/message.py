@@ -1,8 +1,9 @@
 """The layout of states in the memory of a kernel, and in the message that one device sends to another.
 
 A row of a state is that of one query and head. A block has `heads` times `rows` of them: weighted sums are
-matrices, 8 by 128 in a tile, and single numbers of a row (a maximum, a sum, a shared exponent) are stored along
-the lanes, in lines after them. On the minor axis, as V + 2 numbers, they would take another 128 lanes.
+matrices, 8 by 128 in a tile, and single numbers of a row (a maximum, a sum, a shared exponent) are stored
+along the lanes, in lines after them. On the minor axis, as V + 2 numbers, they would take another 128
+lanes.
 """
 
 import dataclasses

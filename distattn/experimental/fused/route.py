@@ -1,8 +1,8 @@
 """Who sends to whom in one kernel: the steps of a `Schedule` for each axis, as a device sees them.
 
 A mesh is exchanged over axis by axis, the last and fastest first, by a butterfly over each: the rounds of
-`schedule.hierarchical`, whose pairs differ in one coordinate. So a device needs only its own coordinate on an
-axis, and the table of the axis.
+`schedule.hierarchical`, whose pairs differ in one coordinate. So a device needs only its own coordinate on
+an axis, and the table of the axis.
 """
 
 import dataclasses

@@ -4,14 +4,14 @@ Only the forward pass is cuDNN's. Its gradient ignores the cotangent of the log-
 key, so the gradient is the library's own. jax.nn is not called, because it rounds the log-sum-exp to the
 dtype of the query: in bfloat16 the weight of a device's state would be off by a hundredth and more.
 
-**cuDNN has never been run here**: there was no GPU. The code around it is tested with a stand-in of the same
-contract, and XLA:GPU compiles the program, which leaves the call to cuDNN as it is. The contract, as JAX
-states it: out has the query's dtype; the log-sum-exp is f32[B, N, T] and natural; lengths count leading
-slots; a window reaches to the left, under a causal mask only. Calls that no source describes are refused
-(causal with T != S, a window with lengths) or not left to cuDNN (rows without a key).
+**cuDNN has never been run here**: there was no GPU. The code around it is tested with a stand-in of the
+same contract, and XLA:GPU compiles the program, which leaves the call to cuDNN as it is. The contract, as
+JAX states it: out has the query's dtype; the log-sum-exp is f32[B, N, T] and natural; lengths count
+leading slots; a window reaches to the left, under a causal mask only. Calls that no source describes are
+refused (causal with T != S, a window with lengths) or not left to cuDNN (rows without a key).
 
-A NaN in `value` can reach rows that a causal mask hides it from, so `implementation=None` selects cuDNN only
-if no mask compares positions, and only for many queries.
+A NaN in `value` can reach rows that a causal mask hides it from, so `implementation=None` selects cuDNN
+only if no mask compares positions, and only for many queries.
 """
 
 from typing import Any
@@ -153,7 +153,7 @@ def _unsupported_mask(inputs: AttentionInputs) -> str | None:
         return None
     left, right = mask.reach
     if right != 0:
-        return f"local_window_size is {mask.window}; supported are is_causal and windows to the left, (n, 0)"
+        return f"local_window_size is {mask.window}; supported are is_causal and windows (left, 0)"
     if left is not None and not mask.index_order.full:
         return (
             "local_window_size is given, and some slots of key are empty (key_value_seq_lengths, or an S "

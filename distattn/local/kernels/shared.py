@@ -189,13 +189,7 @@ class MaskComparison:
     def of(
         cls, mask: Mask, vectors: MaskVectors | None, *, ragged_is_empty: bool
     ) -> "MaskComparison":
-        """Return the comparison of a call.
-
-        Args:
-          mask: of the call.
-          vectors: of the mask.
-          ragged_is_empty: whether the slots that fill the last block are read, as anything.
-        """
+        """Return the comparison; `ragged_is_empty` if slots that fill the last block may be read as NaN."""
         order = mask.index_order
         empty = mask.key_positions is not None and (order is None or not order.full)
         masked = vectors is not None
@@ -210,9 +204,7 @@ class MaskComparison:
     ) -> jax.Array | None:
         """Return which row attends to which key, bool; None if all do.
 
-        Args:
-          row: the vector of rows with this index, broadcasts against those of keys.
-          key: the vector of keys with this index.
+        `row(n)` and `key(n)` are the n-th vectors of rows and of keys, which broadcast against each other.
         """
         if not self.masked:
             return None
@@ -307,15 +299,8 @@ def gradients_of(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weights, and the gradient of logits before the soft cap.
 
-    `distattn.local.block.block_gradients` has the formula.
-
-    Args:
-      scores: q.k, unscaled
-      d_weights: d_weighted_sum . value.
-      allowed: bool, which row attends to which key; None if all do.
-      logit_config: the soft cap and the scale.
-      reference: the maximum or the log-sum-exp of the rows, broadcasts.
-      d_sum: the cotangent of the sum of the rows, broadcasts.
+    `distattn.local.block.block_gradients` has the formula. `scores` are q.k, `d_weights` are
+    d_weighted_sum . value; `reference` and `d_sum` of the rows broadcast against them.
     """
     logits, slope = logits_of(scores, allowed, logit_config)
     weights = softmax_weights(logits, reference)
@@ -324,8 +309,9 @@ def gradients_of(
 
 # --------------------------------------------------------------------------------- measured block sizes
 
-# Written by scripts/bench/block_sizes.py: a list of rows with the fields chip, kind, width, dtype (of keys),
-# row_block, key_block, seconds, jax and date. All chips share it, and all processes of a job need the same.
+# Written by scripts/bench/block_sizes.py: a list of rows with the fields chip, kind, width, dtype (of
+# keys), row_block, key_block, seconds, jax and date. All chips share it, and all processes of a job need
+# the same.
 MEASURED = Path(__file__).with_name("block_sizes.json")
 # Rows up to which a call counts as decoding: they are one block, whatever the table says.
 _DECODE_ROWS = 128
@@ -367,10 +353,7 @@ def _measured() -> dict[tuple[str, str, int, str], tuple[int, int]]:
 def unsupported_place(machine: Machine, platform: str, *, interpretable: bool = True) -> str | None:
     """Return why a kernel can't run here: another platform, or a compiler that would have to shard it.
 
-    Args:
-      machine: the machine it would run on.
-      platform: 'tpu' or 'gpu', the platform of the kernel.
-      interpretable: whether `distattn.testing.interpreted` runs it on a CPU.
+    `distattn.testing.interpreted` runs an interpretable kernel on a CPU.
     """
     if machine.platform != platform and not (interpretable and interpreter()):
         remedy = " (for tests, distattn.testing.interpreted() runs it there, slowly)"
@@ -386,12 +369,9 @@ def unsupported_place(machine: Machine, platform: str, *, interpretable: bool = 
 def unsupported_arguments(
     inputs: AttentionInputs, dtypes: tuple[Any, ...], *, quantised: tuple[Any, ...] = ()
 ) -> str | None:
-    """Return which argument is a bias, a dense mask, or an array of a dtype that is not listed.
+    """Return which argument is a bias, a dense mask, or an array of another dtype than these.
 
-    Args:
-      inputs: of the call.
-      dtypes: of query, key and value.
-      quantised: dtypes of key and value with scales.
+    `quantised` are the dtypes of key and value with scales.
     """
     if inputs.bias is not None:
         return f"bias is given, of shape {inputs.bias.shape}"

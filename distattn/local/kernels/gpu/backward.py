@@ -1,9 +1,9 @@
 """The gradient of the fold as two GPU kernels: of queries, over keys; of keys and values, over rows.
 
 Both compute the weights of a block again from the saved maximum or log-sum-exp, as FlashAttention-2 does
-(arXiv 2307.08691, section 3); `distattn.local.block.block_gradients` has the formula. Each sum belongs to one
-program, or is added in the order of the splits, so the result is the same each time, without atomics. In the
-second kernel logits are keys by rows, so that no matmul has a transposed left operand.
+(arXiv 2307.08691, section 3); `distattn.local.block.block_gradients` has the formula. Each sum belongs to
+one program, or is added in the order of the splits, so the result is the same each time, without atomics.
+In the second kernel logits are keys by rows, so that no matmul has a transposed left operand.
 """
 
 import functools
@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
-from distattn.local.kernels.gpu import launch as arrays_of
 from distattn.local.kernels.gpu.block_ops import KernelSettings, Pieces
 from distattn.local.kernels.gpu.forward import layered
-from distattn.local.kernels.gpu.launch import LaunchSpec, launch
+from distattn.local.kernels.gpu.launch import LaunchSpec, blocked, launch, mask_vectors
 from distattn.local.kernels.gpu.tiling import tile_config
 from distattn.local.tiling import Machine
 
@@ -40,11 +39,11 @@ def fold_gradients(
     dtype = settings.matmul.dtype
     d_out = shared.rows_by_kv_head(cotangents.d_weighted_sum.astype(dtype), config)
     arrays = [
-        *arrays_of.mask_vectors(vectors),
-        arrays_of.row_matrix(shared.query_rows(inputs, dtype, config, zero_padding=True)),
-        arrays_of.row_matrix(d_out),
-        arrays_of.row_vectors(shared.reference_and_d_sum(cotangents, config)),
-        *(arrays_of.key_matrix(layered(x)) for x in (inputs.key, inputs.value)),
+        *mask_vectors(vectors),
+        blocked(shared.query_rows(inputs, dtype, config, zero_padding=True), "BKRW"),
+        blocked(d_out, "BKRW"),
+        blocked(shared.reference_and_d_sum(cotangents, config), "BK.R"),
+        *(blocked(layered(x), "LBSKW") for x in (inputs.key, inputs.value)),
     ]
     spec = LaunchSpec(config, keys_of_rows, inputs.layer, "keys", config.splits)
     shape = (config.splits, config.batch, config.kv_heads, config.padded_rows, config.width)
@@ -52,7 +51,7 @@ def fold_gradients(
         functools.partial(_query_kernel, settings, spec),
         spec,
         arrays,
-        [arrays_of.row_matrix(jax.ShapeDtypeStruct(shape, jnp.float32))],
+        [blocked(jax.ShapeDtypeStruct(shape, jnp.float32), "NBKRW")],
         width=2 * config.width + config.value_width,
     )
     d_query = d_query[0] if config.splits == 1 else d_query.sum(axis=0)
@@ -62,7 +61,7 @@ def fold_gradients(
         spec,
         arrays,
         [
-            arrays_of.key_matrix(jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype))
+            blocked(jax.ShapeDtypeStruct(layered(x).shape[1:], key_dtype or x.dtype), "BSKW")
             for x in (inputs.key, inputs.value)
         ],
         width=2 * (config.width + config.value_width),

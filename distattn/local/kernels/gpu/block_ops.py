@@ -45,14 +45,7 @@ class Operand:
         return tuple(pieces)
 
     def load(self, ref: Any, start: jax.Array, count: int, *lead: jax.Array) -> Pieces:
-        """Return `count` entries as [count, size] for each piece, 0 beyond the array.
-
-        Args:
-          ref: [*lead, length, width].
-          start: the first entry.
-          count: number of entries.
-          *lead: indices of the dimensions in front.
-        """
+        """Return `count` entries of ref [*lead, length, width], [count, size] per piece; 0 beyond it."""
         pieces = []
         for piece in self.pieces:
             inside = self._inside(start, count, piece)

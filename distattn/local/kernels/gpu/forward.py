@@ -1,10 +1,10 @@
 """The fold over keys as one GPU kernel: a softmax state for each block of rows, kept in registers.
 
-If rows are few, several programs share their keys, and their states are merged (flash-decoding: Dao et al.,
-2023). It differs from published GPU kernels in: 1. keys and values are read as they are stored, once for all
-query heads of a KV head; 2. masks are functions of positions that are data, in any order, and a block is
-skipped, before it is loaded, by the range of its positions; 3. each split has the same share of the visited
-blocks; 4. the state is returned undivided.
+If rows are few, several programs share their keys, and their states are merged (flash-decoding: Dao et
+al., 2023). It differs from published GPU kernels in: 1. keys and values are read as they are stored, once
+for all query heads of a KV head; 2. masks are functions of positions that are data, in any order, and a
+block is skipped, before it is loaded, by the range of its positions; 3. each split has the same share of
+the visited blocks; 4. the state is returned undivided.
 """
 
 import functools
@@ -18,9 +18,8 @@ from distattn.algebra.softmax_state import SoftmaxState, merge_stacked, softmax_
 from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels import shared
-from distattn.local.kernels.gpu import launch as arrays_of
 from distattn.local.kernels.gpu.block_ops import KernelSettings
-from distattn.local.kernels.gpu.launch import LaunchSpec, launch
+from distattn.local.kernels.gpu.launch import LaunchSpec, blocked, launch, mask_vectors
 from distattn.local.kernels.gpu.tiling import tile_config
 from distattn.local.tiling import Machine
 
@@ -39,14 +38,14 @@ def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -
         functools.partial(_kernel, settings, spec),
         spec,
         [
-            *arrays_of.mask_vectors(vectors),
-            arrays_of.row_matrix(shared.query_rows(inputs, settings.matmul.dtype, config)),
-            *(arrays_of.key_matrix(layered(x)) for x in (inputs.key, inputs.value)),
-            *(arrays_of.key_scales(layered(x, 4)) for x in scales if x is not None),
+            *mask_vectors(vectors),
+            blocked(shared.query_rows(inputs, settings.matmul.dtype, config), "BKRW"),
+            *(blocked(layered(x), "LBSKW") for x in (inputs.key, inputs.value)),
+            *(blocked(layered(x, 4), "LBSK") for x in scales if x is not None),
         ],
         [
-            arrays_of.row_matrix(float32((*lead, config.padded_rows, config.value_width))),
-            arrays_of.row_vectors(float32((*lead, 2, config.padded_rows))),
+            blocked(float32((*lead, config.padded_rows, config.value_width)), "NBKRW"),
+            blocked(float32((*lead, 2, config.padded_rows)), "NBK.R"),
         ],
         width=config.width + config.value_width,
     )

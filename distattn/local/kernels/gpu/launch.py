@@ -21,53 +21,29 @@ from distattn.local.kernels.gpu.tiling import GpuTileConfig, padded_width
 from distattn.local.kernels.shared import BlockedArray, BlockTable, MaskVectors
 
 
-def _blocked(
-    x: Any, batch: int | None, heads: int | None, *, padded: bool = False, shared: bool = False
-) -> BlockedArray:
-    """Return an array of which a program sees all but two dimensions, and one entry of each of those.
+def blocked(x: Any, dims: str) -> BlockedArray:
+    """Return an array of which a program sees its row of the batch and its KV head.
 
     Args:
       x: the array.
-      batch: the dimension of the batch, or None.
-      heads: the dimension of the KV heads, or None.
-      padded: whether the last dimension is a width, which is padded to the sum of its pieces.
-      shared: whether one entry serves the whole batch.
+      dims: a letter per dimension: B batch, K KV heads, W a width, which is padded to the sum of its
+        pieces; other letters for dimensions that a program sees whole.
     """
-    sizes = [*x.shape[:-1], padded_width(x.shape[-1])] if padded else x.shape
-    shape = tuple(None if axis in (batch, heads) else size for axis, size in enumerate(sizes))
+    shape = tuple(
+        None if letter in "BK" else padded_width(size) if letter == "W" else size
+        for letter, size in zip(dims, x.shape, strict=True)
+    )
 
     def index(_: Any, head: Any, row: Any) -> tuple[Any, ...]:
-        place = {heads: head, batch: 0 if shared else row}
-        return tuple(place.get(axis, 0) for axis in range(x.ndim))
+        place = {"K": head, "B": row if x.shape[dims.find("B")] > 1 else 0}
+        return tuple(place.get(letter, 0) for letter in dims)
 
     return BlockedArray(x, pl.BlockSpec(shape, index))
 
 
 def mask_vectors(vectors: MaskVectors | None) -> list[BlockedArray]:
     """Return the vectors of the mask, [] without a mask."""
-    if vectors is None:
-        return []
-    return [_blocked(x, 0, None, shared=x.shape[0] == 1) for x in vectors]
-
-
-def row_matrix(x: Any) -> BlockedArray:
-    """Return [B, K, R, .] or, with splits, [splits, B, K, R, .]."""
-    return _blocked(x, x.ndim - 4, x.ndim - 3, padded=True)
-
-
-def row_vectors(x: Any) -> BlockedArray:
-    """Return [B, K, ., R] or, with splits, [splits, B, K, ., R]."""
-    return _blocked(x, x.ndim - 4, x.ndim - 3)
-
-
-def key_matrix(x: Any) -> BlockedArray:
-    """Return keys or values [L, B, S, K, .], or their gradients [B, S, K, .]."""
-    return _blocked(x, x.ndim - 4, x.ndim - 2, padded=True)
-
-
-def key_scales(x: Any) -> BlockedArray:
-    """Return the scales of keys or values, [L, B, S, K]."""
-    return _blocked(x, 1, 3)
+    return [] if vectors is None else [blocked(vectors.rows, "B.R"), blocked(vectors.keys, "B.S")]
 
 
 class Program(NamedTuple):
@@ -142,16 +118,11 @@ def launch(
 ) -> list[jax.Array]:
     """Run kernel(counts, order, layer, *inputs, *outputs) over the grid.
 
-    Args:
-      kernel: the body.
-      spec: the grid.
-      inputs: arrays to read.
-      outputs: shapes to write.
-      width: the sum of the widths of its matmuls, for an estimate of its time.
+    `width` is the sum of the widths of its matmuls, for an estimate of its time.
     """
     config, table = spec.config, spec.table
     layer = jnp.zeros((), jnp.int32) if spec.layer is None else spec.layer
-    scalars = [_blocked(x, None, None) for x in (table.counts, table.order, layer.reshape(1))]
+    scalars = [blocked(x, ".") for x in (table.counts, table.order, layer.reshape(1))]
     inputs = [*scalars, *inputs]
     arrays = [x.array for x in inputs]
     axes = varying_axes(*arrays)

@@ -44,32 +44,16 @@ def unsupported(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
     """Return which argument the kernels do not support, and why; None if they support the call."""
-    return (
-        shared.unsupported_place(machine, "gpu")
-        or _unsupported_gradient(inputs, backward=backward)
-        or shared.unsupported_arguments(inputs, _DTYPES, quantised=(jnp.int8,))
-        or _unsupported_precision(logit_config)
-        or shared.missing_package("jax.experimental.pallas.triton")
-        or _unsupported_size(inputs, logit_config, machine, backward=backward)
-    )
-
-
-def _unsupported_gradient(inputs: AttentionInputs, *, backward: bool) -> str | None:
-    if inputs.key_scale is not None and backward:
-        return "key and value are quantised, and gradients are asked for"
-    return None
-
-
-def _unsupported_precision(logit_config: LogitConfig) -> str | None:
-    if precision_of(logit_config) is not None:
-        return None
-    supported = "None, 'default', 'high', 'tensorfloat32' and 'highest'"
-    return f"precision is {logit_config.precision!r}; supported are {supported}"
-
-
-def _unsupported_size(
-    inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool
-) -> str | None:
+    reason = shared.unsupported_place(machine, "gpu")
+    if not reason and inputs.key_scale is not None and backward:
+        reason = "key and value are quantised, and gradients are asked for"
+    reason = reason or shared.unsupported_arguments(inputs, _DTYPES, quantised=(jnp.int8,))
+    if not reason and precision_of(logit_config) is None:
+        done = "None, 'default', 'high', 'tensorfloat32' and 'highest'"
+        reason = f"precision is {logit_config.precision!r}; supported are {done}"
+    reason = reason or shared.missing_package("jax.experimental.pallas.triton")
+    if reason:
+        return reason
     config = tile_config(inputs, logit_config, machine, backward=backward)
     if config.shared_bytes > config.chip.shared_bytes:
         return (

@@ -8,10 +8,10 @@ it visits, which Triton prefetches into shared memory.
   loads hit the L2 cache, which gives about three times what the memory does, so 128 rows hide them on an
   H100 (989e12 flops/s, 3.35e12 bytes/s: 295 flops a byte from memory, 100 from L2).
 * Keys. 64 of them a step; 128 if heads are narrow and rows few, so that a step has as much to load.
-* Registers hold the sums of a block of rows, and what a step computes (logits, weights, their gradients): at
-  most `MAX_REGISTERS` of the 255 of a thread. The rest is for addresses and inputs; those of float32 are as
-  large again and converted on their way. Eight warps share it, four if it is little. With more, the compiler
-  for the H100 spills to memory.
+* Registers hold the sums of a block of rows, and what a step computes (logits, weights, their gradients):
+  at most `MAX_REGISTERS` of the 255 of a thread. The rest is for addresses and inputs; those of float32
+  are as large again and converted on their way. Eight warps share it, four if it is little. With more, the
+  compiler for the H100 spills to memory.
 * Shared memory holds keys and values of a step, once per stage, and queries.
 * Exact matmuls are unrolled into one instruction per product: blocks are small, or compiling takes minutes.
 * Splits. If there are fewer programs than multiprocessors, several share the keys of a block of rows, until

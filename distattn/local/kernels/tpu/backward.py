@@ -5,7 +5,6 @@ Both compute the weights of a block again from the saved maximum or log-sum-exp,
 logits are keys by rows, so that no matmul has a transposed left operand.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -18,8 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import (
-    BlockedArray,
-    MaskVectors,
     block_tables,
     gradients_of,
     mask_vectors,
@@ -52,87 +49,56 @@ def fold_gradients(
     vectors = mask_vectors(inputs.mask, config)
     keys_of_rows, rows_of_keys = block_tables(inputs.mask, config)
     settings = KernelSettings.of(inputs, logit_config, config, vectors)
-    dtype = settings.matmul.dtype
-    arrays = _Inputs(
-        vectors,
-        query_rows(inputs, dtype, config, zero_padding=True),
-        rows_by_kv_head(cotangents.d_weighted_sum.astype(dtype), config),
-        reference_and_d_sum(cotangents, config),
-        as_stored(inputs.key),
-        as_stored(inputs.value),
-    )
-    spec = LaunchSpec(config, keys_of_rows, inputs.layer, "keys")
-    (d_query,) = launch(
-        functools.partial(_query_kernel, settings, spec),
-        spec,
-        arrays.blocked(settings, spec),
-        [spec.row_matrix(jax.ShapeDtypeStruct(arrays.query.shape, jnp.float32))],
-        scratch=[
-            pltpu.VMEM((config.row_block, LANES), jnp.int32),
-            pltpu.VMEM((config.heads, config.row_block, LANES), jnp.float32),
-            *arrays.scratch(settings),
-        ],
-        width=2 * config.width + config.value_width,
-    )
-    spec = LaunchSpec(config, rows_of_keys, inputs.layer, "rows")
     operands = settings.key, settings.value
-    dtypes = [key_dtype or x.dtype for x in (inputs.key, inputs.value)]
-    d_stored = launch(
-        functools.partial(_key_kernel, settings, spec),
-        spec,
-        arrays.blocked(settings, spec),
-        [
-            # Mosaic has no float16.
-            spec.key_matrix(
-                jax.ShapeDtypeStruct(
-                    (1, *x.shape[1:]), jnp.float32 if dtype == jnp.float16 else dtype
-                ),
-                operand.order,
-            )
-            for x, operand, dtype in zip((arrays.key, arrays.value), operands, dtypes, strict=True)
-        ],
-        scratch=[
-            pltpu.VMEM((config.key_block, LANES), jnp.int32),
-            *(pltpu.VMEM(operand.shape(config), jnp.float32) for operand in operands),
-            *arrays.scratch(settings),
-        ],
-        width=2 * (config.width + config.value_width),
+    dtype, dtypes = (
+        settings.matmul.dtype,
+        [key_dtype or x.dtype for x in (inputs.key, inputs.value)],
     )
+    query = query_rows(inputs, dtype, config, zero_padding=True)
+    d_out = rows_by_kv_head(cotangents.d_weighted_sum.astype(dtype), config)
+    of_rows = reference_and_d_sum(cotangents, config)
+    stored = as_stored(inputs.key), as_stored(inputs.value)
+    copies = [
+        x
+        for operand, y in zip(operands, stored, strict=True)
+        for x in operand.scratch(config, y.dtype)
+    ]
+
+    def run(kernel: Any, spec: LaunchSpec, outputs: Any, scratch: Any, width: int) -> Any:
+        arrays = [
+            *spec.mask_vectors(vectors),
+            *(spec.blocked(x, "BKR.") for x in (query, d_out)),
+            spec.blocked(of_rows, "BK.R"),
+            *(spec.blocked(x, y.dims) for x, y in zip(stored, operands, strict=True)),
+        ]
+        body = functools.partial(kernel, settings, spec)
+        return launch(body, spec, arrays, outputs, scratch=[*scratch, *copies], width=width)
+
+    spec = LaunchSpec(config, keys_of_rows, inputs.layer, "keys")
+    scratch = [
+        pltpu.VMEM((config.row_block, LANES), jnp.int32),
+        pltpu.VMEM((config.heads, config.row_block, LANES), jnp.float32),
+    ]
+    outputs = [spec.blocked(jax.ShapeDtypeStruct(query.shape, jnp.float32), "BKR.")]
+    (d_query,) = run(_query_kernel, spec, outputs, scratch, 2 * config.width + config.value_width)
+
+    spec = LaunchSpec(config, rows_of_keys, inputs.layer, "rows")
+    scratch = [
+        pltpu.VMEM((config.key_block, LANES), jnp.int32),
+        *(pltpu.VMEM(operand.shape(config), jnp.float32) for operand in operands),
+    ]
+    # Mosaic has no float16.
+    written = [jnp.float32 if dtype == jnp.float16 else dtype for dtype in dtypes]
+    outputs = [
+        spec.blocked(jax.ShapeDtypeStruct((1, *x.shape[1:]), dtype), operand.dims)
+        for x, operand, dtype in zip(stored, operands, written, strict=True)
+    ]
+    d_stored = run(_key_kernel, spec, outputs, scratch, 2 * (config.width + config.value_width))
     d_key, d_value = (
         from_stored(x, operand.order).astype(dtype)
         for x, operand, dtype in zip(d_stored, operands, dtypes, strict=True)
     )
     return rows_by_query(d_query, config), d_key, d_value, None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """The inputs of both kernels."""
-
-    vectors: MaskVectors | None
-    query: jax.Array  # [B, K, R, H]
-    d_weighted_sum: jax.Array  # [B, K, R, V]
-    reference_and_d_sum: jax.Array  # f32[B, K, 2, R]
-    key: jax.Array  # [L, B, S, K, H] in its order
-    value: jax.Array  # [L, B, S, K, V] in its order
-
-    def blocked(self, settings: KernelSettings, spec: LaunchSpec) -> list[BlockedArray]:
-        """Return them in blocks."""
-        return [
-            *spec.mask_vectors(self.vectors),
-            spec.row_matrix(self.query),
-            spec.row_matrix(self.d_weighted_sum),
-            spec.row_vectors(self.reference_and_d_sum),
-            spec.key_matrix(self.key, settings.key.order),
-            spec.key_matrix(self.value, settings.value.order),
-        ]
-
-    def scratch(self, settings: KernelSettings) -> list[Any]:
-        """Return the scratch of copied keys and values."""
-        return [
-            *settings.key.scratch(settings.config, self.key.dtype),
-            *settings.value.scratch(settings.config, self.value.dtype),
-        ]
 
 
 def _query_kernel(

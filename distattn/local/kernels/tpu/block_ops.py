@@ -34,6 +34,11 @@ class KVOperand:
         return cls(order, x.shape[-1], order == "SKH" or x.dtype == jnp.float16)
 
     @property
+    def dims(self) -> str:
+        """Dimensions of the stored array, for `LaunchSpec.blocked`."""
+        return "LB" + self.order.replace("H", ".")
+
+    @property
     def key_axis(self) -> int:
         """Axis of the keys in a head's block."""
         return 1 if self.order == "KHS" else 0
@@ -65,10 +70,7 @@ class KVOperand:
     def without_empty_slots(self, positions: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
         """Return the function that gives f32 keys or values of a head, with 0 in empty slots.
 
-        Their weight is 0 already, but they may hold NaN.
-
-        Args:
-          positions: int32[2, keys], of which the first are positions; None if no slot can be empty.
+        Their weight is 0 already, but they may hold NaN. `positions` come from `KernelSettings.positions`.
         """
         if positions is None:
             return as_float32

@@ -1,9 +1,10 @@
 """The fold over keys as one TPU kernel: a softmax state for each block of rows, kept in VMEM.
 
-It differs from published TPU kernels in: 1. keys and values are read as they are stored, 8 heads at a time,
-and never transposed; 2. masks are functions of positions that are data, in any order, and a block is skipped,
-before it is loaded, by the range of its positions; 3. the state is returned undivided; 4. if a device has two
-cores and one would idle, each folds every other block of keys, and the two states are merged.
+It differs from published TPU kernels in: 1. keys and values are read as they are stored, 8 heads at a
+time, and never transposed; 2. masks are functions of positions that are data, in any order, and a block is
+skipped, before it is loaded, by the range of its positions; 3. the state is returned undivided; 4. if a
+device has two cores and one would idle, each folds every other block of keys, and the two states are
+merged.
 """
 
 import functools
@@ -51,8 +52,8 @@ def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -
         spec,
         arrays,
         [
-            spec.row_matrix(_float32(*lead, config.padded_rows, config.value_width)),
-            spec.row_vectors(_float32(*lead, 2, config.padded_rows)),
+            spec.blocked(_float32(*lead, config.padded_rows, config.value_width), "BKR."),
+            spec.blocked(_float32(*lead, 2, config.padded_rows), "BK.R"),
         ],
         scratch=[
             pltpu.VMEM((config.row_block, LANES), jnp.int32),
@@ -84,10 +85,10 @@ def prepare_fold(
     key, value = as_stored(inputs.key), as_stored(inputs.value)
     arrays = [
         *spec.mask_vectors(vectors),
-        spec.row_matrix(query_rows(inputs, settings.matmul.dtype, config)),
-        spec.key_matrix(key, settings.key.order),
-        spec.key_matrix(value, settings.value.order),
-        *(spec.key_scales(x) for x in scales_as_stored(inputs, config)),
+        spec.blocked(query_rows(inputs, settings.matmul.dtype, config), "BKR."),
+        spec.blocked(key, settings.key.dims),
+        spec.blocked(value, settings.value.dims),
+        *(spec.blocked(x, "LBJ.S") for x in scales_as_stored(inputs, config)),
     ]
     scratch = [
         *settings.key.scratch(config, key.dtype),

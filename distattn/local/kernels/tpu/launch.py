@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from distattn._compat import interpreter, shaped, vary, varying_axes
 from distattn.local.kernels.shared import BlockedArray, BlockTable, MaskVectors
-from distattn.local.kernels.tpu.tiling import Order, TpuTileConfig
+from distattn.local.kernels.tpu.tiling import TpuTileConfig
 
 
 class GridStep(NamedTuple):
@@ -38,63 +38,38 @@ class LaunchSpec:
     layer: jax.Array | None
     inner: Literal["rows", "keys"]  # a block steps over their blocks
 
+    def blocked(self, x: Any, dims: str) -> BlockedArray:
+        """Return an array in blocks.
+
+        Args:
+          x: the array.
+          dims: a letter per dimension: L layers, B batch (times key parts, if there are any), K KV heads,
+            J blocks of KV heads, R rows, S keys; '.' for a dimension that is read whole.
+        """
+        config = self.config
+        sizes = {"K": config.heads, "R": config.row_block, "S": config.key_block}
+        shape = tuple(
+            size if letter == "." else sizes.get(letter, 1)
+            for letter, size in zip(dims, x.shape, strict=True)
+        )
+
+        def index(*place: Any) -> tuple[Any, ...]:
+            part, batch, heads, row, key = self._blocks(*place)
+            if x.shape[dims.index("B")] > config.batch:
+                batch = part * config.batch + batch
+            blocks = {"L": place[-1][0], "B": batch, "K": heads, "J": heads, "R": row, "S": key}
+            return tuple(
+                0 if size == 1 else blocks.get(letter, 0)
+                for letter, size in zip(dims, x.shape, strict=True)
+            )
+
+        return BlockedArray(x, pl.BlockSpec(shape, index))
+
     def mask_vectors(self, vectors: MaskVectors | None) -> list[BlockedArray]:
         """Return the vectors of the mask in blocks, [] without a mask."""
         if vectors is None:
             return []
-        sizes = self.config.row_block, self.config.key_block
-        blocked = []
-        for which, (x, size) in enumerate(zip(vectors, sizes, strict=True)):
-
-            def index(*place: Any, shared: bool = x.shape[0] == 1, which: int = which) -> Any:
-                _, batch, _, *blocks = self._blocks(*place)
-                return 0 if shared else batch, 0, blocks[which]
-
-            blocked.append(BlockedArray(x, pl.BlockSpec((1, x.shape[1], size), index)))
-        return blocked
-
-    def row_matrix(self, x: Any) -> BlockedArray:
-        """Return [B, K, R, .] or, per key part, [parts * B, K, R, .] in blocks."""
-
-        def index(*place: Any) -> tuple[Any, ...]:
-            part, batch, heads, row, _ = self._blocks(*place)
-            return self._batch_of(x, part, batch), heads, row, 0
-
-        shape = (1, self.config.heads, self.config.row_block, x.shape[3])
-        return BlockedArray(x, pl.BlockSpec(shape, index))
-
-    def row_vectors(self, x: Any) -> BlockedArray:
-        """Return [B, K, ., R] or, per key part, [parts * B, K, ., R] in blocks."""
-
-        def index(*place: Any) -> tuple[Any, ...]:
-            part, batch, heads, row, _ = self._blocks(*place)
-            return self._batch_of(x, part, batch), heads, 0, row
-
-        shape = (1, self.config.heads, x.shape[2], self.config.row_block)
-        return BlockedArray(x, pl.BlockSpec(shape, index))
-
-    def key_matrix(self, x: Any, order: Order) -> BlockedArray:
-        """Return keys or values [L, B, S, K, .], stored in that order, in blocks."""
-
-        def index(*place: Any) -> tuple[Any, ...]:
-            _, batch, heads, _, key = self._blocks(*place)
-            layer = place[-1][0] if x.shape[0] > 1 else 0
-            blocks = {"S": key, "K": heads, "H": 0}
-            return layer, batch, *(blocks[letter] for letter in order)
-
-        width = x.shape[2 + order.index("H")]
-        sizes = {"S": self.config.key_block, "K": self.config.heads, "H": width}
-        return BlockedArray(x, pl.BlockSpec((1, 1, *(sizes[letter] for letter in order)), index))
-
-    def key_scales(self, x: Any) -> BlockedArray:
-        """Return the scales of keys or values, [L, B, K / heads, heads, S], in blocks."""
-
-        def index(*place: Any) -> tuple[Any, ...]:
-            _, batch, heads, _, key = self._blocks(*place)
-            return place[-1][0] if x.shape[0] > 1 else 0, batch, heads, 0, key
-
-        shape = (1, 1, 1, self.config.heads, self.config.key_block)
-        return BlockedArray(x, pl.BlockSpec(shape, index))
+        return [self.blocked(vectors.rows, "B.R"), self.blocked(vectors.keys, "B.S")]
 
     def step(self, counts: Any) -> GridStep:
         """Return where the running kernel is."""
@@ -110,9 +85,6 @@ class LaunchSpec:
     def _visit(self, part: Any, step: Any) -> Any:
         parts = self.config.key_parts
         return step * parts + part if parts > 1 else step
-
-    def _batch_of(self, x: Any, part: Any, batch: Any) -> Any:
-        return batch if x.shape[0] == self.config.batch else part * self.config.batch + batch
 
     def _blocks(self, *place: Any) -> tuple[Any, ...]:
         """Return the key part, batch, block of heads, block of rows and block of keys of a step."""
@@ -138,16 +110,9 @@ def launch(
 ) -> list[jax.Array]:
     """Run kernel(counts, order, layer, *blocks of inputs and outputs, *scratch) over the grid.
 
-    Args:
-      kernel: the body.
-      spec: the grid.
-      inputs: arrays to read.
-      outputs: shapes to write.
-      scratch: memory that stays while the kernel runs.
-      width: the sum of the widths of its matmuls, for the compiler's estimate of its time.
-      collective_id: the barrier of a kernel that exchanges with other devices. It keeps to one core, since
-        all its steps share what they exchange.
-      exchanged: the axes over which its results vary because of that.
+    `width` is the sum of the widths of its matmuls, for the compiler's estimate of its time.
+    `collective_id` is the barrier of a kernel that exchanges with other devices, and `exchanged` the axes
+    over which its results then vary. All its steps share what they exchange, so it keeps to one core.
     """
     config, table = spec.config, spec.table
     layer = jnp.zeros((), jnp.int32) if spec.layer is None else spec.layer

@@ -1,8 +1,8 @@
 """The Pallas kernels for TPUs: which calls they support, for masks of positions, lengths and segments.
 
-No array of size T x S exists, nor a copy of keys or values. Mosaic has no float16: its bits are read block by
-block within the kernel, and only its gradients exist in float32 before they are rounded. Quantised keys and
-values are folded as they are stored; only the query has a gradient, which `dispatch` computes from
+No array of size T x S exists, nor a copy of keys or values. Mosaic has no float16: its bits are read block
+by block within the kernel, and only its gradients exist in float32 before they are rounded. Quantised keys
+and values are folded as they are stored; only the query has a gradient, which `dispatch` computes from
 dequantised ones. None of it has been timed: Pallas' interpreter and the compilers of v4 to tpu7x check it.
 """
 
@@ -47,22 +47,15 @@ def unsupported(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> str | None:
     """Return which argument the kernels do not support, and why; None if they support the call."""
-    return (
-        shared.unsupported_place(machine, "tpu")
-        or shared.unsupported_arguments(inputs, _DTYPES, quantised=QUANTISED)
-        or _unsupported_precision(logit_config)
-        or shared.missing_package("jax.experimental.pallas.tpu")
-        or _unsupported_size(inputs, machine, backward=backward)
+    reason = shared.unsupported_place(machine, "tpu") or shared.unsupported_arguments(
+        inputs, _DTYPES, quantised=QUANTISED
     )
-
-
-def _unsupported_precision(logit_config: LogitConfig) -> str | None:
-    if logit_config.precision in (*EXACT, *PLAIN):
-        return None
-    return f"precision is {logit_config.precision!r}; supported are None, 'default' and 'highest'"
-
-
-def _unsupported_size(inputs: AttentionInputs, machine: Machine, *, backward: bool) -> str | None:
+    if not reason and logit_config.precision not in (*EXACT, *PLAIN):
+        done = "None, 'default' and 'highest'"
+        reason = f"precision is {logit_config.precision!r}; supported are {done}"
+    reason = reason or shared.missing_package("jax.experimental.pallas.tpu")
+    if reason:
+        return reason
     config = tile_config(inputs, machine, backward=backward)
     if config.vmem_bytes > config.chip.budget_bytes:
         return (

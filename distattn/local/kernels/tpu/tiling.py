@@ -1,7 +1,7 @@
 """Block sizes of the TPU kernels, and the layout of keys, values and their scales in a TPU's memory.
 
-A step of a kernel's grid loads a block of keys and values for up to 8 heads and multiplies it with a block of
-rows. A tile of HBM is 8 by 128: if heads are adjacent, a block has 8 of them, or all 2 or 4.
+A step of a kernel's grid loads a block of keys and values for up to 8 heads and multiplies it with a block
+of rows. A tile of HBM is 8 by 128: if heads are adjacent, a block has 8 of them, or all 2 or 4.
 
 * Rows. A byte of bfloat16 keys and values is loaded once per block of rows, and serves 1 flop per row:
   matmuls hide the loads if rows >= flops/s / bytes/s of the chip: 224 on v4, 240 on v5e, 166 on v5p, 560 on
@@ -47,8 +47,8 @@ class ChipLimits:
     rows: int  # rows of a block
     step_bytes: int  # bytes of keys and values that a step loads
     # Cores of a device: two on v4 and v5p, which share its HBM and between which a kernel's parallel steps
-    # are split (docs.jax.dev, "TPUs in Megacore configuration"). The chips of v5e and v6e have one, and each
-    # of the two of tpu7x is a device.
+    # are split (docs.jax.dev, "TPUs in Megacore configuration"). The chips of v5e and v6e have one, and
+    # each of the two of tpu7x is a device.
     cores: int = 1
 
 
@@ -259,8 +259,8 @@ def from_stored(x: jax.Array, order: Order) -> jax.Array:
 def scales_as_stored(inputs: AttentionInputs, config: TpuTileConfig) -> list[jax.Array]:
     """Return the scales of keys and of values, f32[L, B, K / heads, heads, S]; [] if not quantised.
 
-    They are stored so in HBM if K is 1, 2, 4 or a multiple of 8, and nothing is copied. Otherwise the scales of one
-    layer are, 4 bytes per H items.
+    They are stored so in HBM if K is 1, 2, 4 or a multiple of 8, and nothing is copied. Otherwise the
+    scales of one layer are, 4 bytes per H items.
     """
     if inputs.key_scale is None:
         return []
