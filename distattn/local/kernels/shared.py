@@ -83,6 +83,21 @@ class TileConfig:
         return self.batch * self.kv_heads * self.groups * self.queries * self.keys
 
 
+def call_sizes(inputs: AttentionInputs) -> dict[str, int]:
+    """Return the sizes of a call, fields of `TileConfig`."""
+    batch, queries, heads, width = inputs.query.shape
+    keys, kv_heads, value_width = inputs.value.shape[-3:]
+    return {
+        "batch": batch,
+        "queries": queries,
+        "keys": keys,
+        "kv_heads": kv_heads,
+        "groups": heads // kv_heads,
+        "width": width,
+        "value_width": value_width,
+    }
+
+
 class BlockedArray(NamedTuple):
     """An input or output of a kernel, and the blocks it is read in."""
 
@@ -318,11 +333,11 @@ _DECODE_ROWS = 128
 
 
 def measured_blocks(
-    device_kind: str, rows: int, width: int, dtype: Any, *, backward: bool
+    chip: str, config: TileConfig, dtype: jnp.dtype, *, backward: bool
 ) -> tuple[int, int] | None:
-    """Return the fastest rows and keys of a block for a call of T * G rows; None if not measured."""
-    call = chip_name(device_kind), call_kind(rows, backward=backward), width, jnp.dtype(dtype).name
-    return _measured().get(call)
+    """Return the fastest rows and keys of a block for a call with keys of that dtype; None if unknown."""
+    kind = call_kind(config.queries * config.groups, backward=backward)
+    return _measured().get((chip, kind, config.width, dtype.name))
 
 
 def call_kind(rows: int, *, backward: bool) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -120,13 +121,14 @@ def test_wrong_calls(script, arguments, kind, error, capsys):
 
 
 def test_a_row_replaces_that_of_the_same_call(script, table):
-    def measured(width=128, dtype=jnp.bfloat16, rows=1, chip="TPU v5 lite", *, backward=False):
+    def measured(width=128, dtype=jnp.bfloat16, rows=1, chip="v5e", *, backward=False):
         shared._measured.cache_clear()
-        return shared.measured_blocks(chip, rows, width, dtype, backward=backward)
+        config = types.SimpleNamespace(queries=rows, groups=1, width=width)
+        return shared.measured_blocks(chip, config, jnp.dtype(dtype), backward=backward)
 
     script.write([ROW])
     assert measured() == (16, 512)
-    others = [{"chip": "TPU v5"}, {"rows": 129}, {"backward": True}, {"width": 64}]
+    others = [{"chip": "v5p"}, {"rows": 129}, {"backward": True}, {"width": 64}]
     assert {measured(**other) for other in [*others, {"dtype": jnp.int8}]} == {None}
     script.write([ROW | {"key_block": 256}, ROW | {"width": 64}])
     assert measured() == (16, 256)

@@ -36,7 +36,7 @@ EVERYTHING = Case(
         ("scale", 0.5),
     ),
 )
-# Keys and values lie in three orders, by their width and number of heads; see `tpu_layout.Order`.
+# Keys and values are stored in three orders, by their width and number of heads; see `Order` in `distattn.local.kernels.tpu.tiling`.
 WIDE = dataclasses.replace(CASES["causal_permuted"], keys=140, width=128, value_width=128)
 IN_BLOCKS = {
     "everything": EVERYTHING,

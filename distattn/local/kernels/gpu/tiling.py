@@ -35,6 +35,7 @@ from distattn.local.kernels.shared import (
     PLAIN,
     MatmulConfig,
     TileConfig,
+    call_sizes,
     chip_name,
     measured_blocks,
 )
@@ -201,19 +202,10 @@ def tile_config(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, *, backward: bool = False
 ) -> GpuTileConfig:
     """Return the sizes of a call."""
-    batch, queries, heads, width = inputs.query.shape
-    keys, kv_heads, value_width = inputs.value.shape[-3:]
-    groups, device_kind = heads // kv_heads, device_kind_of()
-    rows, dtype = queries * groups, inputs.key.dtype
+    device_kind, dtype = device_kind_of(), inputs.key.dtype
     matmul = matmul_config(inputs, logit_config, backward=backward)
     config = GpuTileConfig(
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        kv_heads=kv_heads,
-        groups=groups,
-        width=width,
-        value_width=value_width,
+        **call_sizes(inputs),
         row_block=MIN_BLOCK,
         key_block=MIN_BLOCK,
         chip=limits_of(device_kind),
@@ -221,7 +213,7 @@ def tile_config(
         exact=matmul.precision == lax.Precision.HIGHEST,
         backward=backward,
     )
-    measured = measured_blocks(device_kind, rows, width, dtype, backward=backward)
+    measured = measured_blocks(chip_name(device_kind), config, dtype, backward=backward)
     masks = max([1, *(x.shape[0] for x in jax.tree.leaves(inputs.mask))])
     config = config.chosen(machine.block_sizes, measured)
     return config.shared_out(dtype.itemsize, MAX_TABLE_ENTRIES // masks)

@@ -31,7 +31,7 @@ from jax import lax
 
 from distattn._compat import device_kind_of
 from distattn.local.inputs import AttentionInputs
-from distattn.local.kernels.shared import TileConfig, chip_name, measured_blocks
+from distattn.local.kernels.shared import TileConfig, call_sizes, chip_name, measured_blocks
 from distattn.local.tiling import Machine
 
 LANES = 128
@@ -188,26 +188,18 @@ def tile_config(
     inputs: AttentionInputs, machine: Machine, *, backward: bool = False
 ) -> TpuTileConfig:
     """Return the sizes of a call: as many heads in a block as possible, fewer if memory is short."""
-    batch, queries, heads, width = inputs.query.shape
-    keys, kv_heads, value_width = inputs.value.shape[-3:]
-    groups, device_kind = heads // kv_heads, device_kind_of()
-    rows, dtype = queries * groups, inputs.key.dtype
-    measured = measured_blocks(device_kind, rows, width, dtype, backward=backward)
+    device_kind = device_kind_of()
     chip = limits_of(device_kind)
     stored = inputs.key, inputs.value
     key_itemsize = max(x.dtype.itemsize for x in stored)
+    sizes = call_sizes(inputs)
+    kv_heads = sizes["kv_heads"]
     counts = [n for n in range(min(MAX_HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
     if "SKH" in (order_of(x.shape, x.dtype) for x in stored):
         counts = counts[:1]
-    configs = [
-        TpuTileConfig(
-            batch=batch,
-            queries=queries,
-            keys=keys,
-            kv_heads=kv_heads,
-            groups=groups,
-            width=width,
-            value_width=value_width,
+    for count in counts:
+        config = TpuTileConfig(
+            **sizes,
             row_block=LANES,
             key_block=LANES,
             chip=chip,
@@ -216,10 +208,14 @@ def tile_config(
             key_itemsize=key_itemsize,
             backward=backward,
             max_keys=min(_max_keys(x, count) for x in stored),
-        ).chosen(machine.block_sizes, measured)
-        for count in counts
-    ]
-    return next((x for x in configs if x.vmem_bytes <= chip.budget_bytes), configs[-1])
+        )
+        measured = measured_blocks(
+            chip_name(device_kind), config, inputs.key.dtype, backward=backward
+        )
+        config = config.chosen(machine.block_sizes, measured)
+        if config.vmem_bytes <= chip.budget_bytes:
+            break
+    return config
 
 
 def order_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Order:
