@@ -198,17 +198,11 @@ class MaskComparison:
 
     masked: bool  # whether there are any
     segments: bool
-    empty_slots: bool  # whether a slot may be empty
 
     @classmethod
-    def of(
-        cls, mask: Mask, vectors: MaskVectors | None, *, ragged_is_empty: bool
-    ) -> "MaskComparison":
-        """Return the comparison; `ragged_is_empty` if slots that fill the last block may be read as NaN."""
-        order = mask.index_order
-        empty = mask.key_positions is not None and (order is None or not order.full)
-        masked = vectors is not None
-        return cls(masked, mask.key_segment_ids is not None, empty or (masked and ragged_is_empty))
+    def of(cls, mask: Mask, vectors: MaskVectors | None) -> "MaskComparison":
+        """Return the comparison of a call."""
+        return cls(vectors is not None, mask.key_segment_ids is not None)
 
     def take(self, refs: Iterator[Any]) -> list[Any]:
         """Take the vectors of rows and of keys from the refs of a kernel; [] if it is not masked."""
@@ -226,6 +220,15 @@ class MaskComparison:
         position = key(0)
         allowed = (position >= row(0)) & (position <= row(1))
         return allowed & (key(1) == row(2)) if self.segments else allowed
+
+
+def attended_keys(allowed: jax.Array) -> jax.Array:
+    """Return which keys of a block some row attends to, bool[1, keys] from bool[rows, keys].
+
+    A slot that no query may attend to can hold anything: its weight is 0, but 0 * NaN is NaN. So each block
+    of rows reads 0 for keys and values that none of its rows attends to.
+    """
+    return jnp.where(allowed, 1.0, 0.0).max(axis=0, keepdims=True) > 0
 
 
 class BlockTable(NamedTuple):

@@ -19,36 +19,50 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+ROWS = np.arange(10, dtype=np.int32)
+KEYS = np.arange(12, dtype=np.int32)
+POSITIONS = {"query_positions": ROWS, "key_positions": KEYS}
+UNATTENDED = {  # masks, and slots that no query may attend to
+    "empty": (
+        {**POSITIONS, "key_positions": np.where(KEYS % 5 == 3, -1, KEYS), "is_causal": True},
+        (3, 8, 10, 11),
+    ),
+    "lengths": ({"key_value_seq_lengths": np.array([7], np.int32)}, range(7, 12)),
+    "causal": ({"is_causal": True}, (10, 11)),
+    "window with gaps": (
+        {"local_window_size": 1, **POSITIONS, "query_positions": ROWS // 5 * 6},
+        (2, 3, 4, 8, 9, 10, 11),
+    ),
+    "segments": (
+        {"query_segment_ids": ROWS % 2, "key_value_segment_ids": KEYS % 3},
+        (2, 5, 8, 11),
+    ),
+}
+
+
 @every_kernel
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
-def test_nothing_leaks_from_slots_that_no_row_may_see(implementation, garbage):
-    """Empty slots in the middle, and queries past their length."""
-    keys, empty, length = 12, (3, 4, 9), 10
-    query, key, value = random(1, keys, 4, 8), random(1, keys, 2, 8, seed=1), random(1, keys, 2, 8)
-    positions = np.arange(keys, dtype=np.int32)
-    positions[list(empty)] = -1
+@pytest.mark.parametrize("name", UNATTENDED)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_nothing_leaks_from_slots_that_no_query_may_attend_to(implementation, name, garbage):
+    """Nor from queries past their length."""
+    masks, slots = UNATTENDED[name]
+    query, key, value = random(1, 10, 4, 8), random(1, 12, 2, 8, seed=1), random(1, 12, 2, 8)
     dirty = [x.copy() for x in (query, key, value)]
-    dirty[0][:, length:] = garbage
+    dirty[0][:, 9:] = garbage
     for x in dirty[1:]:
-        x[:, empty] = garbage
+        x[:, [*slots]] = garbage
 
     def loss(query, key, value):
-        out, lse = attention_by(implementation)(
-            query,
-            key,
-            value,
-            is_causal=True,
-            query_seq_lengths=np.array([length], np.int32),
-            query_positions=np.arange(keys, dtype=np.int32),
-            key_positions=positions,
-        )
-        return (out**2).sum() + lse[:, :length].sum(), (out, lse)
+        lengths = np.array([9], np.int32)
+        call = masks | {"query_seq_lengths": lengths}
+        out, lse = attention_by(implementation)(query, key, value, **call)
+        return (out**2).sum() + lse[:, :9].sum(), (out, lse)
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
     with simulated(implementation):
         got, clean = run(*dirty), run(query, key, value)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(clean), strict=True):
-        assert_close(x, np.asarray(y), jnp.float32, 2 * keys)
+        assert_close(x, np.asarray(y), jnp.float32, 24)
 
 
 @every_kernel

@@ -87,15 +87,16 @@ def _query_kernel(
         keys = pl.ds(start, count)
         block_keys = settings.key.load(key, start, count, layer)
         values = settings.value.load(value, start, count, layer)
+        allowed = settings.rows_by_keys(vectors, rows, keys)
         _, d_logits = shared.gradients_of(
             settings.scores(queries, block_keys),
             settings.scores(d_outs, values),
-            settings.rows_by_keys(vectors, rows, keys),
+            allowed,
             settings.logit_config,
             reference=reference,
             d_sum=d_sum,
         )
-        block_keys = settings.without_empty_slots(block_keys, vectors, keys)
+        block_keys = settings.attended(block_keys, allowed)
         return _added(sums, settings.weigh(d_logits, block_keys))
 
     sums = program.over(block, settings.query.zeros(config.row_block))

@@ -20,7 +20,12 @@ from distattn.local.kernels.gpu.tiling import (
     matmul_config,
     padded_width,
 )
-from distattn.local.kernels.shared import MaskComparison, MaskVectors, MatmulConfig
+from distattn.local.kernels.shared import (
+    MaskComparison,
+    MaskVectors,
+    MatmulConfig,
+    attended_keys,
+)
 
 Piece = tuple[int, int]  # start and size in a width
 Pieces = tuple[jax.Array, ...]
@@ -115,7 +120,7 @@ class KernelSettings:
             out=Operand(config.value_width, config.padded_rows),
             key=Operand(config.width, config.keys, is_ragged),
             value=Operand(config.value_width, config.keys, is_ragged),
-            comparison=MaskComparison.of(inputs.mask, vectors, ragged_is_empty=False),
+            comparison=MaskComparison.of(inputs.mask, vectors),
             quantised=inputs.key_scale is not None,
         )
 
@@ -125,13 +130,13 @@ class KernelSettings:
             lambda n: vectors[0][n, rows][:, None], lambda n: vectors[1][n, keys][None, :]
         )
 
-    def without_empty_slots(self, pieces: Pieces, vectors: list[Any], keys: Any) -> Pieces:
-        """Return keys, values or scales with 0 in empty slots: their weight is 0, but they may hold NaN."""
-        if not self.comparison.empty_slots or jnp.issubdtype(pieces[0].dtype, jnp.integer):
+    def attended(self, pieces: Pieces, allowed: jax.Array | None) -> Pieces:
+        """Return keys, values or scales of a block, with 0 for keys that none of its rows attends to."""
+        if allowed is None or jnp.issubdtype(pieces[0].dtype, jnp.integer):
             return pieces
-        filled = vectors[1][0, keys] >= 0
+        keys = attended_keys(allowed)[0]
         return tuple(
-            jnp.where(filled.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+            jnp.where(keys.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
             for x in pieces
         )
 

@@ -86,10 +86,10 @@ def _kernel(
         total = shrink * total + weights.sum(axis=1)
         if scales:
             scale = settings.value.load_scales(scales[1], start, count, layer)
-            (scale,) = settings.without_empty_slots((scale,), vectors, keys)
+            (scale,) = settings.attended((scale,), allowed)
             weights *= scale[None, :]
         values = settings.value.load(value, start, count, layer)
-        values = settings.without_empty_slots(values, vectors, keys)
+        values = settings.attended(values, allowed)
         added = settings.weigh(weights, values)
         sums = tuple(x * shrink[:, None] + y for x, y in zip(sums, added, strict=True))
         return sums, high, total

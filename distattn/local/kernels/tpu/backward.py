@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from distattn.local.block import Cotangents, LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import (
+    attended_keys,
     block_tables,
     gradients_of,
     mask_vectors,
@@ -125,11 +126,11 @@ def _query_kernel(
         settings.key.load(key, keys)
         settings.value.load(value, values)
         allowed = settings.rows_by_keys(vectors, row_vectors)
-        filled_keys = settings.key.without_empty_slots(settings.positions(vectors))
+        attended = settings.key.attended(None if allowed is None else attended_keys(allowed))
 
         @for_each_head(heads)
         def _(head: jax.Array) -> None:
-            head_keys = filled_keys(keys[head])
+            head_keys = attended(keys[head])
             _, d_logits = gradients_of(
                 dot(query[0, head], head_keys, (1, 1 - key_axis)),
                 dot(d_out[0, head], as_float32(values[head]), (1, 1 - value_axis)),

@@ -67,16 +67,17 @@ class KVOperand:
         """Write x, one array per head, to the block."""
         block[0, 0] = jnp.swapaxes(x, 0, 1) if self.order == "SKH" else x
 
-    def without_empty_slots(self, positions: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
-        """Return the function that gives f32 keys or values of a head, with 0 in empty slots.
+    def attended(self, keys: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+        """Return the function that gives f32 keys or values of a head, with 0 for unattended keys.
 
-        Their weight is 0 already, but they may hold NaN. `positions` come from `KernelSettings.positions`.
+        `keys` is that of `attended_keys`; None if all are attended.
         """
-        if positions is None:
+        if keys is None:
             return as_float32
-        vectors = positions if self.key_axis else jnp.swapaxes(positions, 0, 1)
-        filled = (vectors[:1] if self.key_axis else vectors[:, :1]) >= 0
-        return lambda x: jnp.where(filled, as_float32(x), 0.0)
+        if not self.key_axis:
+            columns = jnp.broadcast_to(jnp.where(keys, 1.0, 0.0), (8, keys.shape[1]))
+            keys = jnp.swapaxes(columns, 0, 1)[:, :1] > 0
+        return lambda x: jnp.where(keys, as_float32(x), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +105,13 @@ class KernelSettings:
         arrays = inputs.query, inputs.key, inputs.value
         narrow = not exact and all(x.dtype in _NARROW for x in arrays)
         precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-        ragged = config.keys < config.padded_keys
         return cls(
             config,
             logit_config,
             MatmulConfig(jnp.dtype(jnp.bfloat16 if narrow else jnp.float32), precision),
             KVOperand.of(inputs.key),
             KVOperand.of(inputs.value),
-            MaskComparison.of(inputs.mask, vectors, ragged_is_empty=ragged),
+            MaskComparison.of(inputs.mask, vectors),
             inputs.key_scale is not None,
         )
 
@@ -129,10 +129,6 @@ class KernelSettings:
         return self.comparison.allowed(
             lambda n: row_vectors[:, n : n + 1], lambda n: vectors[1][0, n : n + 1, :]
         )
-
-    def positions(self, vectors: list[Any]) -> jax.Array | None:
-        """Return the mask vectors of a block of keys, int32[2, keys]; None if no slot can be empty."""
-        return vectors[1][0] if self.comparison.empty_slots else None
 
 
 def as_float32(x: jax.Array) -> jax.Array:

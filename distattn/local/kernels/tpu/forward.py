@@ -23,6 +23,7 @@ from distattn.local.block import LogitConfig
 from distattn.local.inputs import AttentionInputs
 from distattn.local.kernels.shared import (
     BlockedArray,
+    attended_keys,
     block_tables,
     logits_of,
     mask_vectors,
@@ -158,13 +159,12 @@ def fold_step(
         settings.key.load(key, keys)
         settings.value.load(value, values)
         allowed = settings.rows_by_keys(vectors, row_vectors)
-        positions = settings.positions(vectors)
-        filled_values = settings.value.without_empty_slots(positions)
+        keys_seen = None if allowed is None else attended_keys(allowed)
+        attended_values = settings.value.attended(keys_seen)
 
         def scale(which: int, head: jax.Array) -> jax.Array:
             x = scales[which][0, 0, 0, pl.ds(head, 1), :]
-            # The scale of an empty slot may be NaN too.
-            return x if positions is None else jnp.where(positions[:1] >= 0, x, 0.0)
+            return x if keys_seen is None else jnp.where(keys_seen, x, 0.0)
 
         @for_each_head(heads)
         def _(head: jax.Array) -> None:
@@ -181,7 +181,7 @@ def fold_step(
             sum_[head] = jnp.broadcast_to(total, sum_.shape[1:])
             if scales:
                 weights = weights * scale(1, head)
-            added = dot(weights, filled_values(values[head]), (1, settings.value.key_axis))
+            added = dot(weights, attended_values(values[head]), (1, settings.value.key_axis))
             weighted_sum[0, head] = weighted_sum[0, head] * shrink + added
 
 
