@@ -25,8 +25,8 @@ GPU_TARGETS = ("h100:1x4",)
 TARGETS = (*TPU_TARGETS, *GPU_TARGETS)
 WIDTHS = (64, 80, 96, 128, 192, 256)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-# rows of the batch, queries, keys of a device, heads, heads of keys. No two of their products are equal
-# that would let an array of one kind pass for another.
+# rows of the batch, queries, keys of a device, heads, heads of keys. No two of them multiply to
+# the same size, so that no array passes for one of another kind.
 CALLS = {
     "decode": (2, 1, 50_000, 32, 8),
     "decode_alone": (1, 1, 60_000, 32, 8),
@@ -40,7 +40,7 @@ every_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_
 
 
 def simulated(implementation: str) -> contextlib.AbstractContextManager:
-    """Where kernels run on one device, by the interpreter."""
+    """Run kernels on one device by the interpreter."""
     on_a_tpu = implementation == "pallas_tpu"
     return interpreted(pltpu.InterpretParams() if on_a_tpu else True)
 
@@ -55,7 +55,7 @@ def attention_by(implementation: str) -> Callable:
 def inside(
     implementation: str, *, mesh: Any = None, check_vma: bool, is_causal: bool, **arrays: Any
 ):
-    """The call in a shard_map of one's own."""
+    """Call `sharded_attention` in a shard_map."""
     along = P(None, "kv")
     specs = {"query": P(), "query_positions": P(), "key_positions": along}
     specs |= {"key": along, "value": along}
@@ -77,17 +77,17 @@ def inside(
 
 
 def matrix() -> list[tuple[str, str, int, Any]]:
-    """All that is to compile: target, call, width and dtype."""
+    """Return all programs to compile: target, call, width and dtype."""
     return list(itertools.product(TARGETS, CALLS, WIDTHS, DTYPES))
 
 
 def kernel_of(target: str) -> str:
-    """The implementation for a target."""
+    """Return the implementation for a target."""
     return "pallas_gpu" if target in GPU_TARGETS else "pallas_tpu"
 
 
 def caches() -> list[tuple[str, Any, int, int, int | None]]:
-    """All caches whose attention is to compile: target, dtype, width, heads of keys and layers."""
+    """Return all caches whose attention is compiled: target, dtype, width, KV heads and layers."""
     few = ((8, None), (2, None), (3, None), (8, 3))
     return [
         (target, dtype, width, *more)
@@ -95,8 +95,8 @@ def caches() -> list[tuple[str, Any, int, int, int | None]]:
     ]
 
 
-class Given(NamedTuple):
-    """What a call that is compiled is given, over the devices of an axis 'kv': shapes and dtypes."""
+class CallShapes(NamedTuple):
+    """Shapes and dtypes of a compiled call, over the devices of an axis 'kv'."""
 
     query: jax.ShapeDtypeStruct
     key: jax.ShapeDtypeStruct
@@ -112,8 +112,8 @@ class Given(NamedTuple):
         width: int,
         dtype: Any,
         value_width: int | None = None,
-    ) -> "Given":
-        """Of so many rows of the batch, queries, keys of a device, heads and heads of keys."""
+    ) -> "CallShapes":
+        """Return the shapes for sizes B, T, S of a device, N and K."""
         batch, queries, keys, heads, kv_heads = sizes
         struct = jax.ShapeDtypeStruct
         return cls(
@@ -126,7 +126,7 @@ class Given(NamedTuple):
 
     @classmethod
     def specs(cls) -> tuple[P, ...]:
-        """How they lie."""
+        """Return how they are sharded."""
         along = P(None, "kv")
         return P(), along, along, P(), along
 
@@ -142,7 +142,7 @@ def compiled(
     precision: str | None = None,
     strategy: str = "butterfly",
 ) -> Report:
-    """One call of `dot_product_attention` over the devices of a target, keys in any order.
+    """Compile one call of `dot_product_attention` over the devices of a target, keys in any order.
 
     `implementation`: None for the kernels of the target.
     """
@@ -167,16 +167,16 @@ def compiled(
     run: Callable = gradient if call == "gradient" else attention
     return compile_for(
         run,
-        *Given.of(CALLS[call], devices, width, dtype, value_width),
+        *CallShapes.of(CALLS[call], devices, width, dtype, value_width),
         topology=target,
         mesh={"kv": devices},
-        specs=Given.specs(),
+        specs=CallShapes.specs(),
     )
 
 
-# What XLA calls a kernel: on a TPU, and on a GPU up to jaxlib 0.10.2 and since.
+# XLA's names of a kernel: on a TPU, and on a GPU up to jaxlib 0.10.2 and since.
 _CUSTOM_CALLS = "tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi"
-CACHE_SLOTS = 50_000  # of a device, for each of 2 rows of the batch
+CACHE_SLOTS = 50_000  # slots of a device, for each of 2 rows of the batch
 
 
 def decode_of_a_cache(
@@ -237,21 +237,21 @@ def decode_of_a_cache(
 
 
 def launches(report: Report) -> int:
-    """How many kernels the compiled program launches."""
+    """Return how many kernels the compiled program launches."""
     return sum(report.hlo.count(f'custom_call_target="{name}"') for name in _CUSTOM_CALLS)
 
 
 def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
-    """What the program computes, outside of kernels, that is as large as the keys of a device."""
+    """Return the arrays outside of kernels that are as large as the keys of a device."""
     batch, _, keys, _, kv_heads = CALLS[call]
     return arrays_of_size(report, batch * keys * kv_heads * width)
 
 
 def arrays_of_size(report: Report, size: int) -> list[str]:
-    """What the program computes, outside of kernels, that has so many elements or more.
+    """Return the arrays outside of kernels that have at least `size` elements.
 
-    What XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor is what it
-    computes block by block within one (a fusion of the kind kCustom).
+    An array that XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor is
+    one that it computes block by block within a kernel (a fusion of the kind kCustom).
     """
     free = {
         "parameter",
@@ -264,7 +264,7 @@ def arrays_of_size(report: Report, size: int) -> list[str]:
     }
     found, fused = [], False
     for line in report.hlo.splitlines():
-        if line.endswith("{"):  # of a computation, the first line
+        if line.endswith("{"):  # first line of a computation
             fused = line.lstrip().startswith("%fused_computation")
         match = re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
         if match and not fused and match[3] not in free and "kind=kCustom" not in line:
@@ -275,6 +275,6 @@ def arrays_of_size(report: Report, size: int) -> list[str]:
 
 
 def key_bytes(call: str, width: int, dtype: Any) -> int:
-    """Of the keys of a device."""
+    """Return the bytes of the keys of a device."""
     batch, _, keys, _, kv_heads = CALLS[call]
     return batch * keys * kv_heads * width * jnp.dtype(dtype).itemsize

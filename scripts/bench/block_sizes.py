@@ -45,12 +45,12 @@ LOGITS = LogitConfig(1 / 8)
 
 
 def kernel_name():
-    """The kernel of this platform; on a CPU that of TPUs, which the interpreter runs."""
+    """Return the kernel of this platform; on a CPU that of TPUs, which the interpreter runs."""
     return "pallas_gpu" if platform_of() == "gpu" else "pallas_tpu"
 
 
 def blocks_of(inputs, machine, *, backward):
-    """Rows and keys of a block of a call."""
+    """Return rows and keys of a block of a call."""
     if kernel_name() == "pallas_gpu":
         config = gpu_tiling.tile_config(inputs, LOGITS, machine, backward=backward)
     else:
@@ -65,7 +65,7 @@ def random(seed, shape, dtype):
 
 
 def inputs_of(kind, width, dtype, options):
-    """Random inputs of a call, causal, the last query at the last key; 8-bit keys have scales."""
+    """Return random inputs, causal, the last query at the last key; 8-bit keys have scales."""
     decode = kind == "decode"
     batch, queries = (options.batch, 1) if decode else (1, options.tokens)
     keys = options.context if decode else options.tokens
@@ -90,7 +90,7 @@ def inputs_of(kind, width, dtype, options):
 
 
 def repeated(machine, count, inputs, cotangents):
-    """A number that needs `count` calls, one after the other."""
+    """Return a number that needs `count` calls, one after the other."""
     kernel = KERNELS[kernel_name()]
 
     def call(_, carry):
@@ -109,7 +109,7 @@ def repeated(machine, count, inputs, cotangents):
 
 
 def programs_of(inputs, cotangents, groups):
-    """The compiled program of each size there is room for, the library's choice first; and what failed."""
+    """Return a compiled program per size there is room for, the library's choice first; and failures."""
     rows, keys = CANDIDATES[kernel_name()]
     wanted = [None, *((-(-row // groups), key) for row in rows for key in keys)]
     backward, programs, failed = cotangents is not None, {}, []
@@ -130,7 +130,7 @@ def programs_of(inputs, cotangents, groups):
 
 
 def tune(kind, width, dtype, options):
-    """Times a kind of call, prints the medians, and returns the row of the table."""
+    """Time a kind of call, print the medians, and return the row of the table."""
     inputs = inputs_of(kind, width, dtype, options)
     rows = inputs.query.shape[1] * options.heads // options.kv_heads
     backward = kind == "gradient"
@@ -177,7 +177,7 @@ def tune(kind, width, dtype, options):
 
 
 def write(rows):
-    """Puts rows into the table, in place of those of the same calls."""
+    """Put rows into the table, in place of those of the same calls."""
     table = json.loads(shared.MEASURED.read_text(encoding="utf-8"))
     by_call = {
         tuple(x[name] for name in ("chip", "kind", "width", "dtype")): x for x in table + rows

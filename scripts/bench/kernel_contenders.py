@@ -1,6 +1,6 @@
-"""Attention on one device, ours and others', timed by turns: what `kernels.py time` prints.
+"""Attention on one device, ours and others', interleaved: the table of `kernels.py time`.
 
-On one device keys lie in order, which is what the others ask for. A contender that does not do a case, or
+On one device keys are in order, as the others need. A contender that does not do a case, or
 is not installed, is named with its reason.
 """
 
@@ -68,7 +68,7 @@ CASES = {
 
 
 def small(case: Case) -> Case:
-    """The same in a hundredth of a second on a CPU, to see that all runs."""
+    """Return a case that takes a hundredth of a second on a CPU, to see that all runs."""
     keys = case.keys // 1024
     queries = 1 if case.queries == 1 else keys if case.queries == case.keys else 4
     return dataclasses.replace(case, batch=1, queries=queries, keys=keys, heads=4, kv_heads=2)
@@ -96,7 +96,7 @@ def contenders() -> dict[str, Callable]:
 
 
 def compiled(attention: Callable, case: Case, arrays: tuple) -> Callable:
-    """The program of a contender."""
+    """Return the program of a contender."""
 
     def forward(*arrays: jax.Array) -> jax.Array:
         return attention(*arrays, is_causal=case.causal)
@@ -110,7 +110,7 @@ def compiled(attention: Callable, case: Case, arrays: tuple) -> Callable:
 
 
 def least_s(case: Case, device: jax.Device) -> float | None:
-    """Seconds at the device's peak, of memory or of products; None for a chip that is not in the table."""
+    """Seconds at the device's peak, of memory or of matmuls; None for a chip that is not in the table."""
     chip = chip_of(device.device_kind)
     if chip is None or chip.platform == "cpu":
         return None
@@ -127,7 +127,7 @@ def time_all(repeats: int, out: str | None, *, tiny: bool) -> None:
       tiny: cases so small that a CPU runs them: their figures say nothing.
     """
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}; medians of {repeats}, by turns")
+    print(f"{device.device_kind}, jax {jax.__version__}; medians of {repeats}, interleaved")
     if tiny:
         print("small cases: these figures say nothing of the kernels")
     rows = []

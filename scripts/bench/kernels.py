@@ -7,9 +7,9 @@
     python scripts/bench/kernels.py memory                     # temp bytes beside the plain XLA form's
     python scripts/bench/kernels.py time                       # on a TPU or GPU, beside others' kernels
 
-The first three need the extras `tpu` and `cuda-aot`. What is compiled are whole calls, keys sharded over
+The first three need the extras `tpu` and `cuda-aot`. They compile whole calls, keys sharded over
 the devices of the target.
-What is timed runs on the first device here: ours against theirs, ratios, and percent of the roofline.
+The last one runs on the first device here: ours against theirs, ratios, and percent of the roofline.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def compile_all(targets: list[str], out: str | None, every: int, strategy: str) 
 
 
 def compile_caches(targets: list[str], every: int) -> int:
-    """The same for decode over quantised caches; prints what fails and how many did, which it returns."""
+    """Compile decode over quantised caches; print what fails, and return how many did."""
     chosen = [x for x in caches()[::every] if x[0] in targets]
     failed = 0
     for target, dtype, width, kv_heads, layers in chosen:

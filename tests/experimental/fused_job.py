@@ -1,4 +1,4 @@
-"""What `test_fused.py` asks of kernels that exchange, on eight simulated TPUs, in a process of its own.
+"""Checks of kernels that exchange, for `test_fused.py`, on eight simulated TPUs, in a process of its own.
 
 In the interpreter the devices wait for each other in callbacks, each of which needs a thread: PJRT_NPROC,
 which is read when JAX starts. Memory is NaN until it is written, and races print a line. Copies are made as
@@ -49,7 +49,7 @@ def on_tpus(*, late: bool = False) -> contextlib.AbstractContextManager:
 
 
 def states(sizes: tuple[int, ...], rows: tuple[int, ...], width: int) -> distattn.SoftmaxState:
-    """A state for each device: far apart, one of no keys at all, one row that has none anywhere."""
+    """Return a state for each device: far apart, one of no keys at all, one row that has none anywhere."""
     rng = np.random.default_rng(len(sizes))
     high = 50 * rng.normal(size=(*sizes, *rows))
     total, weighted = rng.uniform(1, 9, (*sizes, *rows)), rng.normal(size=(*sizes, *rows, width))
@@ -60,7 +60,7 @@ def states(sizes: tuple[int, ...], rows: tuple[int, ...], width: int) -> distatt
 
 
 def merged(mesh: Mesh, axes: Any, schedule: str, state: Any) -> Any:
-    """What each device has after an all-reduce, with the axes of the mesh in front."""
+    """Return what each device has after an all-reduce, with the axes of the mesh in front."""
     depth = len(mesh.axis_names)
 
     def body(state):
@@ -79,7 +79,7 @@ def same(a: Any, b: Any) -> None:
 
 
 def compared(mesh: Mesh, axes: Any, state: Any) -> None:
-    """That the kernel gives the bits of the butterfly, and so the same to all devices."""
+    """Compare the kernel's bits with those of the butterfly, and between devices."""
     messages = merged(mesh, axes, "butterfly", state)
     names = (axes,) if isinstance(axes, str) else axes
     along = tuple(mesh.axis_names.index(name) for name in names)
@@ -104,7 +104,7 @@ def attention(devices: int, **options: Any) -> Callable:
 
 
 def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float = 1.0) -> None:
-    """One launch against the oracle, forward: that of the gradient is its own (`test_kernels.py`)."""
+    """Check one launch against the oracle, forward: that of the gradient is its own (`test_kernels.py`)."""
     arguments = case.arguments()
     cast = {
         name: jnp.asarray(arguments[name], dtype) for name in DIFFERENTIABLE if name in arguments
@@ -122,7 +122,7 @@ def judged(case: Case, devices: int, *, dtype: Any = jnp.float32, factor: float 
 
 
 def fixed_point(*sizes: int, gradient: bool) -> None:
-    """That integers are the same by the kernel as by messages: of a state, or of some sums."""
+    """Compare integers by the kernel with those by messages: of a state, or of some sums."""
     terms = [states(sizes, (2, 3, 2), 9).weighted_sum * 10.0**power for power in (-8, 0, 9)]
     scale = limb_format(1000)
 
@@ -147,7 +147,7 @@ def reproducible() -> None:
 
 
 def inside(check_vma: bool) -> Callable:
-    """`sharded_attention` in a shard_map of one's own."""
+    """`sharded_attention` in a shard_map."""
     mesh, along = mesh_of(4), P(None, "kv")
     names = ("query", "key", "value", "query_positions", "key_positions")
     specs = dict(zip(names, (P(), along, along, P(), along), strict=True))
@@ -173,7 +173,7 @@ def inside(check_vma: bool) -> Callable:
 
 
 def cache() -> None:
-    """A token at a time, in caches of two layers, one of bytes with scales."""
+    """Decode a token at a time, in caches of two layers, one of bytes with scales."""
     rng = np.random.default_rng(0)
     options = {"batch": 1, "capacity": 32, "num_kv_heads": 2, "head_dim": 8, "layers": 2}
     new = jnp.asarray(rng.normal(size=(2, 2, 1, 20, 2, 8)), jnp.float32)
@@ -188,7 +188,7 @@ def cache() -> None:
 
 
 def told() -> None:
-    """As under check_vma=True, whose types the interpreter does not know: coordinates come as numbers."""
+    """Exchange as under check_vma=True, whose types the interpreter does not know: coordinates come as numbers."""
 
     def route(axes):
         return dataclasses.replace(route_over(axes), told=("a", "kv"))
@@ -222,7 +222,7 @@ def broken(kernel: type[exchange.Exchange]) -> None:
 
 
 def vmapped() -> None:
-    """Over a batch of states."""
+    """Exchange a batch of states."""
     state = states((3, 2), (2, 1), 8)
 
     def body(schedule, state):
@@ -266,14 +266,14 @@ CHECKS: dict[str, Callable[[], None]] = {
     "cache": cache,
     "vmapped": vmapped,
 }
-BROKEN = {  # what must be seen to be
+BROKEN = {  # races that must be seen
     "without waiting": functools.partial(broken, Impatient),
     "in one buffer": functools.partial(broken, Crowded),
 }
 
 
 def report(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Of each check, what went wrong, and whether a race was seen."""
+    """Yield what went wrong in each check, and whether a race was seen."""
     for name in names:
         seen, failure = io.StringIO(), ""
         with contextlib.redirect_stdout(seen), on_tpus():

@@ -1,7 +1,7 @@
 """The exchange in one TPU kernel, and decode attention in one launch: simulated, and compiled.
 
-What devices send each other is simulated in one process for all of it (`fused_job`); what a kernel costs is
-read off programs for TPUs that are not here.
+One process (`fused_job`) simulates what devices send each other; programs for TPUs that are not here show
+what a kernel costs.
 """
 
 import functools
@@ -45,7 +45,7 @@ SECONDS = 300  # for what takes one minute on two cores
 
 
 def test_simulated():
-    """All of `fused_job`, in one test, since workers that share parameters would each run it."""
+    """Run all of `fused_job`, in one test, since workers that share parameters would each run it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.experimental.fused_job"],
         cwd=ROOT,
@@ -58,7 +58,7 @@ def test_simulated():
     )
     found = {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
     assert set(found) == {*fused_job.CHECKS, *fused_job.BROKEN}, done.stderr
-    # What is printed are races, and semaphores that are not back at 0.
+    # Printed are races, and semaphores that are not back at 0.
     failures = [
         name for name in fused_job.CHECKS if found[name]["failure"] or found[name]["printed"]
     ]
@@ -118,7 +118,7 @@ def test_a_barrier_for_each_pattern():
         jax.eval_shape(jax.shard_map(body, mesh=shape, in_specs=P(), out_specs=P()), np.zeros(2))
     ids = [x for several in found.values() for x in several]
     assert len(found) == 3
-    assert len(ids) == len(set(ids)) == 6  # of two meshes
+    assert len(ids) == len(set(ids)) == 6  # for two meshes
     assert all(0 <= x < 2**31 for x in ids)
 
 
@@ -138,7 +138,7 @@ def compiled(
     keys=None,
     **more,
 ):
-    """A call of CALLS with keys along 'kv', by `run` or by dot_product_attention."""
+    """Compile a call of CALLS with keys along 'kv', by `run` or by dot_product_attention."""
     batch, queries, own_keys, heads, kv_heads = CALLS[call]
     keys = keys or own_keys
     sizes = [int(x) for x in topology.partition(":")[2].replace("*", "x").split("x")]

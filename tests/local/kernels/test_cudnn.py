@@ -42,7 +42,7 @@ HALF_FACTOR = 2.0
 
 
 def in_place_of_cudnn(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, **more):
-    """Its contract, by jax.nn: out in query's dtype, and the log-sum-exp f32[B, N, T]."""
+    """Keep its contract, by jax.nn: out in query's dtype, and the log-sum-exp f32[B, N, T]."""
     assert set(more) == {"sliding_window_length", "return_residual"}
     assert query.dtype == key.dtype == value.dtype
     assert query.dtype in (jnp.bfloat16, jnp.float16)
@@ -79,7 +79,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.KERNELS, "cudnn", there)
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
     yield
-    jax.clear_caches()  # what was traced so is not to be found elsewhere
+    jax.clear_caches()  # other tests must not find these traces
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_cudnn_over_a_mesh(stand_in, strategy):
 
 
 def inside(*, mesh, check_vma, is_causal=False):
-    """The call in a shard_map of one's own, over keys."""
+    """Call `sharded_attention` in a shard_map over keys."""
     along = P(None, "kv")
     mapped = jax.shard_map(
         functools.partial(
@@ -164,7 +164,7 @@ def test_types_of_cudnn_itself_in_a_shard_map(on_a_gpu, check_vma):
 
 
 def call_of(dtype=jnp.bfloat16, *, platform, queries=128, keys=128, width=8, **arguments):
-    """The arguments of `dispatch.chosen_kernel`, from those of a call."""
+    """Return the arguments of `dispatch.chosen_kernel`, from those of a call."""
     logit_config = LogitConfig(
         1.0, arguments.pop("logits_soft_cap", None), arguments.pop("precision", None)
     )
@@ -254,7 +254,7 @@ def test_none_takes_what_keeps_nan_where_it_is(monkeypatch):
 
 
 def test_its_gradient_is_that_of_another_kernel(monkeypatch):
-    """Of `pallas_gpu` if it supports the call, else of XLA's operations."""
+    """It is `pallas_gpu`'s if that supports the call, else that of XLA's operations."""
     monkeypatch.setattr(_compat.fused_attention, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn.pallas_gpu, "unsupported", lambda *_, **__: None)
     ran = []

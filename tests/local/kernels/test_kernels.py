@@ -54,7 +54,7 @@ IN_BLOCKS = {
         options=(("is_causal", True),),
     ),
 }
-# Of the last the rows of a block end within the groups of a query.
+# In the last one the rows of a block end within the groups of a query.
 IN_BLOCKS_OF_GPUS = ("everything", "no mask", "groups of three")
 MORE = {
     "heads beside keys": WIDE,
@@ -92,7 +92,7 @@ def test_cases_for_gpus(name):
 
 
 def in_blocks(implementation):
-    """Of 64 queries and 128 keys, so that there are several of each; on a GPU of 32 and 64."""
+    """Return the call in blocks of 64 queries and 128 keys, so that there are several of each; on a GPU of 32 and 64."""
     sizes = {"pallas_tpu": (64, 128), "pallas_gpu": (32, 64)}
 
     def run(**arguments):

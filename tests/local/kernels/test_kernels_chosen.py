@@ -67,7 +67,7 @@ def test_without_what_it_is_written_in_it_is_refused(implementation, monkeypatch
 
 
 def kernels_of(platform, dtype=jnp.bfloat16, **options):
-    """How many kernels a call has that names none, lowered for a platform."""
+    """Return how many kernels a call has that names none, lowered for a platform."""
     struct, along = jax.ShapeDtypeStruct, P(None, "kv")
     arrays = [struct((1, n, heads, 64), dtype) for n, heads in ((1, 8), (512, 2), (512, 2))]
     f = functools.partial(distattn.dot_product_attention, strategy="butterfly", **options)

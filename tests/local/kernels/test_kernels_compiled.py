@@ -14,7 +14,7 @@ from tests.kernel_calls import (
     GPU_TARGETS,
     TPU_TARGETS,
     WIDTHS,
-    Given,
+    CallShapes,
     arrays_like_keys,
     compiled,
     inside,
@@ -73,16 +73,16 @@ def test_gradients_compiled_for(target, width, dtype):
 )
 def test_inside_a_shard_map_compiled(topology, implementation, check_vma):
     def loss(*arrays):
-        named = Given(*arrays)._asdict()
+        named = CallShapes(*arrays)._asdict()
         out, lse = inside(implementation, **named, check_vma=check_vma, is_causal=True)
         return out.astype(jnp.float32).sum() + lse.sum()
 
     report = compile_for(
         jax.grad(loss, argnums=(0, 1, 2)),
-        *Given.of((1, 8, 1024, 8, 2), 4, 64, jnp.bfloat16),
+        *CallShapes.of((1, 8, 1024, 8, 2), 4, 64, jnp.bfloat16),
         topology=topology,
         mesh={"kv": 4},
-        specs=Given.specs(),
+        specs=CallShapes.specs(),
     )
     assert launches(report) == 3
 
@@ -92,7 +92,7 @@ def test_keys_wider_than_values_compiled():
     check_compiled(report, "prefill", 128, jnp.bfloat16, 1)
 
 
-# What JAX calls the devices.
+# JAX's names of the devices.
 KINDS_OF = {
     "v4": "TPU v4",
     "v5e": "TPU v5 lite",

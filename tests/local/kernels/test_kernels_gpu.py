@@ -1,4 +1,4 @@
-"""What only the GPU kernels have: splits of the keys, spans of blocks, precisions, quantised keys."""
+"""Parts of the GPU kernels alone: splits of the keys, spans of blocks, precisions, quantised keys."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ FEW_QUERIES = Case(
 
 
 def in_blocks(**arguments):
-    """Of 32 keys."""
+    """Call the kernel in blocks of 32 keys."""
     state = distattn.partial_attention(
         **arguments, implementation="pallas_gpu", block_sizes=(16, 32)
     )
@@ -38,7 +38,7 @@ def in_blocks(**arguments):
 
 
 def watched(monkeypatch, module=forward):
-    """The sizes of the calls that are made from here on."""
+    """Collect the sizes of the calls that are made from here on."""
     found = []
 
     def tile_config(*arguments, **options):

@@ -1,4 +1,4 @@
-"""What is masked adds nothing in the kernels, whatever it holds; and blocks of it are not visited."""
+"""Slots that no query may attend to add nothing in the kernels, and blocks of them are not visited."""
 
 import types
 

@@ -31,7 +31,7 @@ def random(*shape, seed=0):
 
 
 def filled(dtype, *, batch=2, keys=20, kv_heads=2, width=8, capacity=24, layers=None):
-    """A cache with free slots at its end."""
+    """Return a cache with free slots at its end."""
     lead = () if layers is None else (layers,)
     cache = distattn.KVCache.create(
         batch=batch,
@@ -45,7 +45,7 @@ def filled(dtype, *, batch=2, keys=20, kv_heads=2, width=8, capacity=24, layers=
     return cache.append(random(*items), random(*items, seed=1))
 
 
-# Keys lie in three orders, and 2 heads of bytes otherwise than 2 of bfloat16.
+# Keys are stored in three orders, and 2 heads of bytes otherwise than 2 of bfloat16.
 SHAPES = {
     "keys along the lanes": {},
     "heads beside keys": {"kv_heads": 4, "width": 128},
