@@ -197,7 +197,8 @@ def tile_config(
     counts = [n for n in range(min(MAX_HEADS, kv_heads), 0, -1) if kv_heads % n == 0]
     if "SKH" in (order_of(x.shape, x.dtype) for x in stored):
         counts = counts[:1]
-    for count in counts:
+
+    def with_heads(count: int) -> TpuTileConfig:
         config = TpuTileConfig(
             **sizes,
             row_block=LANES,
@@ -209,13 +210,12 @@ def tile_config(
             backward=backward,
             max_keys=min(_max_keys(x, count) for x in stored),
         )
-        measured = measured_blocks(
-            chip_name(device_kind), config, inputs.key.dtype, backward=backward
-        )
-        config = config.chosen(machine.block_sizes, measured)
-        if config.vmem_bytes <= chip.budget_bytes:
-            break
-    return config
+        name, dtype = chip_name(device_kind), inputs.key.dtype
+        measured = measured_blocks(name, config, dtype, backward=backward)
+        return config.chosen(machine.block_sizes, measured)
+
+    configs = [with_heads(count) for count in counts]
+    return next((x for x in configs if x.vmem_bytes <= chip.budget_bytes), configs[-1])
 
 
 def order_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Order:
