@@ -160,8 +160,6 @@ class _Run:
     def place(self, letters: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Return the arrays with the shardings that `__call__` takes, over Explicit axes."""
         placement = self.placement
-        if placement.mesh is None:
-            return arrays
         specs = tuple(placement.spec(letters, x.shape) for x in arrays)
         return place(arrays, specs, mesh=placement.mesh, axis_names=placement.manual)
 
@@ -173,11 +171,8 @@ class _Run:
         self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arrays: jax.Array
     ) -> Any:
         """f(*arrays, axes) on every device's shards."""
-        f = functools.partial(f, axes=self.axes)
-        if self.placement.mesh is None:
-            return f(*arrays)
         return manual(
-            f,
+            functools.partial(f, axes=self.axes),
             mesh=self.placement.mesh,
             in_specs=in_specs,
             out_specs=out_specs,

@@ -14,6 +14,7 @@ from distattn.collectives.mesh import (
     described,
     free_axes,
     identity_of,
+    partition_spec,
     sized,
     topology_on,
 )
@@ -62,12 +63,7 @@ class Placement:
             "T": self.query if rows is None else rows,
             "S": self.key if keys is None else keys,
         }
-        return PartitionSpec(
-            *(
-                by_letter.get(letter) or None if size != 1 else None
-                for letter, size in zip(letters, shape, strict=True)
-            )
-        )
+        return partition_spec(letters, by_letter, shape)
 
     def sized(self, axes: Axes) -> Axes:
         """Return the axes of more than one device."""
