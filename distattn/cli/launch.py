@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from distattn.cli import child
 from distattn.cli.arguments import CommandError, Subparsers, at_least, seconds
 from distattn.distributed.agreement import ranks as ranks_text
 from distattn.distributed.start import JobPlace
 
+SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
 POLL_S = 0.05
 SETTLE_S, SETTLE_SECONDARY_S = 0.3, 1.0  # wait for the cause after a failure, primary or secondary
 DRAIN_S, LAST_DRAIN_S = 0.3, 2.0  # wait for a rank's last lines, while others run and at the end
@@ -174,7 +174,7 @@ class Rank:
         self.ended: float = 0.0  # when its end was noticed, by time.monotonic
         # The session ends with its supervisor's standard input, which ends with this process.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", child.__file__, place.roll_call or "", *command],
+            [sys.executable, "-I", "-S", SUPERVISOR, place.roll_call or "", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """Supervisor of a rank: runs a command, and ends its session if `distattn launch` ends first.
 
-    python child.py DIRECTORY COMMAND ...
+    python supervisor.py DIRECTORY COMMAND ...
 
 The launcher holds the other end of standard input and closes it to end the rank; it is also closed if the
 launcher is killed. Then the supervisor removes DIRECTORY and kills its session. It runs without JAX.
