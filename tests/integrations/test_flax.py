@@ -299,8 +299,7 @@ def test_precision_is_passed_on():
 def decode_inputs(mesh, **options):
     cache = NamedSharding(mesh, P(None, ("data", "kv")))
     # By name, so that a gather would be one of keys, and not of states.
-    keys = {"query_sharding": NamedSharding(mesh, P()), "key_value_sharding": cache}
-    return attention_fn(**keys, strategy="psum", **options), cache
+    return attention_fn(key_value_sharding=cache, strategy="psum", **options), cache
 
 
 def steps(step, cache):
