@@ -1,7 +1,7 @@
 """Hooks of the site: links into the repository, and a check that pages load nothing from elsewhere.
 
-Pages link to files of the repository by relative paths, as `../../tests/algebra/test_state.py`, for readers on a
-code host. On the site a figure is copied, and any other file becomes a page that shows it.
+Pages link to files of the repository by relative paths, as `../../tests/algebra/test_state.py`, for readers
+on a code host. On the site a figure is copied, and any other file becomes a page that shows it.
 """
 
 import re

@@ -250,8 +250,8 @@ def arrays_like_keys(report: Report, call: str, width: int) -> list[str]:
 def arrays_of_size(report: Report, size: int) -> list[str]:
     """Return the arrays outside of kernels that have at least `size` elements.
 
-    An array that XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor is
-    one that it computes block by block within a kernel (a fusion of the kind kCustom).
+    An array that XLA brings into VMEM before a kernel reads it (copy-done, slice-done) is not a copy, nor
+    is one that it computes block by block within a kernel (a fusion of the kind kCustom).
     """
     free = {
         "parameter",

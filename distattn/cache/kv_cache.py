@@ -94,9 +94,9 @@ from distattn.local.reproducible import reproducible_blocks_of
 class KVCache:
     """Keys and values of the tokens so far, in slots on many devices; a slot is tagged with a position.
 
-    A pytree of static shapes: donate it to `jax.jit`, and every step writes in place and compiles once; carry
-    it through `jax.lax.scan`. Every method returns a new cache. Create one with `create`. S is the capacity of
-    a sequence, over all devices, and L the number of layers, a dimension that a cache may lack.
+    A pytree of static shapes: donate it to `jax.jit`, and every step writes in place and compiles once;
+    carry it through `jax.lax.scan`. Every method returns a new cache. Create one with `create`. S is the
+    capacity of a sequence, over all devices, and L the number of layers, a dimension that a cache may lack.
 
     Attributes:
       key: [L, B, S, K, H].
@@ -483,8 +483,8 @@ class KVCache:
         if strategy in QUERY_SHARDED and strategy != "reduce_scatter":
             raise ValueError(
                 f"strategy={strategy!r} moves keys and values, and those of a cache are never moved; use "
-                "'auto', 'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query that is "
-                "sharded along T"
+                "'auto', 'butterfly', 'psum', 'all_gather', 'fused', or 'reduce_scatter' for a query that "
+                "is sharded along T"
             )
         query = jnp.asarray(query)
         if query.ndim != 4:

@@ -136,7 +136,8 @@ def _axis_left(old: Mesh, mesh: Mesh) -> tuple[str, list[int]]:
                 return axis, kept
     raise ValueError(
         f"mesh is {dict(mesh.shape)} and the cache is on {dict(old.shape)}; mesh must be the same with "
-        "some indices along one axis left out, in the same order, as distattn.distributed.all_or_none gives it"
+        "some indices along one axis left out, in the same order: pass the mesh of "
+        "distattn.distributed.HostsLost"
     )
 
 

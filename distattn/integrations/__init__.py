@@ -1,1 +1,1 @@
-"""distattn as the attention of `jax_nn`, `flax` and `equinox`: each module imports its own framework only."""
+"""Attention for callers of jax.nn, Flax and Equinox; each module imports one framework."""

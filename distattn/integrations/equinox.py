@@ -188,6 +188,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         off = self.dropout.inference if inference is None else inference
         if not (isinstance(rate, int | float) and rate == 0) and not off:
             raise NotImplementedError(
-                f"dropout_p is {rate} and inference is {off}: dropout of attention weights is not supported; "
-                "make the module with dropout_p=0, drop from its output if needed, or pass inference=True"
+                f"dropout_p is {rate} and inference is {off}: dropout of attention weights is not "
+                "supported; make the module with dropout_p=0, drop from its output if needed, or pass "
+                "inference=True"
             )

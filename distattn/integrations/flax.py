@@ -60,16 +60,16 @@ def attention_fn(
     of batch dimensions, and every keyword of `flax.linen.dot_product_attention` and
     `flax.nnx.dot_product_attention`. It returns [batch..., T, N, V] in the dtype of Flax's functions.
 
-    * `mask` is a boolean or numeric array (nonzero = attend), or an `AttentionMask`. A query that attends to
-      no key gives 0, not the mean of all values. A dense mask compares slots, not positions. If your tokens
-      are reordered (zigzag), pass is_causal=True and no mask of `make_causal_mask`. Otherwise queries
-      silently lose keys.
+    * `mask` is a boolean or numeric array (nonzero = attend), or an `AttentionMask`. A query that attends
+      to no key gives 0, not the mean of all values. A dense mask compares slots, not positions. If your
+      tokens are reordered (zigzag), pass is_causal=True and no mask of `make_causal_mask`. Otherwise
+      queries silently lose keys.
     * `dtype` and `promote_dtype` give the dtype of query, key and value. The softmax is float32 or float64.
       `force_fp32_for_softmax` makes the output float32, as in linen.
     * `broadcast_dropout` and `dropout_rng` have no effect.
-    * A step of decode mode has one query and a mask over the whole cache. The cache may be sharded along its
-      length over Auto axes; under Explicit axes JAX refuses Flax's write to it. strategy='auto' suits both
-      training and decoding; a strategy for a sharded query is slow in decode mode.
+    * A step of decode mode has one query and a mask over the whole cache. The cache may be sharded along
+      its length over Auto axes; under Explicit axes JAX refuses Flax's write to it. strategy='auto' suits
+      both training and decoding; a strategy for a sharded query is slow in decode mode.
 
     Args:
       query_sharding: as in `distattn.dot_product_attention`, of [batch..., T, N, H].
@@ -79,15 +79,16 @@ def attention_fn(
         Flax's mask.
       local_window_size: int or (left, right), in positions.
       logits_soft_cap: c in c * tanh(logit / c).
-      query_positions: int32[T] or int32[batch..., T] of every call, for example of a zigzag layout. Positions
-        of an `AttentionMask` replace them.
+      query_positions: int32[T] or int32[batch..., T] of every call, for example of a zigzag layout.
+        Positions of an `AttentionMask` replace them.
       key_positions: int32[S] or int32[batch..., S].
       implementation: as in `distattn.dot_product_attention`.
 
     Returns:
       The function. It raises the errors of `distattn.dot_product_attention`, and NotImplementedError for
-      dropout that is not deterministic, sown attention weights, positions of a rotary embedding, and replaced
-      einsums. It raises ValueError for a causal mask or a window with T != S without query_positions.
+      dropout that is not deterministic, sown attention weights, positions of a rotary embedding, and
+      replaced einsums. It raises ValueError for a causal mask or a window with T != S without
+      query_positions.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -179,8 +180,8 @@ def _check_supported(
     """Raise NotImplementedError for arguments that would change the result and can't be honoured."""
     if dropout_rate > 0:
         raise NotImplementedError(
-            f"dropout_rate is {dropout_rate} and deterministic is False: dropout of attention weights is not "
-            "supported; make the layer with dropout_rate=0, drop from its output if needed, or pass "
+            f"dropout_rate is {dropout_rate} and deterministic is False: dropout of attention weights is "
+            "not supported; make the layer with dropout_rate=0, drop from its output if needed, or pass "
             "deterministic=True"
         )
     if module is not None:
@@ -190,8 +191,8 @@ def _check_supported(
         )
     if input_positions is not None:
         raise NotImplementedError(
-            "input_positions is given: Flax's attention_fn with a rotary embedding rotates query and key by "
-            "them, and this one does not; wrap it (functools.wraps) in a function that does, and for "
+            "input_positions is given: Flax's attention_fn with a rotary embedding rotates query and key "
+            "by them, and this one does not; wrap it (functools.wraps) in a function that does, and for "
             "masks pass AttentionMask(query_positions=..., key_positions=...)"
         )
     for name, einsum in einsums.items():

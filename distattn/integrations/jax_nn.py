@@ -24,8 +24,8 @@ def attention_fn(
 
     It differs from `jax.nn` in three points:
 
-    * `implementation='cudnn'` runs cuDNN on the keys of each device, and raises NotImplementedError if cuDNN
-      doesn't support the call;
+    * `implementation='cudnn'` runs cuDNN on the keys of each device, and raises NotImplementedError if
+      cuDNN doesn't support the call;
     * the residual of `return_residual=True` is float32 and differentiable;
     * a query that attends to no key gives 0, not the mean of all values.
 

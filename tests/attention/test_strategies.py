@@ -64,7 +64,8 @@ def test_devices(devices, strategy):
         check(case, on(mesh, strategy), what=f"{strategy} on {devices} {kind}")
 
 
-# What differs in the options alone is the same to the devices: tests/attention/test_attention.py has all of it.
+# Cases that differ only in options are equal to the devices: tests/attention/test_attention.py has them
+# all.
 OPTIONS_ALONE = ("causal_top_left", "window_left", "window_right", "bias_scalar_cap")
 
 

@@ -65,7 +65,8 @@ EXAMPLES = {
         r"A host was lost, and no token of the answer changed\.",
     ),
 }
-# tests/examples/test_language_model.py, tests/examples/test_generation.py and tests/examples/test_training.py
+# tests/examples/test_language_model.py, tests/examples/test_generation.py and
+# tests/examples/test_training.py
 TESTED_ELSEWHERE = {"06_language_model.py", "07_generate.py", "08_train.py"}
 
 # Each block of Python, and the block of text after it that it prints, by file and number.

@@ -188,7 +188,7 @@ def cache() -> None:
 
 
 def told() -> None:
-    """Exchange as under check_vma=True, whose types the interpreter does not know: coordinates come as numbers."""
+    """Exchange as under check_vma=True, whose types the interpreter does not know."""
 
     def route(axes):
         return dataclasses.replace(route_over(axes), told=("a", "kv"))

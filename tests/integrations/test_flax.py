@@ -91,7 +91,7 @@ def run(layer, x, mask=None, **call):
 
 
 def masks():
-    """Return masks in which every query has a key; for a query without, Flax takes the mean of all values."""
+    """Return masks in which every query has a key; without keys Flax returns the mean of all values."""
     valid = np.arange(LENGTH) < np.array([[LENGTH], [11]])
     causal = nn.make_causal_mask(X[..., 0])  # float32
     padding = nn.make_attention_mask(np.ones_like(valid), valid, dtype=jnp.bool_)

@@ -1,4 +1,4 @@
-"""The adapter for calls of `jax.nn.dot_product_attention`, on eight devices, against the function itself."""
+"""The adapter for calls of `jax.nn.dot_product_attention`, against the function, on eight devices."""
 
 import functools
 import inspect

@@ -36,10 +36,10 @@ def add(subparsers: Subparsers) -> None:
         help="check results, and measure latency and bandwidth, on these devices and hosts",
         description="Compare every strategy with a float64 reference, forward and gradient, on random "
         "data. Check that all devices hold equal bits. Measure latency and bandwidth along each mesh axis, "
-        "and the time of each strategy. Run it in one process on its devices, or in every process of a job: "
-        "distattn launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. Rank 0 "
-        "prints. The exit code is 1 in every process if something is wrong. On one device nothing is "
-        "exchanged: the code is 0 if the results are right, and the verdict says that no more was checked.",
+        "and the time of each strategy. Run it in one process on its devices, or in every process of a "
+        "job: distattn launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. "
+        "Rank 0 prints. The exit code is 1 in every process if something is wrong. On one device nothing "
+        "is exchanged: the code is 0 if the results are right, and the verdict says that no more was checked.",
     )
     whole, argument = at_least(1), parser.add_argument
     text = "only print versions, devices, mesh and flags, as a block for an issue"

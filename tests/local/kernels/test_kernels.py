@@ -36,7 +36,8 @@ EVERYTHING = Case(
         ("scale", 0.5),
     ),
 )
-# Keys and values are stored in three orders, by their width and number of heads; see `Order` in `distattn.local.kernels.tpu.tiling`.
+# Keys and values are stored in three orders, by their width and number of heads; see `Order` in
+# `distattn.local.kernels.tpu.tiling`.
 WIDE = dataclasses.replace(CASES["causal_permuted"], keys=140, width=128, value_width=128)
 IN_BLOCKS = {
     "everything": EVERYTHING,
@@ -92,7 +93,7 @@ def test_cases_for_gpus(name):
 
 
 def in_blocks(implementation):
-    """Return the call in blocks of 64 queries and 128 keys, so that there are several of each; on a GPU of 32 and 64."""
+    """Return the call in blocks of 64 queries and 128 keys, on a GPU 32 and 64, so there are several."""
     sizes = {"pallas_tpu": (64, 128), "pallas_gpu": (32, 64)}
 
     def run(**arguments):
