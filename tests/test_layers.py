@@ -20,7 +20,7 @@ ARROWS = {
     "attention": {"local", "collectives", "algebra", "planning", "experimental"},
     "experimental": {"local", "collectives", "algebra", "planning"},
     "distributed": {"collectives"},
-    "cache": {"attention", "local", "collectives", "distributed", "planning"},
+    "cache": {"attention", "local", "collectives", "distributed"},
     "integrations": {"attention", "local"},
     "testing": {"planning", "collectives"},
     "layouts": {"attention", "collectives"},

@@ -202,10 +202,7 @@ def check_new(
 
 
 def new_positions(
-    tokens: int,
-    positions: ArrayLike | None,
-    lengths: ArrayLike | None,
-    next_position: jax.Array,
+    tokens: int, positions: ArrayLike | None, lengths: ArrayLike | None, next_position: jax.Array
 ) -> jax.Array:
     """Return int32[B, T], the positions of new tokens, -1 for no token."""
     if isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1:

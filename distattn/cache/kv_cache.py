@@ -597,9 +597,8 @@ class KVCache:
     def evict(self, window: ArrayLike, *, keep_first: ArrayLike = 0) -> KVCache:
         """Free old positions: the last `window` of a sequence stay, and the first `keep_first`.
 
-        With keep_first > 0 these are the attention sinks of Xiao et al., "Efficient Streaming Language
-        Models with Attention Sinks", arXiv 2309.17453, section 3. Positions do not move up: rotate keys by
-        their positions, or by their rank, before you append them.
+        The first ones are the attention sinks of Xiao et al., arXiv 2309.17453, section 3. Positions do not
+        move up: rotate keys by their positions, or by their rank, before you append them.
 
         Args:
           window: int32[B], or one for all sequences: positions p >= next_position - window stay. Only

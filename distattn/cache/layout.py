@@ -21,7 +21,6 @@ from jax.sharding import Sharding as AnySharding
 
 from distattn.attention.sharding import Placement, Sharding, given_axes, read_placement
 from distattn.collectives.mesh import axes_of, free_axes, manual, partition_spec
-from distattn.planning.plan import Axes
 
 Arrays = dict[str, jax.Array]
 FREE = -1  # the tag of a slot without a token
@@ -40,15 +39,15 @@ LETTERS = {**TOKEN_LETTERS, "counts": "Bd", **dict.fromkeys(COUNTERS, "B")}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Axes of the mesh that shard slots, sequences and heads; without a mesh, one device."""
+    """tuple[str, ...] of the mesh that shard slots, sequences and heads; without a mesh, one device."""
 
     mesh: Mesh | AbstractMesh | None = None
-    slots: Axes = ()  # in the order of the mesh, as the others
-    batch: Axes = ()
-    heads: Axes = ()
+    slots: tuple[str, ...] = ()  # in the order of the mesh, as the others
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     replica_source: tuple[int, ...] = ()  # whose slots each of the D devices works on; (): its own
 
-    def size(self, axes: Axes) -> int:
+    def size(self, axes: tuple[str, ...]) -> int:
         """Return the number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if axes else 1
 
@@ -61,7 +60,7 @@ class Layout:
         """Return the number of slots for a capacity, rounded up to a multiple of the devices."""
         return math.ceil(capacity / self.devices) * self.devices
 
-    def check_divides(self, name: str, size: int, axes: Axes) -> None:
+    def check_divides(self, name: str, size: int, axes: tuple[str, ...]) -> None:
         """Raise ValueError if the devices along the axes do not divide an argument."""
         if size % self.size(axes):
             raise ValueError(
@@ -92,7 +91,7 @@ class Layout:
             x = jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
         return np.asarray(x)
 
-    def free_axes(self) -> Axes:
+    def free_axes(self) -> tuple[str, ...]:
         """Return the axes that are not manual in a `shard_map` around."""
         return free_axes(self.mesh)
 
