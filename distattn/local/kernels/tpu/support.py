@@ -2,8 +2,8 @@
 
 No array of size T x S exists, nor a copy of keys or values. Mosaic has no float16: its bits are read block
 by block within the kernel, and only its gradients exist in float32 before they are rounded. Quantised keys
-and values are folded as they are stored; only the query has a gradient, which `dispatch` computes from
-dequantised ones. None of it has been timed: Pallas' interpreter and the compilers of v4 to tpu7x check it.
+and values are folded as they are stored; the gradient, of the query alone, dequantises them first. None of
+it has been timed: Pallas' interpreter and the compilers of v4 to tpu7x check it.
 """
 
 from typing import Any
