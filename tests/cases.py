@@ -42,7 +42,7 @@ class Case:
     permuted: bool = False  # keys in a random order, a different one for each row of the batch
     empty_slots: int = 0
     segments: int = 0
-    layout: str | None = None  # of queries and keys alike, over four devices; "random": any order
+    layout: str | None = None  # layout of queries and keys, over four devices; "random": any order
     documents: int = 0  # packed one after the other, in the order of positions
     lengths: bool = False
     query_lengths: bool = False
@@ -101,7 +101,7 @@ class Case:
         return args | dict(self.options)
 
     def cotangents(self) -> tuple[np.ndarray, np.ndarray]:
-        """What comes back for out and lse."""
+        """Return cotangents of out and lse."""
         rng = np.random.default_rng(self.seed + 1)
         rows = (self.batch, self.queries, self.heads)
         return rng.normal(size=(*rows, self.value_width)), rng.normal(size=rows)
@@ -164,7 +164,7 @@ CASES = {
 
 
 def as_float32(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with their float64 arrays in float32."""
+    """Return the arguments with their float64 arrays in float32."""
     return {
         name: jnp.asarray(x, jnp.float32) if getattr(x, "dtype", None) == np.float64 else x
         for name, x in arguments.items()
@@ -172,7 +172,7 @@ def as_float32(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def mesh_of(devices: int, kind: str) -> Mesh:
-    """A mesh of one axis, 'kv'."""
+    """Return a mesh of one axis, 'kv'."""
     return jax.make_mesh((devices,), ("kv",), (KINDS[kind],), devices=jax.devices()[:devices])
 
 
@@ -228,7 +228,7 @@ def check(
     jit: bool = True,
     factor: float = 1.0,
 ) -> None:
-    """That `attention` gives the oracle's out, lse and gradients, within tolerance.
+    """Assert that `attention` gives the oracle's out, lse and gradients, within tolerance.
 
     `attention` takes the arguments of the case and returns (out, lse). Or `run` is what `runner` has made
     of it with the case's options, compiled once for many cases of the same shapes.
@@ -258,7 +258,7 @@ def check(
     rows_of_a_key = case.queries * case.heads // case.kv_heads
     for name in floats:
         assert grads[name].dtype == dtype
-        # How many terms each gradient sums, beside the keys of a row and the products of two vectors:
+        # How many terms each gradient sums, beside the keys of a row and the dot product of two vectors:
         # a logit is a sum over H, and its gradient one over V.
         more = {
             "query": 0,
@@ -278,7 +278,7 @@ def check(
 
 
 def check_copies(cache: KVCache) -> None:
-    """That each device's replica equals, bit for bit, the slots of its source."""
+    """Assert that each device's replica equals, bit for bit, the slots of its source."""
     if cache.replica is None:
         return
     for name, letters in token_letters(cache.arrays).items():

@@ -25,7 +25,7 @@ sys.path.append(str(Path(sys.prefix, "compilers")))
 def _start_jax() -> None:
     """Configures JAX and starts its backend, so that no test can find, or make, another one."""
     # Half the time to compile, and the same HLO: what is tested is what programs compute and send.
-    # Where the last optimisations matter, for bits, a test asks for them (`FULLY_OPTIMIZED`).
+    # If bits matter, a test asks for all optimisations (`FULLY_OPTIMIZED`).
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
     if jax.__version_info__ < (0, 11):  # and half of it again; the flag is gone since
         flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -46,7 +46,7 @@ def _start_jax() -> None:
 _start_jax()
 
 
-# What runs whole programs, mostly in processes of their own, or does not rest on how JAX behaves: minutes.
+# Tests that run whole programs, mostly in new processes, or do not depend on the version of JAX: minutes.
 DEFAULT_VERSION_ALONE = {
     "test_align.py",
     "test_cache_replicas.py",
@@ -75,8 +75,8 @@ DEFAULT_VERSION_ALONE = {
     "test_streaming.py",
     "test_training.py",
 }
-# Of these, what shows that a job of several processes starts, computes and survives on a version, that bits
-# are the same there, and kernels right.
+# The tests among these that show that a job of several processes starts, computes and survives on a version,
+# that results are bitwise equal, and that kernels are right.
 ON_ALL_VERSIONS = {
     "test_a_healthy_job",
     "test_a_host_is_lost_and_no_key",
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def example(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The example whose name a test module gives as `EXAMPLE`, imported as its neighbours see it."""
+    """Import the example that a test module names as `EXAMPLE`, with its neighbours importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent.parent / "examples")
         yield importlib.import_module(request.module.EXAMPLE)

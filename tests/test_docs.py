@@ -1,6 +1,6 @@
-"""The README and the pages of docs/: nothing is named, linked or listed that is not there.
+"""The README and the pages of docs/ name, link and list only what exists.
 
-What needs the site's own tools, `scripts/docs` checks as it builds, strictly.
+`scripts/docs` builds the site strictly, and checks the rest.
 """
 
 import functools
@@ -44,7 +44,7 @@ def settings() -> dict:
 
 
 def prose(path: Path) -> str:
-    """The text of a page without its blocks of code."""
+    """Return the text of a page without its blocks of code."""
     text = path.read_text(encoding="utf-8")
     return re.sub(r"^(`{3,}).*?^\1`*$", "", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -55,7 +55,7 @@ def links(path: Path) -> list[str]:
 
 @functools.cache
 def anchors(path: Path) -> set[str]:
-    """Of the headings of a page, as code hosts and Python-Markdown both make them."""
+    """Return the anchors of the headings of a page, as code hosts and Python-Markdown make them."""
     titles = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", x).strip().lower()) for x in titles}
 
@@ -83,7 +83,7 @@ def test_links_are_found():
 
 
 def pages_of(nav: list) -> list[str]:
-    """The pages under every heading of the site's navigation, in order."""
+    """Return the pages under every heading of the site's navigation, in order."""
     pages = []
     for item in nav:
         (below,) = item.values() if isinstance(item, dict) else (item,)
@@ -118,7 +118,7 @@ def test_a_broken_link_or_anchor_breaks_the_build():
 
 @functools.cache
 def entries() -> frozenset[str]:
-    """What the reference has an entry for, by its dotted name."""
+    """Return the dotted names of the entries of the reference."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in (PAGES / "api").glob("*.md"))
     return frozenset(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check, read off the syntax trees of the files."""
+"""The house rules that a machine can check, in the syntax trees of the files."""
 
 import ast
 import dataclasses
@@ -46,7 +46,7 @@ def dotted(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: tuple[str, ...] = ("distattn",)) -> Iterator[tuple[str, ...]]:
-    """All that the tree imports, as dotted names in parts; `package` is where the file lies."""
+    """Yield everything that the tree imports, as dotted names in parts, from a file in `package`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -57,7 +57,7 @@ def imports(tree: ast.AST, package: tuple[str, ...] = ("distattn",)) -> Iterator
 
 
 def graph() -> dict[str, set[str]]:
-    """The modules of the library that each module imports, for type checkers too."""
+    """Return the modules of the library that each module imports, for type checkers too."""
     modules = {dotted(path): path for path in python_files("distattn")}
     edges: dict[str, set[str]] = {}
     for module, path in modules.items():
@@ -102,10 +102,10 @@ def test_reference_is_imported_by_the_check_command_alone():
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Something that stands only in some files."""
+    """A construct that only some files may have."""
 
     name: str
-    finds: Callable[[ast.AST], bool]  # of one node
+    finds: Callable[[ast.AST], bool]  # takes one node
     folders: tuple[str, ...]
     offenders: tuple[str, ...]  # each a piece of code that it must find
     innocents: tuple[str, ...]  # and must not
@@ -116,7 +116,7 @@ class Rule:
 
 
 def names(node: ast.AST) -> set[str]:
-    """The last part of what the node names: x for `x`, `a.x` and `from a import x`."""
+    """Return the last part of the name of a node: x for `x`, `a.x` and `from a import x`."""
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return {name}
@@ -137,7 +137,7 @@ def is_private_jax(node: ast.AST) -> bool:
 
 
 def is_tolerance(node: ast.AST) -> bool:
-    """A relative tolerance spelt out in digits; 0 loosens nothing."""
+    """Return True for a relative tolerance in digits, other than 0."""
     match node:
         case ast.keyword(arg="rtol", value=value):
             given = value

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """What a command prints, without the caller's paths and JAX settings in its environment."""
+    """Return the output of a command, without the caller's paths and JAX settings in its environment."""
     env = inherited("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
     done = ended_well(command, cwd=cwd, env=env, timeout_s=300)
     return done.stdout + done.stderr
@@ -32,11 +32,11 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The Python of an empty environment in which only the wheel is installed.
+    """Return the Python of an empty environment in which only the wheel is installed.
 
-    It sees the dependencies where the running Python has them, through a .pth file: no network, no
-    waiting. The editable form of this checkout, which lies there too, stays hidden: a .pth file is
-    not read in a folder that another one names.
+    It finds the dependencies of the running Python through a .pth file, without a network. The
+    editable form of this checkout, in the same folder, stays hidden: a .pth file is not read in a
+    folder that another one names.
     """
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)

@@ -115,7 +115,6 @@ def test_examples_in_docstrings(module):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_public_name_has_an_example(name):
-    """The docstring that `help` shows has an example, which ran above."""
     given = EVERY[name]
     assert any(test.docstring == given.__doc__ for test in doctests(given.__module__))
 

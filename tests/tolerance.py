@@ -15,7 +15,7 @@ DIFFERENCE_TOLERANCE = 64 * FLOAT64_EPS ** (2 / 3)
 
 
 def fraction(actual: Any, desired: Any, dtype: Any, keys: int) -> float:
-    """The worst error as a fraction of the tolerance; inf if a value that is not finite differs."""
+    """Return the worst error as a fraction of the tolerance; inf if non-finite values differ."""
     return worst(actual, desired)[0] / tolerance(dtype, keys)
 
 

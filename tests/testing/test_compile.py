@@ -1,4 +1,4 @@
-"""Programs compiled for pods that are not here, by the compilers of TPUs and GPUs; or only lowered."""
+"""Programs compiled for pods by the compilers of TPUs and GPUs, or only lowered."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def shapes(rows, keys):
 
 
 def decode(mesh, strategy, keys=256, how=compile_for, **options):
-    """One query over so many keys a device."""
+    """Compile one query over this many keys a device."""
     f = functools.partial(distattn.dot_product_attention, strategy=strategy)
     along = P(None, tuple(mesh))
     arrays = shapes(1, keys * math.prod(mesh.values()))
@@ -49,7 +49,7 @@ def decode(mesh, strategy, keys=256, how=compile_for, **options):
 
 
 def training(mesh, strategy, rows=128, how=compile_for, **options):
-    """Forward and gradient of causal attention, so many rows and keys a device."""
+    """Compile the gradient of causal attention over this many rows and keys a device."""
     f = functools.partial(distattn.dot_product_attention, strategy=strategy, is_causal=True)
     along, length = P(None, tuple(mesh)), rows * math.prod(mesh.values())
     gradient = jax.grad(lambda *x: f(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
@@ -94,7 +94,7 @@ def test_what_a_decoding_step_sends_and_holds_depends_on_no_length(strategy):
     assert long.optimal_s is None or 0 < long.optimal_s < 1
 
 
-# What the text of the compiled program has; XLA:TPU makes a reduce-scatter a part of an all-reduce.
+# Counts in the compiled program; XLA:TPU makes a reduce-scatter a part of an all-reduce.
 @pytest.mark.parametrize(
     ("pod", "strategy", "counts", "rounds"),
     [
@@ -297,14 +297,14 @@ def test_the_command_compiles_what_it_plans(capsys):
     compiled = found["compiled"]
     assert compiled["collectives"] == {"collective-permute": {"count": 6, "bytes": 6 * STATE}}
     assert compiled["rounds"] == found["rounds"] == 6
-    # What the plan says is sent is what the program sends, and what it holds of keys are its arguments.
+    # The program sends the bytes of the plan, and its arguments have the size of the plan's keys.
     assert found["bytes_sent_per_device"] == 80 * 6 * STATE
     assert 80 * compiled["argument_bytes"] == pytest.approx(found["bytes_per_device"], rel=0.02)
     assert {"temp_bytes", "optimal_s"} <= set(compiled)
 
     assert main([*command, *GROUPS, "--strategy", "butterfly", "--compile", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    # Each group has a sequence of its own and a quarter of the heads, and sends along sp alone.
+    # Each group has one sequence and a quarter of the heads, and sends along sp alone.
     sent = {"collective-permute": {"count": 2, "bytes": 2 * STATE // 4}}
     assert found["compiled"]["collectives"] == sent
     assert {x for y in found["compiled"]["exchanges"] for x in y["axes"]} == {"sp"}

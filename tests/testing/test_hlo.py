@@ -1,4 +1,4 @@
-"""What is read off the text of HLO: written by hand where no compiler here writes it."""
+"""Collectives in the text of HLO, written by hand if no compiler here writes it."""
 
 import jax
 import jax.numpy as jnp

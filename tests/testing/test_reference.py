@@ -136,7 +136,7 @@ def test_without_batch_agrees_with_jax():
 
 
 def attended(queries, keys, **options):
-    """For each query the set of keys it averages over, read off the output of one-hot values."""
+    """Return for each query the set of keys it averages over, from the output of one-hot values."""
     out, lse = dot_product_attention(
         np.zeros((queries, 1, 1)), np.ones((keys, 1, 1)), np.eye(keys)[:, None], **options
     )
@@ -233,7 +233,7 @@ def test_vectors_may_differ_between_rows_of_the_batch():
 
 
 def one_query(logits, values, **options):
-    """One query of one head with these logits (query 1, scale 1) and values."""
+    """Attend by one query of one head with these logits (query 1, scale 1) and values."""
     key, value = (np.reshape(x, (-1, 1, 1)) for x in (logits, values))
     out, lse = dot_product_attention(np.ones((1, 1, 1)), key, value, scale=1.0, **options)
     return out.item(), lse.item()

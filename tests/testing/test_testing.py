@@ -28,7 +28,7 @@ WHOLE, SPLIT = PartitionSpec(), PartitionSpec("x")
 
 
 def compiled(f, out_spec, shape=(16, 24)):
-    """The optimised HLO of f, run by each device on its rows of an array of that shape."""
+    """Return the optimised HLO of f, which each device runs on its rows of an array."""
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
     mapped = jax.shard_map(f, mesh=mesh, in_specs=SPLIT, out_specs=out_spec, check_vma=False)
     return jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, np.float32)).compile().as_text()
@@ -119,7 +119,7 @@ def test_names_and_metadata_do_not_count():
     assert collective_bytes(hlo) == {}
 
 
-# What the CPU compiler does not write: two halves, layouts with parentheses, send and receive.
+# Forms that the CPU compiler does not write: two halves, layouts with parentheses, send and receive.
 ASYNCHRONOUS = """
   %s = (f32[4,130]{1,0:T(4,128)}, f32[4,130]{1,0:T(4,128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
@@ -165,7 +165,7 @@ def test_fake_devices_before_jax_starts():
 
 
 def test_fake_devices_too_late():
-    fake_devices(DEVICES)  # what JAX runs with: nothing to do
+    fake_devices(DEVICES)  # JAX runs with these: no effect
     with pytest.raises(RuntimeError, match=r"fake_devices\(3\).*8 cpu device.*before"):
         fake_devices(3)
 
