@@ -137,6 +137,10 @@ def read_placement(
             _warn_of_unread_keys(names[1], sized(tuple(x for x in free if x not in used), mesh))
     else:
         readable = set(free)  # the whole layout is given
+    if query_sharding is None and key_value_sharding is not None:
+        rows = _without_conflicts(rows, keys)
+    elif query_sharding is not None and key_value_sharding is None:
+        keys = _without_conflicts(keys, rows)
     placement = Placement(
         mesh=mesh,
         batch=_shared("B", rows.get("B", ()), keys.get("B", ()), arguments),
@@ -233,9 +237,25 @@ def _find_mesh(
                 "mesh, with the same axis types (Auto or Explicit): jax.device_put or jax.reshard the "
                 "arrays to it"
             )
-    if found is None and not context.empty:
-        found = context
+    if not context.empty and (found is None or context.manual_axes):
+        found = context  # inside a shard_map its mesh, of which some axes are manual
     return None if found is None or found.empty else found
+
+
+def _without_conflicts(read: dict[str, Axes], given: dict[str, Axes]) -> dict[str, Axes]:
+    """Return the axes that were read, without those that a given sharding uses otherwise.
+
+    A given sharding is a constraint, and one that was read is not. T and S may share axes.
+    """
+    same = {"B": "B", "T": "S", "S": "T", "N": "K", "K": "N"}
+    kept: dict[str, Axes] = {}
+    for letter, axes in read.items():
+        other = given.get(same[letter], ()) if letter in same else ()
+        if letter in "BNK" and other:
+            continue  # the given one says it all
+        elsewhere = {x for name, used in given.items() if name != same.get(letter) for x in used}
+        kept[letter] = tuple(axis for axis in axes if axis not in elsewhere)
+    return kept
 
 
 def _shared(what: str, query: Axes, key: Axes, arguments: dict[str, Sharding]) -> Axes:

@@ -56,6 +56,28 @@ def test_a_sharding_is_a_constraint(kind):
     agrees(run(*map(np.asarray, arrays())))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharding_that_is_given_wins_over_one_that_is_read(kind):
+    """Query is stored along the batch, over an axis that the keys are to be sharded over."""
+    mesh = jax.make_mesh((2, 2), ("data", "kv"), (KINDS[kind],) * 2, devices=jax.devices()[:4])
+    x = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in arrays()]
+    keys = NamedSharding(mesh, P(None, ("kv", "data")))
+    with jax.set_mesh(mesh):
+        agrees(attention(*x, key_value_sharding=keys))
+        agrees(jax.jit(functools.partial(attention, key_value_sharding=keys))(*x))
+        agrees(attention(*x, query_sharding=NamedSharding(mesh, P(None, None, "data"))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharding_inside_a_shard_map_over_another_axis(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "kv"), (KINDS[kind],) * 2)
+    run = functools.partial(attention, key_value_sharding=NamedSharding(mesh, P(None, "kv")))
+    data = {"in_specs": (P("data"),) * 3, "out_specs": P("data"), "axis_names": {"data"}}
+    x = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in arrays()]
+    with jax.set_mesh(mesh):
+        agrees(jax.jit(jax.shard_map(run, mesh=mesh, **data))(*x))
+
+
 def test_a_batch_that_is_sharded_needs_no_exchange():
     mesh = mesh_of(2, "auto")
     run = functools.partial(attention, key_value_sharding=NamedSharding(mesh, P("kv")))
