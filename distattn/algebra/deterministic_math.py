@@ -1,9 +1,9 @@
-"""Functions as fixed sequences of operations that round in one way: the same bits wherever compiled.
+"""Elementwise functions that round identically on every compilation.
 
-A compiler's own exp may be one polynomial where it vectorises and another in the remainder of a loop, and
-may round a product before it is added, or not (fused multiply-add). Here every product that meets a
-sum is exact, or stands beside it in one chain, which is fused always or never. Errors are below 2 units in
-the last place over the range that attention uses.
+A compiler's own exp may be one polynomial in a vector loop and another in its remainder, and may fuse a
+product with the sum that follows (FMA) or round it first. Here every product that meets a sum is exact,
+or is in one chain with it that is always or never fused. Errors are below 2 units in the last place over
+the range that attention uses.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax import lax
 
 from distattn._compat import vary, varying_axes
 
-# ln 2 in parts of few bits, so that their products with small integers are exact.
+# ln 2 as a sum of numbers with few bits: small integers times these are exact.
 _LN2 = (0.693359375, -0.00021219253540039062, -1.9044819055125117e-09)
 _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -126, 127
 # Coefficients of Moshier's Cephes library (single precision).
@@ -36,7 +36,7 @@ _LOG = (
 
 
 def exp(x: jax.Array) -> jax.Array:
-    """The exponential, f32; 0 below -87, where results are no normal numbers."""
+    """Return the exponential, f32; 0 below -87, where results are not normal numbers."""
     clipped = jnp.clip(x, -87.0, 88.0)
     power = lax.round(clipped * np.float32(1.4426950), lax.RoundingMethod.TO_NEAREST_EVEN)
     rest = clipped
@@ -47,19 +47,19 @@ def exp(x: jax.Array) -> jax.Array:
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-x)), f32."""
+    """Return 1 / (1 + exp(-x)), f32."""
     return 1.0 / (1.0 + exp(-x))
 
 
 def log(x: jax.Array) -> jax.Array:
-    """The natural logarithm of normal positive numbers, f32."""
+    """Return the natural logarithm of normal positive numbers, f32."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     # The mantissa in [sqrt(1/2), sqrt(2)), so that the rest is small on both sides of 1.
     exponent = (bits - 0x3F3504F3) >> 23
     rest = lax.bitcast_convert_type(bits - (exponent << 23), jnp.float32) - 1.0
     power = exponent.astype(jnp.float32)
     square = rest * rest
-    # Half of a float is exact, so that it does not matter which of the two products is rounded.
+    # Half of a float is exact, so it does not matter which of the two terms is rounded.
     result = prevent_fma((rest * square) * _polynomial(_LOG, rest)) - 0.5 * square
     for part in reversed(_LN2[1:]):
         result = result + power * np.float32(part)
@@ -67,8 +67,8 @@ def log(x: jax.Array) -> jax.Array:
 
 
 def tanh(x: jax.Array) -> jax.Array:
-    """The hyperbolic tangent, f32."""
-    size = jnp.minimum(jnp.abs(x), 10.0)  # where it is 1 already
+    """Return the hyperbolic tangent, f32."""
+    size = jnp.minimum(jnp.abs(x), 10.0)  # the result is 1 from there
     square = size * size
     near = size + prevent_fma(size * square) * _polynomial(_TANH, square)
     far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0)
@@ -76,39 +76,40 @@ def tanh(x: jax.Array) -> jax.Array:
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
-    """int32 e with 2^e <= |x| < 2^(e + 1); -127 below the normal numbers, 128 for what is no number."""
+    """Return int32 e with 2^e <= |x| < 2^(e + 1); -127 below normal numbers, 128 for NaN and infinity."""
     return (lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> 23) - 127
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
-    """2^exponent, f32, exact; 0 below the normal numbers, the highest power above them."""
+    """Return 2^exponent, f32, exact; 0 below the normal numbers, the highest power above them."""
     clipped = jnp.clip(exponent, _LOWEST_EXPONENT, _HIGHEST_EXPONENT)
     power = lax.bitcast_convert_type((clipped + 127) << 23, jnp.float32)
     return jnp.where(exponent < _LOWEST_EXPONENT, 0.0, power)
 
 
 def scaled(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x * 2^exponent, exact where the result is a normal number, also where 2^exponent is none."""
+    """Return x * 2^exponent, exact if the result is a normal number, even if 2^exponent is not."""
     half = exponent >> 1
     return (x * power_of_two(half)) * power_of_two(exponent - half)
 
 
 def prevent_fma(product: jax.Array) -> jax.Array:
-    """A product that is rounded before it meets a sum, and not fused with it: through a bound.
+    """Return the product, rounded before a sum can be fused with it.
 
-    The bound changes nothing, but no compiler takes an operation out of it. Where two products are added,
-    which of them is fused is the compiler's choice, and may differ between devices.
+    It passes through a bound that changes nothing, and no compiler moves an operation across the bound.
+    If two of these are added, the compiler chooses which one is fused, and may choose differently between
+    devices.
     """
     bounded = jnp.maximum(product, jnp.finfo(product.dtype).min)
     return jnp.where(product == -jnp.inf, product, bounded)
 
 
 def fusion_barrier(f: Callable[..., Any], *arrays: Any) -> Any:
-    """f(*arrays), as a part of the program that the compiler does not make again for each of its users.
+    """Return f(*arrays), computed once and not again in each fusion that uses it.
 
-    A condition that always holds, and that no compiler knows to hold; XLA:CPU drops the barrier that is
-    meant for this before it fuses operations. Only the time depends on it: where the compiler may shard the
-    arrays, so that the condition would be sent around, it is f(*arrays) plainly.
+    It runs under a condition that always holds, which no compiler knows; XLA:CPU drops
+    `lax.optimization_barrier` before it fuses operations. Only the time depends on it. If the compiler may
+    shard the arrays, the condition would be sent around, and f(*arrays) runs plainly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sharded = any(mesh.shape[axis] > 1 for axis in set(mesh.axis_names) - set(mesh.manual_axes))
@@ -128,13 +129,13 @@ def fusion_barrier(f: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def ordered_sum(x: jax.Array, axis: int) -> jax.Array:
-    """The sum over one dimension, by halves: the same order whatever the other dimensions are."""
+    """Return the sum over one dimension, by halves: the order does not depend on the other dimensions."""
     while x.shape[axis] > 1:
         half = (x.shape[axis] + 1) // 2
         first, rest = jnp.split(x, [half], axis=axis)
         widths = [(0, half - rest.shape[a] if a == axis % x.ndim else 0) for a in range(x.ndim)]
         x = first + jnp.pad(rest, widths)
-    return x.sum(axis=axis)  # of one, or none
+    return x.sum(axis=axis)  # one entry, or none
 
 
 def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:

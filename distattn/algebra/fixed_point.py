@@ -1,44 +1,34 @@
-"""Logits as whole steps of a limb_format and a small rest: the exponents of softmax weights, as integers.
+"""Sums in fixed point, whose bits do not depend on their order: the second kind of state.
 
-exp(logit) overflows; so a weight is kept as 2^(L gauge) times a float32 near 1, where L is the number of
-bits between the words of the limb_format (`fixed_point`), and `gauge` an int32. What is above about 2^28 in
-size has no rest: there a float32 is coarser than a step, and the gauge counts float32 numbers.
+Floating-point addition rounds, so a tree over four devices gives other bits than a tree over five. Integer
+addition is associative. A `FixedPoint` holds sums of real numbers in K int32 limbs of L bits. All numbers
+of a row share one int32 exponent e, and limb k counts units of 2^(L (e - k)). A number x becomes limbs by
 
-Numbers as words of int32 on a limb_format: how they are cut into digits, and how digits move.
+    w_0 = round(x / 2^(L e)),  w_1 = round((x - w_0 2^(L e)) / 2^(L (e - 1))),  ...
 
-The derivation is that of `fixed_point`, which sums them.
+to nearest, ties to even. The exponent e is the lowest for which |w_0| <= 2^(L-1) in all of the row. A
+limb is a function of x and of its unit alone: under a higher exponent the limbs before it are 0. So
+`merge` takes the higher exponent, drops the limbs below its lowest unit, and adds integers. It rounds
+nothing, it is exactly associative and commutative, and it has an exact identity (exponent -2^30, limbs
+0).
 
-Sums whose bits do not depend on their order: the second monoid, of integers.
+Error: a number loses less than half of its lowest unit, 2^(L (e - K + 1)). The exponent of a sum is the
+exponent of its largest term A, and 2^(L e - 1) < A. So n terms are in error by less than n 2^(-L (K - 1))
+A. A limb is at most 2^(L-1), so n terms do not overflow while n 2^(L-1) < 2^31. `limb_format` takes L =
+31 - log2 n and the fewest limbs whose error stays below 2^-24 A: half a unit in the last place of a
+float32, the price of one conversion. The format changes at 1.9 times the powers of 16, which padding does
+not cross.
 
-Floating-point addition rounds, so it is not associative, and a tree over four devices gives other bits
-than one over five. Integers are associative. A `FixedPoint` holds sums of real numbers in words of int32
-on a limb_format that nothing depends on: with L bits a word, word k counts units of 2^(L (top - k)), for an
-integer `top` of each row. A number x becomes digits, by
+Softmax weights have a second scale. The terms of a state are blocks of keys, and each block has a maximum
+of its own. exp(maximum) overflows, so `scaled_exp` gives it as 2^(L e) r with an int32 e and a float32 r
+near 1. The sums of the block are multiplied by r, rounded once, and enter with the exponent e. Above
+about 2^28 a float32 is coarser than a step of L ln 2; there e counts float32 numbers, and r is 1.
 
-    w_0 = round(x / 2^(L top)),  w_1 = round((x - w_0 2^(L top)) / 2^(L (top - 1))),  ...
+A row with an infinite or NaN term becomes NaN, and so does each row that it is merged into.
 
-to the nearest, ties to even; `top` is the lowest for which |w_0| <= 2^(L-1) for all of a row. Then a digit
-is a function of x and of its unit alone: with a higher top, the digits that come before are 0. So `merge`
-takes the higher top, drops the words below the lowest unit of it, and adds integers. Nothing rounds in it;
-it is associative and commutative exactly, and it has an exact unit (top -2^30, words 0).
-
-How good it is. A number loses what is below the lowest of K units, at most half of 2^(L (top - K + 1)). The
-top of a sum is that of its largest term A, in which 2^(L top - 1) < A (else it would be lower). So n terms
-are in error by less than n 2^(-L (K - 1)) A together, whatever they are. A digit is at most 2^(L-1), so n
-terms do not overflow while n 2^(L-1) < 2^31. `limb_format` takes L = 31 - log2 n and the fewest words for which
-the error stays below 2^-24 A: half a unit in the last place of a float32, which is also what one
-conversion back costs. It changes at 1.9 times the powers of 16, where padding does not lead.
-
-Attention has a second scale, that of its weights. The terms of a state are blocks of keys, each with the
-maximum of its own, of which the nearest number of limb_format steps is taken: max = g L ln 2 + r (`gauge`). Its
-sums are multiplied by exp(r), rounded once, and enter with the gauge g.
-
-A term that is no finite number makes its row, and all that it is merged into, not a number.
-
-Reference: Demmel & Nguyen, "Parallel Reproducible Summation", IEEE Trans. Computers 64(7), 2015, sums in
-bins of the same kind, of floating-point numbers. This differs from it in that: 1. bins are integers and
-the monoid is exact, carries included; 2. the exponent of softmax weights is part of the limb_format, so that no
-pass over the keys has to find the maximum first.
+Reference: Demmel & Nguyen, "Parallel Reproducible Summation", IEEE Trans. Computers 64(7), 2015, sum in
+floating-point bins of this kind. Two things differ: 1. bins are integers, and the merge is exact, carries
+included; 2. softmax weights bring an exponent, so no pass over the keys has to find the maximum first.
 """
 
 from __future__ import annotations
@@ -57,18 +47,46 @@ from jax import lax
 from distattn._compat import vary
 from distattn.algebra import deterministic_math
 
-# Gauges of rows without a term, and of rows with one that is no number. All others lie between.
+# Exponents of rows without a term, and of rows with a NaN. All others are between.
 EMPTY, POISON = -(2**30), 2**30
-# Gauges from here on count float32 numbers, of which there are fewer than whole numbers; the bits of the
-# first of them.
+# From this exponent on, exponents count float32 numbers, which are sparser than integers there; and the
+# bits of the first such float32.
 _SPARSE, _SPARSE_BITS = 2**23, 0x4B000000
+# Added to a number of up to 2^22 in size, it leaves the nearest integer in the low bits.
+_ROUNDER = np.float32(1.5 * 2**23)
+_ROUNDER_BITS = np.int32(0x4B400000)
 
 
-def split(logit: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """gauge and factor with exp(logit) = 2^(bits * gauge) * factor.
+@dataclasses.dataclass(frozen=True)
+class LimbFormat:
+    """The limbs of a number in fixed point."""
+
+    bits: int  # L, bits from one limb to the next
+    count: int  # K
+
+
+def limb_format(terms: int) -> LimbFormat:
+    """Return the format for sums of up to `terms` terms; see the derivation above.
+
+    Raises:
+      ValueError: more than 2^24 terms.
+    """
+    if terms > 2**24:
+        raise ValueError(
+            f"a reproducible sum has at most 2^24 terms, and this one has {terms}; sum parts of it first"
+        )
+    # No round length is near 1.9 times a power of 16, so padding for the devices does not change the
+    # format.
+    log_terms = next(log for log in range(8, 25, 4) if terms < 1.9 * 2**log)
+    bits = 31 - log_terms
+    return LimbFormat(bits, 1 + math.ceil((25 + log_terms) / bits))
+
+
+def scaled_exp(logit: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Return exponent and factor with exp(logit) = 2^(bits * exponent) * factor.
 
     Args:
-      logit: f32[...]; -inf gives EMPTY and 0, what is no number POISON and 0.
+      logit: f32[...]; -inf gives EMPTY and 0, NaN and +inf give POISON and 0.
       bits: L.
 
     Returns:
@@ -83,17 +101,17 @@ def split(logit: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     sparse = lax.bitcast_convert_type(jnp.abs(steps), jnp.int32) - _SPARSE_BITS + _SPARSE
     near = jnp.abs(steps) < _SPARSE
     far = jnp.where(steps < 0, -sparse, sparse)
-    gauge = jnp.where(near, jnp.where(near, steps, 0.0).astype(jnp.int32), far)
+    exponent = jnp.where(near, jnp.where(near, steps, 0.0).astype(jnp.int32), far)
     empty, number = logit == -jnp.inf, logit < jnp.inf
-    gauge = jnp.where(empty, EMPTY, jnp.where(number, gauge, POISON))
-    return gauge, jnp.where(empty | ~number, 0.0, factor)
+    exponent = jnp.where(empty, EMPTY, jnp.where(number, exponent, POISON))
+    return exponent, jnp.where(empty | ~number, 0.0, factor)
 
 
-def log(gauge: jax.Array, factor: jax.Array, bits: int) -> jax.Array:
-    """The logarithm of 2^(bits * gauge) * factor, f32, natural; the factor is a positive normal number."""
-    near = jnp.abs(gauge) < _SPARSE
-    far = lax.bitcast_convert_type(jnp.abs(gauge) - _SPARSE + _SPARSE_BITS, jnp.float32)
-    steps = jnp.where(near, gauge.astype(jnp.float32), jnp.where(gauge < 0, -far, far))
+def scaled_log(exponent: jax.Array, factor: jax.Array, bits: int) -> jax.Array:
+    """Return the natural logarithm of 2^(bits * exponent) * factor, a positive normal f32."""
+    near = jnp.abs(exponent) < _SPARSE
+    far = lax.bitcast_convert_type(jnp.abs(exponent) - _SPARSE + _SPARSE_BITS, jnp.float32)
+    steps = jnp.where(near, exponent.astype(jnp.float32), jnp.where(exponent < 0, -far, far))
     result = deterministic_math.log(factor)
     for part in reversed(_multiples(steps, bits)):
         result = result + part
@@ -105,124 +123,91 @@ def _step(bits: int) -> float:
 
 
 def _multiples(steps: jax.Array, bits: int) -> list[jax.Array]:
-    """Exact f32 numbers, the largest first, that sum up to steps * bits * ln 2, for |steps| < 2^24."""
+    """Return exact f32 summands of steps * bits * ln 2, largest first, for |steps| < 2^24."""
     high = jnp.trunc(steps * np.float32(2.0**-12)) * np.float32(2.0**12)
-    limbs = high, steps - high
+    halves = high, steps - high
     rest, products = _step(bits), []
     for _ in range(3):
-        # Of 12 bits, as both limbs are: the product has 24.
+        # 12 bits, like both halves: the product has 24.
         exponent = math.floor(math.log2(abs(rest))) - 11
         part = round(rest * 2.0**-exponent) * 2.0**exponent
         rest -= part
-        products += [limb * np.float32(part) for limb in limbs]
+        products += [half * np.float32(part) for half in halves]
     return products
 
 
-# Added to a number of up to 2^22 in size, it leaves the nearest whole number in the low bits.
-_WHOLE = np.float32(1.5 * 2**23)
-_WHOLE_BITS = np.int32(0x4B400000)
-
-
-@dataclasses.dataclass(frozen=True)
-class LimbFormat:
-    """How many words a number has, and how many bits apart they are."""
-
-    bits: int
-    words: int
-
-
-def limb_format(terms: int) -> LimbFormat:
-    """The limb_format for sums of so many terms; see the derivation above.
-
-    Args:
-      terms: n, at most 2^24.
-
-    Raises:
-      ValueError: more terms than that.
-    """
-    if terms > 2**24:
-        raise ValueError(
-            f"a reproducible sum has at most 2^24 terms, and this one has {terms}; sum parts of it first"
-        )
-    # By 1.9 times a power of 16, which no length that is a round number comes near: a length that is
-    # padded for the devices at hand must not change the limb_format.
-    log = next(log for log in range(8, 25, 4) if terms < 1.9 * 2**log)
-    bits = 31 - log
-    return LimbFormat(bits, 1 + math.ceil((25 + log) / bits))
-
-
-def scaling(
-    largest: jax.Array, steps: jax.Array, factor: jax.Array, least: jax.Array, scale: LimbFormat
+def row_scaling(
+    largest: jax.Array, exponent: jax.Array, factor: jax.Array, least: jax.Array, form: LimbFormat
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The top of sums, and two factors that bring the numbers of C terms into its units.
+    """Return the exponent of sums, and two factors that bring the numbers of C terms into its units.
 
     Args:
       largest: f32[C, ...], the largest magnitude in each row; broadcasts to the rows.
-      steps: int32[C, ...], as for `quantise`.
+      exponent: int32[C, ...], as for `quantise`.
       factor: f32[C, ...].
-      least: int32[...], below which the top shall not be.
-      scale: the limb_format.
+      least: int32[...], the lowest exponent to return.
+      form: the format of the sums.
 
     Returns:
       int32[...], and f32[C, ...] twice.
     """
-    exponent = deterministic_math.exponent_of(largest)
-    # What is below the normal numbers counts as nothing; processors disagree about it.
-    none, odd = (exponent < -126) | (steps == EMPTY), (exponent > 127) | (steps >= POISON)
-    shift = jnp.clip(exponent, -126, 126)
-    exponent = shift + deterministic_math.exponent_of(
+    magnitude = deterministic_math.exponent_of(largest)
+    # Numbers below the normal ones count as 0; processors disagree about them.
+    none, odd = (magnitude < -126) | (exponent == EMPTY), (magnitude > 127) | (exponent >= POISON)
+    shift = jnp.clip(magnitude, -126, 126)
+    magnitude = shift + deterministic_math.exponent_of(
         largest * deterministic_math.power_of_two(-shift) * factor
     )
-    top = steps + (exponent + 1) // scale.bits
-    top = jnp.where(odd, POISON, jnp.where(none, EMPTY, top))
-    high = jnp.maximum(top.max(axis=0), least)
-    # In two parts, since 2^(L below) alone may be no normal number; that of x with the factor is rounded.
-    below = jnp.clip(steps - high[None], -(512 // scale.bits), 512 // scale.bits)
+    needed = exponent + (magnitude + 1) // form.bits
+    needed = jnp.where(odd, POISON, jnp.where(none, EMPTY, needed))
+    high = jnp.maximum(needed.max(axis=0), least)
+    # Two factors, since 2^(L below) alone may not be a normal number. Only the first product is rounded.
+    below = jnp.clip(exponent - high[None], -(512 // form.bits), 512 // form.bits)
     half = jnp.clip(-shift, -100, 100)
     dead = none | (high == POISON)[None]
     first = jnp.where(dead, 0.0, factor * deterministic_math.power_of_two(half))
-    second = jnp.where(dead, 0.0, deterministic_math.power_of_two(scale.bits * below - half))
+    second = jnp.where(dead, 0.0, deterministic_math.power_of_two(form.bits * below - half))
     return high, first, second
 
 
-def digits(
-    x: jax.Array, first: jax.Array, second: jax.Array, scale: LimbFormat
+def to_limbs(
+    x: jax.Array, first: jax.Array, second: jax.Array, form: LimbFormat
 ) -> tuple[jax.Array, ...]:
-    """The words of x * first * second, finite, in units of the highest."""
-    rest, words = x * first * second, []
-    for _ in range(scale.words):
-        # Up to 2^22 in size, a number is rounded to the nearest whole one by adding 1.5 * 2^23, and is in
-        # the low bits then: half the time of a conversion, for which XLA asks about all other numbers.
-        digit = lax.bitcast_convert_type(rest + _WHOLE, jnp.int32) - _WHOLE_BITS
-        words.append(digit)
-        rest = (rest - digit.astype(jnp.float32)) * np.float32(2.0**scale.bits)
-    return tuple(words)
+    """Return the limbs of x * first * second, finite numbers in units of the highest limb."""
+    rest, limbs = x * first * second, []
+    for _ in range(form.count):
+        # Adding 1.5 * 2^23 rounds a number of up to 2^22 to an integer in the low bits. This takes half the
+        # time of a conversion, for which XLA handles all other numbers too.
+        limb = lax.bitcast_convert_type(rest + _ROUNDER, jnp.int32) - _ROUNDER_BITS
+        limbs.append(limb)
+        rest = (rest - limb.astype(jnp.float32)) * np.float32(2.0**form.bits)
+    return tuple(limbs)
 
 
-def moved_down(words: tuple[jax.Array, ...], steps: jax.Array) -> tuple[jax.Array, ...]:
-    """The words of sums whose top rises by so many steps, int32 that broadcasts to them."""
-    moved = []
-    for place, word in enumerate(words):
+def shift_limbs(limbs: tuple[jax.Array, ...], steps: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the limbs of sums whose exponent rises by `steps`, int32 that broadcasts to them."""
+    shifted = []
+    for place, limb in enumerate(limbs):
         for step in range(1, place + 1):
-            word = jnp.where(steps == step, words[place - step], word)
-        moved.append(jnp.where(steps > place, 0, word))
-    return tuple(moved)
+            limb = jnp.where(steps == step, limbs[place - step], limb)
+        shifted.append(jnp.where(steps > place, 0, limb))
+    return tuple(shifted)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
-    """Sums of numbers in fixed point: rows of X numbers that share their units, X the leading dimension."""
+    """Sums in fixed point: rows of X numbers that share an exponent; X is the leading dimension."""
 
-    top: jax.Array  # int32[...]
-    words: tuple[jax.Array, ...]  # int32[X, ...], the coarsest first
+    exponent: jax.Array  # int32[...]
+    limbs: tuple[jax.Array, ...]  # int32[X, ...], the coarsest first
     limb_format: LimbFormat = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedPointState:
-    """What a `SoftmaxState` is, in fixed point: attention over some of the keys, exact to merge."""
+    """A `SoftmaxState` in fixed point: attention over some of the keys, exact to merge."""
 
     sum: FixedPoint  # [1, B, N, T]           sum of exp(logit)
     weighted_sum: FixedPoint  # [V, B, N, T]  sum of exp(logit) * value
@@ -232,165 +217,168 @@ Sums = TypeVar("Sums")  # FixedPoint, or a pytree of them with the same rows
 
 
 def zero(
-    shape: tuple[int, ...], scale: LimbFormat, axes: frozenset[str] = frozenset()
+    shape: tuple[int, ...], form: LimbFormat, axes: frozenset[str] = frozenset()
 ) -> FixedPoint:
-    """The sums of nothing, [X, ...], typed as varying over the axes: the unit of `merge`."""
-    top = vary(jnp.full(shape[1:], EMPTY, jnp.int32), axes)
-    return FixedPoint(top, (vary(jnp.zeros(shape, jnp.int32), axes),) * scale.words, scale)
+    """Return sums over no terms, [X, ...], typed as varying over the axes: the identity of `merge`."""
+    exponent = vary(jnp.full(shape[1:], EMPTY, jnp.int32), axes)
+    return FixedPoint(exponent, (vary(jnp.zeros(shape, jnp.int32), axes),) * form.count, form)
 
 
 def quantise(
     x: jax.Array,
-    scale: LimbFormat,
-    steps: jax.Array | None = None,
+    form: LimbFormat,
+    exponent: jax.Array | None = None,
     factor: jax.Array | None = None,
 ) -> FixedPoint:
-    """x * factor * 2^(L steps) in fixed point.
+    """Return x * factor * 2^(L exponent) in fixed point.
 
     Args:
       x: f32[X, ...].
-      scale: the limb_format.
-      steps: int32[...], one for a row, as `gauge.split` makes them; None: 0.
-      factor: f32[...], positive; the product is rounded once, and neither overflows nor vanishes.
+      form: the format.
+      exponent: int32[...], one per row, as `scaled_exp` returns it; None: 0.
+      factor: f32[...], positive; the product is rounded once, and must neither overflow nor vanish.
     """
-    steps = jnp.zeros(x.shape[1:], jnp.int32) if steps is None else steps
+    exponent = jnp.zeros(x.shape[1:], jnp.int32) if exponent is None else exponent
     factor = jnp.ones(x.shape[1:], jnp.float32) if factor is None else factor
-    least = jnp.full_like(steps, EMPTY)
+    least = jnp.full_like(exponent, EMPTY)
     largest = jnp.abs(x).max(axis=0, initial=0.0)
-    top, first, second = scaling(largest[None], steps[None], factor[None], least, scale)
-    return FixedPoint(top, digits(x, first, second, scale), scale)
+    high, first, second = row_scaling(largest[None], exponent[None], factor[None], least, form)
+    return FixedPoint(high, to_limbs(x, first, second, form), form)
 
 
 def accumulate(
     onto: FixedPoint,
     x: jax.Array,
-    steps: jax.Array | None = None,
+    exponent: jax.Array | None = None,
     factor: jax.Array | None = None,
 ) -> FixedPoint:
-    """The sums `onto` and all the x * factor * 2^(L steps): as `merge` of one `quantise` after the other.
+    """Add C terms x * factor * 2^(L exponent) to the sums, as one `merge` of a `quantise` after another.
 
     Args:
       onto: [X, ...].
       x: f32[C, X, ...].
-      steps: int32[C, ...], or None, as for `quantise`.
-      factor: f32[C, ...], or None.
+      exponent: int32[C, ...] or None, as for `quantise`.
+      factor: f32[C, ...] or None.
     """
-    scale, rows = onto.limb_format, (x.shape[0], *x.shape[2:])
-    steps = jnp.zeros(rows, jnp.int32) if steps is None else steps
+    form, rows = onto.limb_format, (x.shape[0], *x.shape[2:])
+    exponent = jnp.zeros(rows, jnp.int32) if exponent is None else exponent
     factor = jnp.ones(rows, jnp.float32) if factor is None else factor
 
     def scale_rows(
-        x: jax.Array, steps: jax.Array, factor: jax.Array, top: jax.Array
+        x: jax.Array, exponent: jax.Array, factor: jax.Array, least: jax.Array
     ) -> tuple[Any, ...]:
-        return scaling(jnp.abs(x).max(axis=1, initial=0.0), steps, factor, top, scale)
+        return row_scaling(jnp.abs(x).max(axis=1, initial=0.0), exponent, factor, least, form)
 
-    high, first, second = deterministic_math.fusion_barrier(scale_rows, x, steps, factor, onto.top)
-    words = raised(onto, high).words
-    # One by one, so that each word is one loop over the sums; XLA:CPU vectorises that, and no reduction.
+    high, first, second = deterministic_math.fusion_barrier(
+        scale_rows, x, exponent, factor, onto.exponent
+    )
+    limbs = with_exponent(onto, high).limbs
+    # Term by term, so that each limb is one loop over the sums. XLA:CPU vectorises a loop, and no
+    # reduction.
     for i in range(x.shape[0]):
-        more = digits(x[i], first[i][None], second[i][None], scale)
-        words = tuple(map(operator.add, words, more))
-    return FixedPoint(high, words, scale)
+        more = to_limbs(x[i], first[i][None], second[i][None], form)
+        limbs = tuple(map(operator.add, limbs, more))
+    return FixedPoint(high, limbs, form)
 
 
-def raised(x: FixedPoint, top: jax.Array) -> FixedPoint:
-    """The same sums with a top, int32 that broadcasts to theirs, not below it: the words move down."""
-    return FixedPoint(top, moved_down(x.words, (top - x.top)[None]), x.limb_format)
+def with_exponent(x: FixedPoint, exponent: jax.Array) -> FixedPoint:
+    """Return the sums with another exponent, not below their own, that broadcasts to it."""
+    return FixedPoint(exponent, shift_limbs(x.limbs, (exponent - x.exponent)[None]), x.limb_format)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
-    """The sums of the terms of both: exactly associative and commutative, with `zero` as its unit.
+    """Return the sums of the terms of both: exactly associative and commutative, with identity `zero`.
 
     Args:
       a: FixedPoint [X, ...], FixedPointState, or a pytree of FixedPoint.
-      b: the same, of the same shapes and on the same limb_format.
+      b: of the same shapes and limb format.
 
     Raises:
-      ValueError: other limb formats.
+      ValueError: different limb formats.
     """
 
     def pair(a: FixedPoint, b: FixedPoint) -> FixedPoint:
         if a.limb_format != b.limb_format:
             raise ValueError(
-                f"a is on {a.limb_format} and b on {b.limb_format}; sums merge on one limb_format: make it, with "
+                f"a has {a.limb_format} and b has {b.limb_format}; sums merge in one format: make it, with "
                 "`limb_format`, for as many terms as they have together"
             )
-        top = jnp.maximum(a.top, b.top)
-        a, b = raised(a, top), raised(b, top)
-        words = tuple(x + y for x, y in zip(a.words, b.words, strict=True))
-        return FixedPoint(top, words, a.limb_format)
+        exponent = jnp.maximum(a.exponent, b.exponent)
+        a, b = with_exponent(a, exponent), with_exponent(b, exponent)
+        return FixedPoint(exponent, tuple(map(operator.add, a.limbs, b.limbs)), a.limb_format)
 
     return map_sums(pair, a, b)
 
 
 def merge_axes(x: Sums, axes: int | Sequence[int], *, keepdims: bool = False) -> Sums:
-    """All the sums along some dimensions of the rows, merged at once."""
+    """Merge all sums along dimensions of the rows."""
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
 
     def merged(x: FixedPoint) -> FixedPoint:
-        top = x.top.max(axis=axes, keepdims=True)
-        words = raised(x, top).words
+        exponent = x.exponent.max(axis=axes, keepdims=True)
+        limbs = with_exponent(x, exponent).limbs
         inner = [axis + 1 for axis in axes]
-        words = tuple(word.sum(axis=inner, keepdims=keepdims) for word in words)
-        return FixedPoint(top if keepdims else jnp.squeeze(top, axes), words, x.limb_format)
+        limbs = tuple(limb.sum(axis=inner, keepdims=keepdims) for limb in limbs)
+        exponent = exponent if keepdims else jnp.squeeze(exponent, axes)
+        return FixedPoint(exponent, limbs, x.limb_format)
 
     return map_sums(merged, x)
 
 
 def mantissa(x: FixedPoint) -> jax.Array:
-    """f32[X, ...]: the sums divided by 2^(L top), rounded once and a little."""
-    total = jnp.zeros(x.words[0].shape, jnp.float32)
-    for place, word in reversed(list(enumerate(x.words))):
+    """Return the sums divided by 2^(L exponent), f32[X, ...], rounded about once."""
+    total = jnp.zeros(x.limbs[0].shape, jnp.float32)
+    for place, limb in reversed(list(enumerate(x.limbs))):
         # A product with a power of two is exact.
-        total = word.astype(jnp.float32) * np.float32(2.0 ** (-x.limb_format.bits * place)) + total
-    return jnp.where((x.top >= POISON)[None], jnp.nan, total)
+        total = limb.astype(jnp.float32) * np.float32(2.0 ** (-x.limb_format.bits * place)) + total
+    return jnp.where((x.exponent >= POISON)[None], jnp.nan, total)
 
 
 def value(x: FixedPoint) -> jax.Array:
-    """f32[X, ...]: the sums as numbers."""
+    """Return the sums as floating-point numbers, f32[X, ...]."""
     bound = 512 // x.limb_format.bits
-    steps = jnp.clip(x.top, -bound, bound)
-    return deterministic_math.scaled(mantissa(x), (x.limb_format.bits * steps)[None])
+    exponent = jnp.clip(x.exponent, -bound, bound)
+    return deterministic_math.scaled(mantissa(x), (x.limb_format.bits * exponent)[None])
 
 
 def finalize(state: FixedPointState, sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Divide once: as `state.finalize`.
+    """Divide once, as `softmax_state.finalize`.
 
     Args:
       state: sums over all keys.
-      sinks: f32[N], one extra logit a head whose value is zero.
+      sinks: f32[N], one more logit per head with value 0.
 
     Returns:
-      out f32[B, T, N, V] and lse f32[B, T, N], natural log; 0 and -inf for a row over no keys, 0 and the
-      sink where there is one, and NaN for a row with a term that is no number.
+      out f32[B, T, N, V] and lse f32[B, T, N], natural log. A row over no keys gives 0 and -inf, or 0 and
+      the sink; a row with an infinite or NaN term gives NaN.
     """
-    total, scale = state.sum, state.sum.limb_format
+    total, form = state.sum, state.sum.limb_format
     if sinks is not None:
-        steps, factor = split(sinks.astype(jnp.float32)[:, None], scale.bits)
-        steps, factor = (jnp.broadcast_to(x, total.top.shape) for x in (steps, factor))
-        total = merge(total, quantise(jnp.ones_like(factor)[None], scale, steps, factor))
+        exponent, factor = scaled_exp(sinks.astype(jnp.float32)[:, None], form.bits)
+        exponent, factor = (jnp.broadcast_to(x, total.exponent.shape) for x in (exponent, factor))
+        total = merge(total, quantise(jnp.ones_like(factor)[None], form, exponent, factor))
     out, lse = deterministic_math.fusion_barrier(_divide, total, state.weighted_sum)
     return out.transpose(1, 3, 2, 0), lse.swapaxes(1, 2)
 
 
 def _divide(total: FixedPoint, weighted: FixedPoint) -> tuple[jax.Array, jax.Array]:
-    """out f32[V, B, N, T] and lse f32[B, N, T]."""
+    """Return out f32[V, B, N, T] and lse f32[B, N, T]."""
     bits = total.limb_format.bits
-    empty, odd = total.top == EMPTY, total.top >= POISON
+    empty, odd = total.exponent == EMPTY, total.exponent >= POISON
     divisor = jnp.where(empty, 1.0, mantissa(total)[0])
-    steps = jnp.clip(weighted.top - total.top, -(512 // bits), 512 // bits)
+    steps = jnp.clip(weighted.exponent - total.exponent, -(512 // bits), 512 // bits)
     out = deterministic_math.scaled(mantissa(weighted) / divisor[None], (bits * steps)[None])
-    lse = log(total.top, divisor, bits)
+    lse = scaled_log(total.exponent, divisor, bits)
     lse = jnp.where(empty, -jnp.inf, jnp.where(odd, jnp.nan, lse))
-    odd = odd | (weighted.top >= POISON)
+    odd = odd | (weighted.exponent >= POISON)
     return jnp.where(empty[None], 0.0, jnp.where(odd[None], jnp.nan, out)), lse
 
 
 def map_sums(f: Callable[..., Any], *trees: Any) -> Any:
-    """f of each FixedPoint of the trees, in the same structure."""
+    """Return f of each FixedPoint of the trees, in their structure."""
     return jax.tree.map(f, *trees, is_leaf=is_sums)
 
 
 def is_sums(x: Any) -> bool:
-    """Whether a node of a tree is one FixedPoint: where `map_sums` stops."""
+    """Return whether a node of a tree is one FixedPoint, at which `map_sums` stops."""
     return isinstance(x, FixedPoint)

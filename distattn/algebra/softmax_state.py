@@ -1,13 +1,12 @@
-"""The softmax state and its monoid: the algebra that everything else stands on.
+"""The softmax state: undivided attention over some of the keys, and its merge.
 
-Attention over a set of keys is a weighted mean, and a weighted mean that is not divided yet is a
-commutative monoid: states of disjoint sets of keys merge, in any order and in any grouping, into the
-state of their union (Rabe & Staats, arXiv 2112.05682, section 2; the operator is that of Milakov &
-Gimelshein, arXiv 1805.02867). (max, sum, weighted_sum) are FlashAttention-2's (m, l, unscaled O) and
-Rabe & Staats' (m*, s*, v*).
+Attention over a set of keys is a weighted mean, and an undivided weighted mean is a commutative monoid:
+states of disjoint sets of keys merge, in any order and grouping, into the state of their union (Rabe &
+Staats, arXiv 2112.05682, section 2; the operator is by Milakov & Gimelshein, arXiv 1805.02867). (max,
+sum, weighted_sum) are FlashAttention-2's (m, l, unscaled O) and Rabe & Staats' (m*, s*, v*).
 
-`max` is a gauge: (max, sum, weighted_sum) and (max + c, sum * exp(-c), weighted_sum * exp(-c)) are the
-same state. Its gradient is therefore zero by definition, and gradients travel in `sum` and
+`max` is a free reference: (max, sum, weighted_sum) and (max + c, sum * exp(-c), weighted_sum * exp(-c))
+are one state. So the gradient of `max` is zero by definition, and gradients travel in `sum` and
 `weighted_sum` alone.
 """
 
@@ -26,17 +25,17 @@ from distattn.algebra.deterministic_math import prevent_fma
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftmaxState:
-    """A softmax-weighted sum that is not finished yet: attention over some of the keys.
+    """Undivided attention over some of the keys: a softmax-weighted sum of values.
 
-    Over no key at all it is (-inf, 0, 0), the identity of `merge`. The dtype is float32, or float64
-    where an input is float64.
+    Over no keys it is (-inf, 0, 0), the identity of `merge`. The dtype is float32, or float64 if an input
+    is.
 
     Args:
       max: f32[B, T, N], a bound of the logits, usually their maximum; -inf if empty.
-      sum: f32[B, T, N], the sum of exp(logit - max).
-      weighted_sum: f32[B, T, N, V], the sum of exp(logit - max) * value.
+      sum: f32[B, T, N], sum of exp(logit - max).
+      weighted_sum: f32[B, T, N, V], sum of exp(logit - max) * value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> query, key, value = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 6, 2, 8)), jnp.ones((1, 6, 2, 16))
       >>> state = distattn.partial_attention(query, key, value)
@@ -52,23 +51,23 @@ class SoftmaxState:
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """float64 if an input is, else float32."""
+    """Return float64 if an input is, else float32."""
     double = any(x.dtype == jnp.float64 for x in arrays)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def identity(like: SoftmaxState) -> SoftmaxState:
-    """The state over no keys, (-inf, 0, 0), in the shapes and dtypes of `like`.
+    """Return the state over no keys, (-inf, 0, 0), in the shapes and dtypes of `like`.
 
     `merge(identity(x), x)` is x.
 
     Args:
-      like: f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; its numbers do not count.
+      like: f32[B, T, N], f32[B, T, N], f32[B, T, N, V]; its values are ignored.
 
     Returns:
-      SoftmaxState of the same shapes.
+      SoftmaxState in the shapes of `like`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> x = distattn.from_lse(jnp.full((1, 1, 1, 2), 3.0), jnp.zeros((1, 1, 1)))
       >>> nothing = distattn.identity(x)
@@ -86,28 +85,29 @@ def identity(like: SoftmaxState) -> SoftmaxState:
 def empty(
     rows: tuple[int, ...], width: int, dtype: jnp.dtype, axes: frozenset[str] = frozenset()
 ) -> SoftmaxState:
-    """The identity for such rows and values of such a width, typed as varying over the axes."""
+    """Return the identity for rows and a value width, typed as varying over the axes."""
     row = vary(jnp.zeros(rows, dtype), axes)
     return identity(SoftmaxState(row, row, vary(jnp.zeros((*rows, width), dtype), axes)))
 
 
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
-    """The state over the keys of both, which must not share a key.
+    """Return the state over the keys of both, which must not share a key.
 
         max = maximum(a.max, b.max)
         sum = a.sum * exp(a.max - max) + b.sum * exp(b.max - max), and weighted_sum alike
 
-    Associative and commutative up to rounding, with `identity` as its unit. Leading dimensions are
-    free: anything of shapes [...], [...], [..., V] merges.
+    The merge is associative and commutative up to rounding, with identity `identity`. Leading dimensions
+    are
+    free: all shapes [...], [...], [..., V] merge.
 
     Args:
       a: f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
-      b: the same shapes.
+      b: the shapes of a.
 
     Returns:
-      SoftmaxState of the same shapes.
+      SoftmaxState in the shapes of a.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, distattn
       >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
       >>> evens, odds = (distattn.partial_attention(query, key[:, i::2], value[:, i::2]) for i in (0, 1))
@@ -123,9 +123,9 @@ def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
 
 
 def rescale(state: SoftmaxState, high: jax.Array) -> SoftmaxState:
-    """The same state in another gauge: with `high` f32[B, T, N] as its max, which must not be below it.
+    """Return the state with `high` f32[B, T, N], not below its max, as max.
 
-    States of one gauge are added; that is all that merging is.
+    States of equal max are merged by adding sum and weighted_sum.
     """
     weight = softmax_weights(lax.stop_gradient(state.max), high)
     return SoftmaxState(
@@ -136,26 +136,26 @@ def rescale(state: SoftmaxState, high: jax.Array) -> SoftmaxState:
 
 
 def merge_stacked(states: SoftmaxState) -> SoftmaxState:
-    """All the states of a leading axis, [D, B, T, N] and [D, B, T, N, V], merged at once."""
+    """Merge all states along a leading axis, [D, B, T, N] and [D, B, T, N, V], at once."""
     high = lax.stop_gradient(states.max.max(axis=0))
     states = rescale(states, jnp.broadcast_to(high, states.max.shape))
     return SoftmaxState(high, states.sum.sum(axis=0), states.weighted_sum.sum(axis=0))
 
 
 def finalize(state: SoftmaxState, sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Divide once: the attention output, and the log-sum-exp of the logits.
+    """Return the attention output and the log-sum-exp of the logits, by one division.
 
         out = weighted_sum / sum,  lse = max + log(sum)
 
     Args:
       state: f32[B, T, N], f32[B, T, N], f32[B, T, N, V].
-      sinks: f32[N], one extra logit a head whose value is zero; it enters the sum here and only here.
+      sinks: f32[N], one more logit per head with value 0; it enters the sum here and only here.
 
     Returns:
       out f32[B, T, N, V] and lse f32[B, T, N] (natural log). A state over no keys gives 0 and -inf,
       or 0 and the sink.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> row, values = jnp.zeros((1, 1, 1)), jnp.array([[[[6.0, 8.0]]]])  # of 4 keys with logit 0
       >>> out, lse = distattn.finalize(distattn.SoftmaxState(row, row + 4, values))
@@ -173,16 +173,16 @@ def finalize(state: SoftmaxState, sinks: jax.Array | None = None) -> tuple[jax.A
 
 
 def from_lse(out: jax.Array, lse: jax.Array) -> SoftmaxState:
-    """The state of a finished attention, so that kernels which return (out, lse) can be merged.
+    """Return the state of finished attention, so that results of kernels, (out, lse), can be merged.
 
     Args:
       out: [B, T, N, V], the attention output over some keys.
-      lse: f32[B, T, N], natural log; -inf where no key was attended. Differentiable.
+      lse: f32[B, T, N], natural log; -inf for a row that attends to no key. Differentiable.
 
     Returns:
-      SoftmaxState (lse, 1, out), or the identity where lse is -inf.
+      SoftmaxState (lse, 1, out), or the identity in rows whose lse is -inf.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> a = distattn.from_lse(jnp.full((1, 1, 1, 1), 2.0), jnp.log(jnp.full((1, 1, 1), 1.0)))
       >>> b = distattn.from_lse(jnp.full((1, 1, 1, 1), 6.0), jnp.log(jnp.full((1, 1, 1), 3.0)))
@@ -194,7 +194,7 @@ def from_lse(out: jax.Array, lse: jax.Array) -> SoftmaxState:
     lse, out = lse.astype(dtype), out.astype(dtype)
     empty = lse == -jnp.inf
     high = lax.stop_gradient(lse)
-    # exp(lse - high) is 1; written so, because the gradient of lse must go into the sum.
+    # exp(lse - high) is 1, and carries the gradient of lse into the sum.
     shift = jnp.where(empty, 0.0, lse) - jnp.where(empty, 0.0, high)
     total = jnp.where(empty, 0.0, jnp.exp(shift))
     return SoftmaxState(
@@ -205,29 +205,28 @@ def from_lse(out: jax.Array, lse: jax.Array) -> SoftmaxState:
 
 
 def softmax_weights(logits: jax.Array, reference: jax.Array) -> jax.Array:
-    """exp(logits - reference), with 0 for the weights of a row whose reference is -inf.
+    """Return exp(logits - reference); weights of a row whose reference is -inf are 0.
 
-    The one place where logits become weights. `reference` is a running maximum or a log-sum-exp; it
-    counts as a constant for differentiation.
+    `reference` is a running maximum or a log-sum-exp, and a constant for differentiation.
     """
     reference = lax.stop_gradient(reference)
     return jnp.exp(logits - jnp.where(reference == -jnp.inf, 0.0, reference))
 
 
 def pack(state: SoftmaxState) -> jax.Array:
-    """The state as one array f32[..., V + 2], so that it travels in one message."""
+    """Return the state as one array f32[..., V + 2], so that it travels in one message."""
     return jnp.concatenate(
         [state.weighted_sum, state.sum[..., None], state.max[..., None]], axis=-1
     )
 
 
 def unpack(packed: jax.Array) -> SoftmaxState:
-    """The inverse of `pack`."""
+    """Return the state of which `packed` is `pack`."""
     return SoftmaxState(max=packed[..., -1], sum=packed[..., -2], weighted_sum=packed[..., :-2])
 
 
 def _sink_state(state: SoftmaxState, sinks: jax.Array) -> SoftmaxState:
-    # (sink, 1, 0), with the gradient of the sink in its sum, since max has none.
+    """Return (sink, 1, 0); the gradient of the sink is in the sum, since max has none."""
     sinks = jnp.broadcast_to(sinks.astype(state.max.dtype), state.max.shape)
     high = lax.stop_gradient(sinks)
     total = jnp.where(high == -jnp.inf, 0.0, softmax_weights(sinks, high))

@@ -12,8 +12,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn.algebra import deterministic_math, fixed_point
-from distattn.algebra.fixed_point import FixedPoint, FixedPointState, limb_format
-from distattn.algebra.mergeable import FIXED_POINT, State, Sum, monoid_of, rows_of
+from distattn.algebra.fixed_point import limb_format
+from distattn.algebra.mergeable import (
+    FIXED_POINT,
+    State,
+    Sum,
+    is_exact,
+    monoid_of,
+    pack_rows,
+    rows_of,
+    sum_copies,
+    to_array,
+    unpack_rows,
+)
 from distattn.algebra.softmax_state import softmax_weights
 from distattn.attention.ring import ring_fold, ring_gradients
 from distattn.attention.strategy import Call, Strategy
@@ -102,7 +113,7 @@ def gradients(
     }
     if strategy.heads:
         sums = _to_outer_heads(sums, inputs, strategy.heads, copies)
-    return {name: numbers(x).astype(getattr(inputs, name).dtype) for name, x in sums.items()}
+    return {name: to_array(x).astype(getattr(inputs, name).dtype) for name, x in sums.items()}
 
 
 def row_cotangents(
@@ -214,7 +225,7 @@ def _all_reduce_and_normalize(
     """
     rows = rows_of(state)[-1]
     divides = rows % axes_size(axes) == 0 and not typed_as_varying(axes)
-    if isinstance(state, FixedPointState) and divides:
+    if monoid_of(state).exact and divides:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         if size >= LARGE_BYTES and chosen_schedule(schedule, state, axes) == "psum":
             time = FIXED_POINT.time
@@ -229,7 +240,7 @@ def _all_reduce_and_normalize(
 
 def sum_over(x: Sum, axes: Axes, scatter: Axes = ()) -> Sum:
     """Sum x over the axes, and keep this device's shard along T or S for those in `scatter`."""
-    fixed = isinstance(x, FixedPoint)
+    fixed = is_exact(x)
     if axes_size(scatter) > 1 and fixed:
         time = FIXED_POINT.time
         x = reduce_scatter(x, scatter, scatter_dimension=time, schedule="psum")
@@ -239,14 +250,6 @@ def sum_over(x: Sum, axes: Axes, scatter: Axes = ()) -> Sum:
     if not rest:
         return x
     return all_reduce(x, rest, schedule=sum_schedule(x, rest)) if fixed else all_sum(x, rest)
-
-
-def numbers(x: Sum) -> jax.Array:
-    """Return sums [B, N, T] of rows as [B, T, N, X]; those of bias or sinks keep their dimensions."""
-    if not isinstance(x, FixedPoint):
-        return x
-    value = deterministic_math.fusion_barrier(fixed_point.value, x)
-    return value.transpose(1, 3, 2, 0) if x.top.ndim == 3 else value[0]
 
 
 def _to_outer_heads(
@@ -259,27 +262,12 @@ def _to_outer_heads(
     moved = {
         name: x
         if name != "query" and copies > 1
-        else numbers(x).astype(getattr(inputs, name).dtype)
+        else to_array(x).astype(getattr(inputs, name).dtype)
         for name, x in sums.items()
         if name != "bias"
     }
-    arrays = [
-        FIXED_POINT.pack(x).transpose(1, 3, 2, 0) if isinstance(x, FixedPoint) else x
-        for x in moved.values()
-    ]
-    for (name, x), y in zip(moved.items(), heads_to_rows(arrays, axes), strict=True):
-        back = FIXED_POINT.unpack(y.transpose(3, 0, 2, 1), x) if isinstance(x, FixedPoint) else y
-        sums = sums | {name: back if name == "query" else _add_copies(back, copies)}
+    packed = heads_to_rows([pack_rows(x) for x in moved.values()], axes)
+    for (name, x), y in zip(moved.items(), packed, strict=True):
+        rows = unpack_rows(y, x)
+        sums = sums | {name: rows if name == "query" else sum_copies(rows, copies)}
     return sums
-
-
-def _add_copies(x: Sum, copies: int) -> Sum:
-    """Return [B, S, K, H] from K * copies heads."""
-    if copies == 1:
-        return x
-    if isinstance(x, FixedPoint):
-        batch, heads, keys = x.top.shape
-        rows = (batch, heads // copies, copies, keys)
-        top, limbs = x.top.reshape(rows), (limb.reshape(-1, *rows) for limb in x.words)
-        return fixed_point.merge_axes(FixedPoint(top, tuple(limbs), x.limb_format), 2)
-    return x.reshape(*x.shape[:2], -1, copies, x.shape[-1]).sum(axis=3)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
+from distattn.algebra.mergeable import to_array
 from distattn.attention import device_step
 from distattn.attention.strategy import Call
 from distattn.collectives.mesh import axes_of, manual, on_devices_of, place
@@ -272,5 +273,5 @@ def _backward(
     result = place_outer(call, result, outer)
     if inputs.sinks is not None:
         d_sinks = device_step.sink_gradient(call, inputs.sinks, lse_and_dsum)
-        result["sinks"] = device_step.numbers(d_sinks).astype(inputs.sinks.dtype)
+        result["sinks"] = to_array(d_sinks).astype(inputs.sinks.dtype)
     return result

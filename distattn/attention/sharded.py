@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from distattn._compat import vary, varying_axes
+from distattn.algebra.mergeable import to_array
 from distattn.attention import device_step
 from distattn.attention.sharding import Placement
 from distattn.attention.strategy import (
@@ -379,7 +380,7 @@ def _gradients(
     if inputs.sinks is not None:
         d_sinks = device_step.sink_gradient(call, inputs.sinks, lse_and_dsum)
         d_sinks = device_step.sum_over(d_sinks, axes if exact and query_sharded else ())
-        gradients["sinks"] = device_step.numbers(d_sinks).astype(inputs.sinks.dtype)
+        gradients["sinks"] = to_array(d_sinks).astype(inputs.sinks.dtype)
     whole = {*replicated}  # on every device, of which one returns it
     if exact or not query_sharded:
         whole.add("sinks")

@@ -251,7 +251,7 @@ def _by_cost(
     sizes = tuple(placement.size((axis,)) for axis in placement.key) if same else ()
     rows = inputs.query.shape[1]
     if reproducible_blocks is not None:
-        shape = dataclasses.replace(shape, words=reproducible_blocks.by_keys.words)
+        shape = dataclasses.replace(shape, words=reproducible_blocks.by_keys.count)
     if shared:
         return choose_sharded(shape, topology, sizes).strategy
     choice = cost.choose(shape, topology, query_sharded=False)

@@ -88,9 +88,9 @@ def all_reduce(state: State, axis_name: AxisName, *, schedule: str | Schedule = 
 
         return hooks.all_reduce(state, axes, functools.partial(all_reduce, schedule="butterfly"))
     if schedule == "psum":
-        gauge = lax.pmax(monoid.gauge(state), axes)
-        summed = lax.psum(monoid.pack_sums(monoid.in_gauge(state, gauge)), axes)
-        return monoid.unpack_sums(summed, gauge, state)
+        reference = lax.pmax(monoid.reference(state), axes)
+        summed = lax.psum(monoid.pack_sums(monoid.rescale(state, reference)), axes)
+        return monoid.unpack_sums(summed, reference, state)
     if schedule == "all_gather":
         stacked = jnp.moveaxis(gather(monoid.pack(state), axes), 0, monoid.first_row)
         return monoid.merge_stacked(monoid.unpack(stacked, state))

@@ -75,11 +75,11 @@ def reduce_scatter(
     if size == 1:
         return state
     if schedule == "psum":
-        gauge = lax.pmax(monoid.gauge(state), axes)
-        packed = monoid.pack_sums(monoid.in_gauge(state, gauge))
+        reference = lax.pmax(monoid.reference(state), axes)
+        packed = monoid.pack_sums(monoid.rescale(state, reference))
         dimension = monoid.first_row + scatter_dimension
         packed = lax.psum_scatter(packed, names, scatter_dimension=dimension, tiled=True)
-        return monoid.unpack_sums(packed, own_part(gauge, names, dimension), state)
+        return monoid.unpack_sums(packed, own_part(reference, names, dimension), state)
     return _run_scatter(schedule, state, axes, names, monoid.first_row + scatter_dimension)
 
 

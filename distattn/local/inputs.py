@@ -2,7 +2,8 @@
 
 An error names the argument, what it got, what it needs and what to do.
 
-The boundary: what a caller passes becomes `AttentionInputs` and `LogitConfig`, or an error that says what to do.
+The boundary: what a caller passes becomes `AttentionInputs` and `LogitConfig`, or an error that says what
+to do.
 
 Every check is made here (those of single arguments in `checks`), once, from static shapes and dtypes.
 ValueError is a wrong call; NotImplementedError is a right call that is not built.
@@ -201,6 +202,31 @@ class AttentionInputs:
     key_scale: jax.Array | None = None  # f32[B, S, K], with a layer [L, B, S, K]
     value_scale: jax.Array | None = None  # the same
     layer: jax.Array | None = None  # int32[]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call."""
+
+    batch: int  # B
+    queries: int  # T
+    keys: int  # S
+    heads: int  # N
+    kv_heads: int  # K
+    width: int  # H
+    value_width: int  # V
+
+    @classmethod
+    def of(cls, inputs: "AttentionInputs") -> "Sizes":
+        """Return the sizes of the inputs."""
+        batch, queries, heads, width = inputs.query.shape
+        keys, kv_heads, value_width = inputs.value.shape[-3:]
+        return cls(batch, queries, keys, heads, kv_heads, width, value_width)
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head, G."""
+        return self.heads // self.kv_heads
 
 
 # The letters of every operand's dimensions, the last of them where it has fewer; '.' is a width.

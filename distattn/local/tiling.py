@@ -1,7 +1,4 @@
-"""How one device's work is cut into blocks: their sizes, their places, and how they are loaded.
-
-Gradients on their way to completion: arrays that are added, or sums in fixed point that are merged.
-"""
+"""Blocks of one device's attention: their sizes, their places, and their contents."""
 
 import dataclasses
 import math
@@ -15,81 +12,74 @@ from jax import lax
 from distattn._compat import vary, varying_axes
 from distattn.algebra import fixed_point
 from distattn.algebra.fixed_point import FixedPoint
-from distattn.algebra.mergeable import Sum
+from distattn.algebra.mergeable import Sum, is_exact
 from distattn.algebra.softmax_state import SoftmaxState, empty, state_dtype
-from distattn.local.block import DIAGONAL_HEADS, Block
-from distattn.local.inputs import AttentionInputs
-from distattn.local.mask import BlockSparsity, Mask, Span, split_heads, take
+from distattn.local.block import Block, zero_unattended
+from distattn.local.cpu import is_flat, take_bits
+from distattn.local.inputs import AttentionInputs, Sizes
+from distattn.local.mask import BlockSparsity, Span, split_heads, take
 
-# Logits of one block, in elements: 1 MiB of float32 fits the second-level cache of a CPU core. If positions decide
-# which blocks are skipped, and in the backward pass, blocks are smaller, so that more of them are skipped.
+# Logits of one block: 1 MiB of float32 fits the second-level cache of a CPU core. If positions decide which
+# blocks are skipped, and in the backward pass, blocks are smaller, so that more of them are skipped.
 BLOCK_ELEMENTS = 2**18
 BLOCK_ELEMENTS_SMALLER = 2**17
-# Query heads times queries up to which a flat block costs less than a transposed copy of the keys and values: with
-# a matmul per head, and with a block-diagonal one (`DIAGONAL_HEADS`).
-FLAT_COLUMNS = 1024
-FLAT_COLUMNS_DIAGONAL = 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the cutting depends on besides shapes."""
+    """Facts besides shapes that decide the sizes of blocks."""
 
     platform: str  # 'cpu', 'gpu', 'tpu'
-    # Batch and heads may be sharded by the compiler: slicing them would gather them.
+    # The compiler may shard batch and heads: slicing them would gather them.
     compiler_sharded: bool = False
     block_sizes: tuple[int, int] | None = None  # queries, keys; None: chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The size of one block: rows of the batch, key/value heads, queries, keys."""
+    """Sizes of one block: sequences, KV heads, queries, keys."""
 
     batch: int
     heads: int
     query: int
     key: int
-    flat: bool = False
-    # XLA:CPU lifts the conversion of an 8- or 16-bit block out of the loop, that is, makes a float32 copy
-    # of the whole array. It does not where the block is cut from integers that seem to change each time.
-    as_bits: bool = False
-    branch: bool = True  # see `Block`
+    flat: bool = False  # see `local.cpu`
+    as_bits: bool = False  # see `cpu.take_bits`
+    # Skip blocks that the mask rules out. Not if the compiler may shard batch or heads: a condition on
+    # all of them would be a collective.
+    skips: bool = True
 
 
 def choose_tiling(inputs: AttentionInputs, machine: Machine, *, backward: bool = False) -> Tiling:
-    """Block sizes for a call.
+    """Return the block sizes of a call.
 
-    On a CPU one row of the batch and one key/value head at a time, so that a block stays in the cache.
-    Elsewhere, and where the compiler may have sharded them, batch and heads whole.
+    On a CPU a block has one sequence and one KV head, so that it stays in the cache. On other platforms,
+    and if the compiler may have sharded them, it has the whole batch and all heads.
     """
-    batch, queries, heads, width = inputs.query.shape
-    keys, kv_heads = inputs.key.shape[-3:-1]
-    groups = heads // kv_heads
-    cpu = machine.platform == "cpu"
+    sizes, cpu = Sizes.of(inputs), machine.platform == "cpu"
     one_by_one = cpu and not machine.compiler_sharded
-    columns = FLAT_COLUMNS if kv_heads > DIAGONAL_HEADS else FLAT_COLUMNS_DIAGONAL
-    flat = one_by_one and not backward and heads * queries <= columns
-    few = groups * queries <= 64
-    query_block = min(queries, max(512 // groups, 16) if one_by_one else 256)
+    flat = one_by_one and not backward and is_flat(sizes.heads, sizes.kv_heads, sizes.queries)
+    few = sizes.groups * sizes.queries <= 64
+    query_block = min(sizes.queries, max(512 // sizes.groups, 16) if one_by_one else 256)
     if flat:
-        key_block = min(max(2**19 // max(kv_heads * width, 1), 256), 2048)
+        key_block = min(max(2**19 // max(sizes.kv_heads * sizes.width, 1), 256), 2048)
     else:
         smaller = backward or inputs.mask.key_positions is not None
         elements = BLOCK_ELEMENTS_SMALLER if smaller else BLOCK_ELEMENTS
-        key_block = min(max(elements // max(groups * query_block, 1), 256), 1024)
-        # In two, so that a shard of a zigzag layout is skipped by halves.
+        key_block = min(max(elements // max(sizes.groups * query_block, 1), 256), 1024)
+        # Two blocks at least, so that a shard of a zigzag layout is skipped by halves.
         if inputs.mask.compares_positions:
-            key_block = min(key_block, max(keys // 2, 64))
+            key_block = min(key_block, max(sizes.keys // 2, 64))
     if machine.block_sizes is not None:
         query_block, key_block = machine.block_sizes
     return Tiling(
-        batch=1 if one_by_one else batch,
-        heads=1 if one_by_one and not (flat or few) else kv_heads,
-        query=_divisor_near(queries, query_block),
-        key=_divisor_near(keys, key_block),
+        batch=1 if one_by_one else sizes.batch,
+        heads=1 if one_by_one and not (flat or few) else sizes.kv_heads,
+        query=_divisor_near(sizes.queries, query_block),
+        key=_divisor_near(sizes.keys, key_block),
         flat=flat,
         as_bits=cpu,
-        branch=not machine.compiler_sharded,
+        skips=not machine.compiler_sharded,
     )
 
 
@@ -101,134 +91,130 @@ def _divisor_near(length: int, target: int) -> int:
 
 
 class Place(NamedTuple):
-    """Where one block lies."""
+    """The place of one block in the arrays of a call.
+
+    The last block along T or S ends with the data. If it overlaps the block before, the overlap is not
+    `new`.
+    """
 
     batch: Span
-    heads: Span  # of keys and values
+    heads: Span  # KV heads
     query_heads: Span
     query: Span
     key: Span
+    new_queries: jax.Array | None  # bool[q]; None: all
+    new_keys: jax.Array | None  # bool[s]; None: all
 
 
 class Tiles:
-    """The blocks of one call: how many there are, where they lie, and what is in them."""
+    """The blocks of one call: their number, their places, and their contents."""
 
     inputs: AttentionInputs
     tiling: Tiling
-    batch: int  # the sizes of the inputs: B, T, S, K, V, G
-    queries: int
-    keys: int
-    kv_heads: int
-    value_width: int
-    groups: int
-    dtype: jnp.dtype  # of the state
-    axes: frozenset[str]  # over which it varies
-    is_empty: bool  # there is no block, nor any of the four counts
+    sizes: Sizes
+    dtype: jnp.dtype  # dtype of the state
+    axes: frozenset[str]  # axes over which the state varies
+    is_empty: bool  # no block; the four counts are unset
     batches: int
     head_blocks: int
     query_blocks: int
     key_blocks: int
-    block_sparsity: BlockSparsity | None  # which blocks are visited; None: all
+    block_sparsity: BlockSparsity | None  # None: every block is needed
 
     def __init__(self, inputs: AttentionInputs, tiling: Tiling) -> None:
-        self.inputs, self.tiling = inputs, tiling
-        self.batch, self.queries, heads, _ = inputs.query.shape
-        self.keys, self.kv_heads, self.value_width = inputs.value.shape[-3:]
-        self.groups = heads // self.kv_heads
+        self.inputs, self.tiling, self.sizes = inputs, tiling, Sizes.of(inputs)
         self.dtype = state_dtype(inputs.query, inputs.key, inputs.value)
         self.axes = varying_axes(*jax.tree.leaves(inputs))
-        self.is_empty = min(self.batch, self.queries, self.keys) == 0
+        self.is_empty = min(self.sizes.batch, self.sizes.queries, self.sizes.keys) == 0
         if not self.is_empty:
-            self.batches = self.batch // tiling.batch
-            self.head_blocks = self.kv_heads // tiling.heads
-            self.query_blocks = math.ceil(self.queries / tiling.query)
-            self.key_blocks = math.ceil(self.keys / tiling.key)
+            self.batches = self.sizes.batch // tiling.batch
+            self.head_blocks = self.sizes.kv_heads // tiling.heads
+            self.query_blocks = math.ceil(self.sizes.queries / tiling.query)
+            self.key_blocks = math.ceil(self.sizes.keys / tiling.key)
         self.block_sparsity = None
-        if tiling.branch and not self.is_empty:
+        if tiling.skips and not self.is_empty:
             counts = self.query_blocks, self.key_blocks
             self.block_sparsity = BlockSparsity.of(inputs.mask, tiling.query, tiling.key, counts)
 
     def place(self, batch: Any, heads: Any, row: Any, column: Any) -> Place:
-        """The place of a block from the indices of its row of the batch, heads, queries and keys."""
-        tiling, groups = self.tiling, self.groups
+        """Return the place of a block from its indices along batch, KV heads, queries and keys."""
+        tiling, groups = self.tiling, self.sizes.groups
+        query, new_queries = _span(row, tiling.query, self.sizes.queries)
+        key, new_keys = _span(column, tiling.key, self.sizes.keys)
         return Place(
             Span(batch * tiling.batch, tiling.batch),
             Span(heads * tiling.heads, tiling.heads),
             Span(heads * tiling.heads * groups, tiling.heads * groups),
-            _span(row, tiling.query, self.queries),
-            _span(column, tiling.key, self.keys),
+            query,
+            key,
+            new_queries,
+            new_keys,
         )
 
     def query(self, place: Place, scale: float) -> jax.Array:
-        """[b, K, G, q, H], times the scale."""
+        """Return [b, K, G, q, H], times the scale; 0 in rows past the query length."""
         spans = (place.batch, place.query, place.query_heads)
         query = self._load(self.inputs.query, *spans).astype(self.dtype)
+        valid = take(self.inputs.mask.query_valid, place.batch, place.query)
+        if valid is not None:
+            query = jnp.where(valid[..., None, None], query, 0)
         return self.heads_first(query * scale)
 
-    def mask(self, place: Place) -> Mask:
-        """The mask of the block."""
-        return self.inputs.mask.block(place.batch, place.query_heads, place.query, place.key)
-
     def keys_for(self, place: Place, row: Any) -> jax.Array | None:
-        """bool[key blocks] that a block of queries needs; None: any, or it must not be asked."""
-        return (
-            None if self.block_sparsity is None else self.block_sparsity.keys_for(place.batch, row)
-        )
+        """Return bool[key blocks] that a block of queries needs; None: all."""
+        sparsity = self.block_sparsity
+        return None if sparsity is None else sparsity.keys_for(place.batch, row)
 
     def queries_for(self, place: Place, column: Any) -> jax.Array | None:
-        """bool[query blocks] that need a block of keys; None: any."""
-        return (
-            None
-            if self.block_sparsity is None
-            else self.block_sparsity.queries_for(place.batch, column)
-        )
+        """Return bool[query blocks] that need a block of keys; None: all."""
+        sparsity = self.block_sparsity
+        return None if sparsity is None else sparsity.queries_for(place.batch, column)
 
-    def block(
-        self,
-        place: Place,
-        query: jax.Array,
-        mask: Mask,
-        *,
-        fresh_keys: jax.Array | None,
-        fresh_queries: jax.Array | None = None,
-    ) -> Block:
-        """The inputs of the block; entries that are not fresh belong to the block before."""
+    def block(self, place: Place, query: jax.Array, *, sums_queries: bool = False) -> Block:
+        """Return the inputs of the block; overlaps with the block before are not allowed.
+
+        Args:
+          place: of the block.
+          query: [b, K, G, q, H], as `query` returns it.
+          sums_queries: the overlap of queries is not allowed either.
+        """
         inputs = self.inputs
         key = self._load_keys(inputs.key, inputs.key_scale, place)
         value = self._load_keys(inputs.value, inputs.value_scale, place)
-        bias = take(self.inputs.bias, place.batch, place.query_heads, place.query, place.key)
+        spans = place.batch, place.query_heads, place.query, place.key
+        bias = take(inputs.bias, *spans)
         if bias is not None:
             bias = split_heads(bias, self.tiling.heads).astype(self.dtype)
-        allowed = mask.allowed(self.tiling.heads)
-        for fresh, shape in ((fresh_keys, (1, 1, 1, 1, -1)), (fresh_queries, (1, 1, 1, -1, 1))):
-            if fresh is not None:
-                fresh = fresh.reshape(shape)
-                allowed = fresh if allowed is None else allowed & fresh
+        allowed = inputs.mask.block(*spans).allowed(self.tiling.heads)
+        key, value = zero_unattended(key, value, allowed)
+        new_queries = place.new_queries if sums_queries else None
+        for new, shape in ((place.new_keys, (1, 1, 1, 1, -1)), (new_queries, (1, 1, 1, -1, 1))):
+            if new is not None:
+                new = new.reshape(shape)
+                allowed = new if allowed is None else allowed & new
         if self.tiling.flat:
             bias, allowed = (None if x is None else jnp.moveaxis(x, -1, 1) for x in (bias, allowed))
-        return Block(
-            query, key, value, bias, allowed, flat=self.tiling.flat, branch=self.tiling.branch
-        )
+        return Block(query, key, value, bias, allowed, flat=self.tiling.flat)
 
     def rows(self, x: jax.Array, place: Place) -> jax.Array:
-        """[B, T, N, ...] to the rows of the block, [b, K, G, q, ...]."""
+        """Return the rows of the block, [b, K, G, q, ...] from [B, T, N, ...]."""
         return self.heads_first(take(x, place.batch, place.query, place.query_heads))
 
     def heads_first(self, x: jax.Array) -> jax.Array:
-        """[b, q, K*G, ...] to [b, K, G, q, ...]."""
-        x = x.reshape(*x.shape[:2], self.tiling.heads, self.groups, *x.shape[3:])
+        """Return [b, K, G, q, ...] from [b, q, K*G, ...]."""
+        x = x.reshape(*x.shape[:2], self.tiling.heads, self.sizes.groups, *x.shape[3:])
         return jnp.moveaxis(x, 1, 3)
 
     def zeros(self, shape: tuple[int, ...], dtype: jnp.dtype | None = None) -> jax.Array:
-        """Zeros in the state's dtype, of the inputs' varying type."""
+        """Return zeros in the state's dtype, of the inputs' varying type."""
         return vary(jnp.zeros(shape, dtype or self.dtype), self.axes)
 
     def empty_state(self, *shape: int) -> SoftmaxState:
-        """The identity, with rows of the given shape."""
-        return empty(shape, self.value_width, self.dtype, self.axes)
+        """Return the identity with rows of the given shape."""
+        return empty(shape, self.sizes.value_width, self.dtype, self.axes)
 
     def _load_keys(self, x: jax.Array, scale: jax.Array | None, place: Place) -> jax.Array:
-        """[b, s, K, .] of key or value in the state's dtype: of the layer, and times the scale."""
+        """Return [b, s, K, .] of key or value in the state's dtype, of the layer and times the scale."""
         layer = self.inputs.layer
         spans = (place.batch, place.key, place.heads)
         spans = spans if layer is None else (Span(layer, 1), *spans)
@@ -238,20 +224,17 @@ class Tiles:
         return block if layer is None else block[0]
 
     def _load(self, x: jax.Array, *spans: Span) -> jax.Array:
-        if not self.tiling.as_bits or x.dtype.itemsize > 2:
-            return take(x, *spans)
-        bits, _ = lax.optimization_barrier((x, [span.start for span in spans]))
-        bits = lax.bitcast_convert_type(bits, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8)
-        return lax.bitcast_convert_type(take(bits, *spans), x.dtype)
+        bits = self.tiling.as_bits and x.dtype.itemsize <= 2
+        return take_bits(x, *spans) if bits else take(x, *spans)
 
 
 def loop(count: int, body: Callable[..., Any], init: Any) -> Any:
-    """fori_loop, or a plain call where there is nothing to loop over."""
+    """Return fori_loop of body, or one plain call if count is 1."""
     return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
 
 
 def visit(needed: jax.Array | None, count: int, body: Callable[..., Any], init: Any) -> Any:
-    """`loop` over those of the indices that are needed, bool[count], in order; None: over all."""
+    """Return `loop` over the needed indices, bool[count], in ascending order; None: over all."""
     if needed is None:
         return loop(count, body, init)
     order = jnp.argsort(~needed, stable=True)
@@ -259,7 +242,7 @@ def visit(needed: jax.Array | None, count: int, body: Callable[..., Any], init: 
 
 
 def unravel(index: Any, *counts: int) -> list[Any]:
-    """Row-major coordinates of a flat loop index."""
+    """Return row-major coordinates of a flat loop index."""
     parts = []
     for count in reversed(counts):
         parts.append(index % count if count > 1 else 0)
@@ -267,61 +250,57 @@ def unravel(index: Any, *counts: int) -> list[Any]:
     return parts[::-1]
 
 
-def fresh(index: Any, span: Span, length: int) -> jax.Array | None:
-    """bool[size]: which entries of block `index` are not in the block before too; None: all."""
-    if length % span.size == 0:
-        return None
-    return span.start + jnp.arange(span.size, dtype=jnp.int32) >= index * span.size
-
-
 def rows_first(x: jax.Array) -> jax.Array:
-    """[b, K, G, q, ...] to [b, q, K*G, ...]."""
+    """Return [b, q, K*G, ...] from [b, K, G, q, ...]."""
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def put(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
-    """x with the block written at its place."""
+    """Return x with the block written at its place."""
     block = block.astype(x.dtype)
     if block.shape == x.shape:
         return block
     starts = [span.start for span in spans] + [0] * (x.ndim - len(spans))
-    # Of one type, which under x64 the indices of loops and of devices are not.
+    # One type, which indices of loops and of devices do not have under x64.
     starts = [lax.convert_element_type(start, jnp.int32) for start in starts]
     return lax.dynamic_update_slice(x, block, starts)
 
 
 def add(x: jax.Array, block: jax.Array, *spans: Span) -> jax.Array:
-    """x with the block added at its place, summed over the dimensions that x has not."""
+    """Return x with the block added at its place, summed over dimensions of size 1 in x."""
     spans = tuple(Span(0, 1) if x.shape[a] == 1 else span for a, span in enumerate(spans))
     summed = [a for a, size in enumerate(x.shape) if size == 1 and block.shape[a] != 1]
     block = block.sum(axis=summed, keepdims=True) if summed else block
     return put(x, take(x, *spans) + block, *spans)
 
 
-def _span(index: Any, size: int, length: int) -> Span:
-    # The last block is moved back to end with the data, and overlaps its neighbour.
-    return Span(jnp.minimum(index * size, length - size) if length % size else index * size, size)
-
-
 def add_at(x: Sum, part: Sum, *spans: Span) -> Sum:
-    """x with the part added at its place among the rows."""
-    return merge_at(x, part, *spans) if isinstance(x, FixedPoint) else add(x, part, *spans)
+    """Return x with the part added at its place among the rows."""
+    return merge_at(x, part, *spans) if is_exact(x) else add(x, part, *spans)
 
 
 def put_at(x: FixedPoint, part: FixedPoint, *spans: Span) -> FixedPoint:
-    """x with the part at its place among the rows."""
-    inner = (Span(0, x.words[0].shape[0]), *spans)
-    words = tuple(put(a, b, *inner) for a, b in zip(x.words, part.words, strict=True))
-    return FixedPoint(put(x.top, part.top, *spans), words, x.limb_format)
+    """Return x with the part written at its place among the rows."""
+    inner = (Span(0, x.limbs[0].shape[0]), *spans)
+    limbs = tuple(put(a, b, *inner) for a, b in zip(x.limbs, part.limbs, strict=True))
+    return FixedPoint(put(x.exponent, part.exponent, *spans), limbs, x.limb_format)
 
 
 def merge_at(x: FixedPoint, part: FixedPoint, *spans: Span) -> FixedPoint:
-    """x with the part merged at its place; dimensions of size 1 are kept whole."""
-    spans = tuple(Span(0, 1) if x.top.shape[a] == 1 else span for a, span in enumerate(spans))
-    there = FixedPoint(
-        top=take(x.top, *spans),
-        words=tuple(take(word, None, *spans) for word in x.words),
+    """Return x with the part merged at its place; dimensions of size 1 are kept whole."""
+    spans = tuple(Span(0, 1) if x.exponent.shape[a] == 1 else span for a, span in enumerate(spans))
+    before = FixedPoint(
+        exponent=take(x.exponent, *spans),
+        limbs=tuple(take(limb, None, *spans) for limb in x.limbs),
         limb_format=x.limb_format,
     )
-    return put_at(x, fixed_point.merge(there, part), *spans)
+    return put_at(x, fixed_point.merge(before, part), *spans)
+
+
+def _span(index: Any, size: int, length: int) -> tuple[Span, jax.Array | None]:
+    """Return the span of a block, and which entries are not in the block before (None: all)."""
+    if length % size == 0:
+        return Span(index * size, size), None
+    span = Span(jnp.minimum(index * size, length - size), size)
+    return span, span.start + jnp.arange(size, dtype=jnp.int32) >= index * size

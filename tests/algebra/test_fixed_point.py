@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import distattn
 from distattn.algebra import deterministic_math, fixed_point
-from distattn.algebra import fixed_point as gauge
 from distattn.algebra.fixed_point import FixedPointState, limb_format
 from tests.cases import FULLY_OPTIMIZED, mesh_of
 
@@ -83,7 +82,7 @@ def test_error_bound(drawn):
     total = fixed_point.merge_axes(fixed_point.quantise(jnp.asarray(x).T, scale), 0)
     got = fixed_point.value(total)
     normal = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)
-    bits = scale.bits * (scale.words - 1)
+    bits = scale.bits * (scale.count - 1)
     # The units go by the largest of a row of numbers, here of all of them.
     bound = len(x) * 2.0**-bits * float(np.abs(normal).max())
     for column, sum_ in zip(x.T, np.asarray(got), strict=True):
@@ -97,7 +96,7 @@ def test_error_bound(drawn):
 def test_error_bound_is_below_half_a_unit_of_the_last_place():
     for count in (1, 100, 486, 487, 4096, 7782, 2**17 - 8, 2**20, 2**24):
         scale = limb_format(count)
-        assert count * 2.0 ** (-scale.bits * (scale.words - 1)) <= FLOAT32_EPS / 2
+        assert count * 2.0 ** (-scale.bits * (scale.count - 1)) <= FLOAT32_EPS / 2
         assert count * 2.0 ** (scale.bits - 1) < 2**31
     with pytest.raises(
         ValueError, match="at most 2\\^24 terms, and this one has 16777217; sum parts"
@@ -142,7 +141,7 @@ def state_of(logits, values, unit, scale):
     blocks, parts = logits.reshape(-1, unit), values.reshape(-1, unit, values.shape[-1])
     high = blocks.max(axis=1)
     weights = deterministic_math.exp(blocks - jnp.where(high == -jnp.inf, 0.0, high)[:, None])
-    scaling = [x[:, None, None, None] for x in gauge.split(high, scale.bits)]
+    scaling = [x[:, None, None, None] for x in fixed_point.scaled_exp(high, scale.bits)]
     sums = weights.sum(axis=1)[:, None], jnp.einsum("cs,csv->cv", weights, parts)
     rows = [
         fixed_point.accumulate(
@@ -233,14 +232,16 @@ def test_gauge_and_back(bits):
     ordinary = np.linspace(-300, 300, 4001)
     far = [0.0, 1e4, -1e6, 3e7, -2.5e8, 1e20, -3e38]
     x = np.concatenate([ordinary, far]).astype(np.float32)
-    steps, factor = gauge.split(x, bits)
+    steps, factor = fixed_point.scaled_exp(x, bits)
     assert (np.abs(np.log2(np.asarray(factor))) <= bits).all()
-    back = np.asarray(gauge.log(steps, factor, bits), np.float64)
+    back = np.asarray(fixed_point.scaled_log(steps, factor, bits), np.float64)
     assert np.max(np.abs(back - x) / np.maximum(np.abs(x), 1.0)) < 2 * FLOAT32_EPS
     order = np.argsort(x)
     assert (np.diff(np.asarray(steps)[order]) >= 0).all()
-    odd = gauge.split(jnp.array([-jnp.inf, jnp.inf, jnp.nan]), bits)
-    np.testing.assert_array_equal(odd[0], [gauge.EMPTY, gauge.POISON, gauge.POISON])
+    odd = fixed_point.scaled_exp(jnp.array([-jnp.inf, jnp.inf, jnp.nan]), bits)
+    np.testing.assert_array_equal(
+        odd[0], [fixed_point.EMPTY, fixed_point.POISON, fixed_point.POISON]
+    )
     np.testing.assert_array_equal(odd[1], 0)
 
 

@@ -127,21 +127,66 @@ def test_nothing_leaks_from_masked_slots(devices, garbage, queries):
         assert_close(x, np.asarray(y), jnp.float32, keys)
 
 
-@pytest.mark.parametrize("devices", [None, 4])
-def test_nothing_leaks_into_the_rows_that_may_not_see_it(devices):
-    # The last key is not a number: the last row sees it, the others do not, forward and backward.
-    x, value = random(1, 8, 2, 4), random(1, 8, 2, 4, seed=1)
-    value[:, -1] = np.nan
+ROWS = np.arange(6, dtype=np.int32)
+UNATTENDED = {  # masks, and the slots that no query may attend to
+    "lengths": ({"key_value_seq_lengths": np.array([5], np.int32)}, slice(5, None)),
+    "causal": ({"is_causal": True}, slice(6, None)),
+    "segments": (
+        {
+            "query_segment_ids": np.array([1, 1, 3, 3, 1, 3], np.int32),
+            "key_value_segment_ids": np.array([1, 1, 1, 2, 2, 2, 3, 3], np.int32),
+        },
+        slice(3, 6),
+    ),
+    "a window with gaps": (
+        {"local_window_size": 1, "query_positions": ROWS // 3 * 6, "key_positions": np.arange(8)},
+        slice(2, 5),
+    ),
+    "mask": ({"mask": np.arange(8)[None, None, None] != 3}, slice(3, 4)),
+    "query lengths": (
+        {"is_causal": True, "query_seq_lengths": np.array([4], np.int32)},
+        slice(4, None),
+    ),
+}
 
-    def run(query, key, value):
-        out = on(devices)(query, key, value, is_causal=True)[0]
-        return (out[:, :-1] ** 2).sum(), out
 
-    grads, out = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(x, x, value)
-    want, _ = reference.dot_product_attention(x, x, value, is_causal=True)
-    assert np.isnan(out[:, -1]).all()
-    assert_close(out[:, :-1], want[:, :-1], jnp.float32, 8)
-    assert np.isfinite(grads[0][:, :-1]).all()
+@pytest.mark.parametrize("how", [{}, {"reproducible": True}, {"implementation": "dense"}], ids=str)
+@pytest.mark.parametrize("name", UNATTENDED)
+def test_slots_that_no_query_may_attend_to_can_hold_anything(name, how):
+    masks, slots = UNATTENDED[name]
+    query, key, value = (random(1, n, 2, 4, seed=i) for i, n in enumerate((6, 8, 8)))
+    dirty_key, dirty_value = key.copy(), value.copy()
+    dirty_key[:, slots], dirty_value[:, slots] = np.nan, np.inf
+
+    def loss(query, key, value):
+        out, lse = attention(query, key, value, **masks, **how)
+        return (out**2).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum(), (out, lse)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    clean, dirty = run(query, key, value), run(query, dirty_key, dirty_value)
+    for x, y in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for gradient in dirty[0][1:]:
+        np.testing.assert_array_equal(gradient[:, slots], 0)
+
+
+def test_nothing_leaks_from_queries_past_the_length():
+    query, key, value = (random(1, n, 2, 4, seed=i) for i, n in enumerate((6, 8, 8)))
+    dirty = query.copy()
+    dirty[:, 4:] = np.nan
+    lengths = np.array([4], np.int32)
+
+    def loss(query, key, value):
+        out, lse = attention(query, key, value, query_seq_lengths=lengths)
+        return (out**2).sum() + lse[:, :4].sum(), out
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    for x, y in zip(
+        jax.tree.leaves(run(dirty, key, value)),
+        jax.tree.leaves(run(query, key, value)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_infinite_values_that_are_attended_show():

@@ -322,35 +322,41 @@ def test_the_ordinary_bits_differ():
     assert (np.asarray(outs[0]) != np.asarray(outs[1])).any()
 
 
-def test_a_row_with_what_is_no_number_is_none():
+def test_a_row_that_attends_to_nan_is_nan():
     rng = np.random.default_rng(0)
     query, key, value = (
         rng.normal(size=(1, n, 2, 8)).astype(np.float32) for n in (4, 3 * BLOCK, 3 * BLOCK)
     )
-    key[0, 70], value[0, 130], value[0, 150] = np.nan, np.inf, np.nan
-    # Rows attend to keys below 60, to the odd key too, to the odd values, and around them.
+    odd = [70, 130, 150]
+    key[0, odd[0]], value[0, odd[1]], value[0, odd[2]] = np.nan, np.inf, np.nan
+    # Rows attend to keys below 60, to the NaN key too, to the infinite value, and to other keys.
     mask = np.zeros((4, 3 * BLOCK), bool)
     mask[0, :60] = mask[1, :80] = mask[2, 120:140] = mask[3, 160:] = True
     mask[3, :60] = True
+    unattended = mask.copy()
+    unattended[:, odd] = False
+    clean = [np.nan_to_num(x, posinf=0.0) for x in (key, value)]
+    exact = reference.dot_product_attention(query, *clean, mask=unattended[None, None])
     for devices in (1, 3):
-        out, lse = distattn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask[None, None],
-            **shardings(mesh_of(devices, "auto"), "kv", query="auto"),
-            return_residual=True,
-            reproducible=True,
-        )
+        out, lse = _on_devices(devices, query, key, value, mask)
         assert np.isnan(out[0, 1]).all()
         assert np.isnan(lse[0, 1]).all()
         assert np.isnan(out[0, 2]).all()
         assert np.isfinite(lse[0, 2]).all()
-        clean = [np.nan_to_num(x, posinf=0.0) for x in (key, value)]
-        exact = reference.dot_product_attention(query, *clean, mask=mask[None, None])
-        for row in (0, 3):
-            assert_close(out[0, row], exact[0][0, row], jnp.float32, 3 * BLOCK)
-            assert_close(lse[0, row], exact[1][0, row], jnp.float32, 3 * BLOCK)
+        for x, y in zip(_on_devices(devices, query, key, value, unattended), exact, strict=True):
+            assert_close(x, y, jnp.float32, 3 * BLOCK)
+
+
+def _on_devices(devices, query, key, value, mask):
+    return distattn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask[None, None],
+        **shardings(mesh_of(devices, "auto"), "kv", query="auto"),
+        return_residual=True,
+        reproducible=True,
+    )
 
 
 def test_one_key_dominates_a_million():

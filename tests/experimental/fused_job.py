@@ -129,8 +129,8 @@ def fixed_point(*sizes: int, gradient: bool) -> None:
     def quantised(x: jax.Array) -> FixedPoint:  # [..., X, rows]
         x = jnp.moveaxis(x, (0, -1), (-1, 0))
         found = quantise(x, scale)
-        words = tuple(jnp.moveaxis(word, -1, 0) for word in found.words)
-        return FixedPoint(jnp.moveaxis(found.top, -1, 0), words, scale)
+        limbs = tuple(jnp.moveaxis(limb, -1, 0) for limb in found.limbs)
+        return FixedPoint(jnp.moveaxis(found.exponent, -1, 0), limbs, scale)
 
     total, weighted, more = map(quantised, (terms[0][..., :1], terms[1], terms[2][..., :4]))
     state = {"key": more, "sum": total} if gradient else FixedPointState(total, weighted)

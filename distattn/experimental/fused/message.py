@@ -113,7 +113,7 @@ def form_of(x: State) -> StateForm:
     if isinstance(x, SoftmaxState):
         return softmax_form(x.weighted_sum.shape[-1], x.max.dtype)
     leaves = fixed_points(x)
-    sizes = [(len(leaf.words), leaf.words[0].shape[0]) for leaf in leaves]
+    sizes = [(len(leaf.limbs), leaf.limbs[0].shape[0]) for leaf in leaves]
 
     def merge(a: RowArrays, b: RowArrays) -> RowArrays:
         merged = RowArrays([], [])
@@ -121,9 +121,9 @@ def form_of(x: State) -> StateForm:
         for leaf, (count, width) in zip(leaves, sizes, strict=True):
             pair = [_take_fixed_point(*side, leaf.limb_format, count, width) for side in sides]
             sums = [fixed_point.merge(*halves) for halves in zip(*pair, strict=True)]
-            merged.vectors.append(sums[0].top)
+            merged.vectors.append(sums[0].exponent)
             target = merged.vectors if width == 1 else merged.matrices
-            target.extend(word[0] for word in sums[-1].words)
+            target.extend(limb[0] for limb in sums[-1].limbs)
         return merged
 
     vectors = sum(1 + count * (width == 1) for count, width in sizes)
@@ -135,11 +135,14 @@ def _take_fixed_point(
     vectors: Any, matrices: Any, limb_format: Any, count: int, width: int
 ) -> list[FixedPoint]:
     """Return the shared exponents of rows, and the limbs: one row for each of the row's numbers."""
-    top = next(vectors)
+    exponent = next(vectors)
     if width == 1:
-        return [FixedPoint(top, tuple(next(vectors)[None] for _ in range(count)), limb_format)]
-    words = tuple(next(matrices)[None] for _ in range(count))
-    return [FixedPoint(top, (), limb_format), FixedPoint(top[..., None], words, limb_format)]
+        return [FixedPoint(exponent, tuple(next(vectors)[None] for _ in range(count)), limb_format)]
+    limbs = tuple(next(matrices)[None] for _ in range(count))
+    return [
+        FixedPoint(exponent, (), limb_format),
+        FixedPoint(exponent[..., None], limbs, limb_format),
+    ]
 
 
 def to_rows(x: State) -> RowArrays:
@@ -150,12 +153,12 @@ def to_rows(x: State) -> RowArrays:
         return RowArrays(vectors, [x.weighted_sum.reshape(-1, width)])
     arrays = RowArrays([], [])
     for leaf in fixed_points(x):
-        arrays.vectors.append(leaf.top.reshape(-1))
-        for word in leaf.words:
-            if word.shape[0] == 1:
-                arrays.vectors.append(word.reshape(-1))
+        arrays.vectors.append(leaf.exponent.reshape(-1))
+        for limb in leaf.limbs:
+            if limb.shape[0] == 1:
+                arrays.vectors.append(limb.reshape(-1))
             else:
-                arrays.matrices.append(word.reshape(word.shape[0], -1).T)
+                arrays.matrices.append(limb.reshape(limb.shape[0], -1).T)
     return arrays
 
 
@@ -167,10 +170,10 @@ def from_rows(arrays: RowArrays, like: State) -> State:
     vectors, matrices = iter(arrays.vectors), iter(arrays.matrices)
     leaves = []
     for leaf in fixed_points(like):
-        top = next(vectors).reshape(leaf.top.shape)
-        words = tuple(
-            (next(vectors) if word.shape[0] == 1 else next(matrices).T).reshape(word.shape)
-            for word in leaf.words
+        exponent = next(vectors).reshape(leaf.exponent.shape)
+        limbs = tuple(
+            (next(vectors) if limb.shape[0] == 1 else next(matrices).T).reshape(limb.shape)
+            for limb in leaf.limbs
         )
-        leaves.append(FixedPoint(top, words, leaf.limb_format))
+        leaves.append(FixedPoint(exponent, limbs, leaf.limb_format))
     return with_fixed_points(like, leaves)
