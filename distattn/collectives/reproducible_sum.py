@@ -1,9 +1,4 @@
-"""Checks of single arguments at the boundary: each gives the argument in its one form, or a ValueError.
-
-An error names the argument, what it got, what it needs and what to do.
-
-Sums of arrays whose bits do not depend on how the arrays are cut, nor on where the pieces lie.
-"""
+"""Bitwise reproducible sums of arrays, for any sharding and any order."""
 
 from __future__ import annotations
 
@@ -22,7 +17,7 @@ from distattn.collectives.mesh import AxisName, axes_size, mesh_order, typed_as_
 
 
 def sum_axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """The dimensions of x that are summed, counted from the first; x must be floating-point."""
+    """Return the dimensions of x to sum, counted from the first; check x and axis."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x has dtype {x.dtype}; it must be floating-point: integers have the same sum in any order, "
@@ -48,27 +43,27 @@ def reproducible_sum(
     axis_name: AxisName | None = None,
     keepdims: bool = False,
 ) -> jax.Array:
-    """The sum of an array with the same bits however it is sharded and in whatever order its items are.
+    """Return a sum that is bitwise reproducible for any sharding and any order of the items.
 
-    Items become integers, by the rule of `distattn.algebra.fixed_point`, and integers are added, so nothing rounds
-    until the end. For sums along a dimension that is sharded nothing need be said: XLA adds integers too.
-    It is how a loss, or the gradient of weights that all devices share, is made reproducible.
+    Items become integers, as in `distattn.algebra.fixed_point`, so nothing is rounded until the end. A
+    sum along a sharded dimension needs no further argument: XLA adds integers too. Use it for a loss, or
+    for the gradient of weights that all devices share.
 
     Args:
-      x: float32, or bfloat16 or float16, which are summed as float32; at most 2^24 terms a sum.
-      axis: the dimensions to sum over, as in `jax.numpy.sum`; None: all. (): none, only over devices.
-      axis_name: inside `jax.shard_map`, the axis, or tuple of axes, of the devices to sum over too.
+      x: float32, or bfloat16 or float16, which are summed as float32; at most 2^24 terms per sum.
+      axis: dimensions to sum over, as in `jax.numpy.sum`; None: all; (): no dimension, only devices.
+      axis_name: inside `jax.shard_map`, an axis or tuple of axes to sum over too.
       keepdims: whether summed dimensions stay, with size 1.
 
     Returns:
       The sum in x's dtype. Its error is below one unit in the last place of the largest item, or of itself
-      if that is larger. NaN where an item is no finite number. Differentiable, as a sum is.
+      if that is larger. NaN if an item is not finite. Differentiable, as a sum is.
 
     Raises:
-      ValueError: no floating-point array, an axis that it has not, more than 2^24 terms.
+      ValueError: not a floating-point array, an invalid axis, or more than 2^24 terms.
       NotImplementedError: float64.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> x = jnp.array([1e8, 1.0, -1e8])
       >>> float(distattn.reproducible_sum(x, axis=0)), float(distattn.reproducible_sum(x[::-1], axis=0))

@@ -137,7 +137,7 @@ def gradient_of_logits(
 def block_gradients(
     block: Block, logit_config: LogitConfig, cotangents: Cotangents
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), weights exp(s - reference).
+    """Return gradients of sum(d_sum * sum) + sum(d_weighted_sum * weighted_sum), p = exp(s - reference).
 
     With reference = max this is the gradient of a state. With reference = log-sum-exp, d_weighted_sum
     = dout and d_sum = dlse - sum(dout * out) it is the gradient of finished attention

@@ -19,8 +19,8 @@ from distattn.local.mask import Span, take
 DIAGONAL_HEADS = (
     4  # KV heads up to which one matmul contracts over all heads, at that many times the flops
 )
-# Query heads times queries up to which these forms cost less than a transposed copy of keys and values: with a
-# matmul per head, and with a block-diagonal query.
+# Query heads times queries up to which these forms cost less than a transposed copy of keys and values:
+# with a matmul per head, and with a block-diagonal query.
 FLAT_COLUMNS = 1024
 FLAT_COLUMNS_DIAGONAL = 48
 

@@ -1,13 +1,8 @@
-"""Attention on one device: keys folded block by block into a `SoftmaxState`, and its gradient.
+"""The choice of an implementation for one device's attention, and its derivatives.
 
-Memory is O(T + block) in both directions, never T x S: the backward pass makes the weights of a block
-again from the saved maximum or log-sum-exp (FlashAttention-2, arXiv 2307.08691, section 3). It differs
-from the textbook algorithm in: 1. keys come in any order, and a block is skipped by the range of its
-positions, not by its index; 2. the fold is the public `merge`, so that a block's state has a maximum of
-its own; 3. few queries meet the keys head by head (`flat`), which on CPU spares a transposed copy of
-all keys and values.
-
-What is not differentiated, and says what to do instead: gradients, and what has only these.
+`implementation` names a kernel of `KERNELS`, "xla" (`blockwise`) or "dense"; "auto" is the first kernel
+of the platform that supports the call, else "xla". Only "dense" has forward mode and second derivatives;
+the others raise an error that says so.
 """
 
 import contextlib
@@ -31,9 +26,7 @@ from distattn.local.kernels.gpu import support as pallas_gpu
 from distattn.local.kernels.tpu import support as pallas_tpu
 from distattn.local.mask import Mask
 from distattn.local.reproducible import ReproducibleBlocks
-from distattn.local.tiling import (
-    Machine,
-)
+from distattn.local.tiling import Machine
 
 
 def local_fold(
@@ -42,10 +35,9 @@ def local_fold(
     implementation: str,
     reproducible_blocks: ReproducibleBlocks | None = None,
 ) -> Callable[[AttentionInputs], Any]:
-    """The function from inputs to the state over their keys; 'xla' has no derivative of its own.
+    """Return the function from inputs to the state over their keys; only 'dense' is differentiable.
 
-    A `SoftmaxState`; with units it is reproducible, a `FixedPointState`. 'auto' is a kernel where one
-    serves, else 'xla'.
+    The state is a `SoftmaxState`, or with `reproducible_blocks` a `FixedPointState`.
     """
     if reproducible_blocks is not None:
         return lambda inputs: reproducible.fold(inputs, logit_config, machine, reproducible_blocks)
@@ -68,9 +60,15 @@ def local_gradients(
     *,
     key_dtype: jnp.dtype | None = None,
 ) -> Callable[[AttentionInputs], tuple[Sum, Sum, Sum, Sum | None]]:
-    """The function from inputs to their gradients, arrays or, with units, sums in fixed point.
+    """Return the function from inputs to their gradients: arrays, or sums in fixed point.
 
-    `rows` are the `Cotangents` by name, and `key_dtype` is that of `fold_gradients`.
+    Args:
+      logit_config: as in `local_fold`.
+      machine: as in `local_fold`.
+      implementation: as in `local_fold`.
+      reproducible_blocks: as in `local_fold`; with them gradients are in fixed point.
+      rows: `Cotangents` by name.
+      key_dtype: as in `blockwise.fold_gradients`.
     """
     cotangents = Cotangents(**rows)
     if reproducible_blocks is not None:
@@ -89,7 +87,7 @@ def local_gradients(
 def local_state(
     inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine, implementation: str
 ) -> SoftmaxState:
-    """The state over this device's keys, differentiable; no communication."""
+    """Return the state over this device's keys, differentiable and without communication."""
     axes = varying_axes(*jax.tree.leaves(inputs))
     inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     local = local_fold(logit_config, machine, implementation)
@@ -107,14 +105,14 @@ def with_gradients(
     gradients: Callable[..., tuple[Any, ...]],
     inputs: AttentionInputs,
 ) -> SoftmaxState:
-    """fold(inputs), whose gradient is computed by `gradients` from the maximum of the state.
+    """Return fold(inputs), whose gradient `gradients` computes from the maximum of the state.
 
-    The state has a name for the policies of `jax.checkpoint`, 'distattn_state'.
+    Policies of `jax.checkpoint` know the state as 'distattn_state'.
 
     Args:
-      fold: the state, f32[B, T, N] twice and f32[B, T, N, V].
-      gradients: of inputs, and of `Cotangents` by name.
-      inputs: all varying over the same axes.
+      fold: returns the state of inputs, f32[B, T, N] twice and f32[B, T, N, V].
+      gradients: returns the gradients of inputs; takes inputs, and `Cotangents` by name.
+      inputs: arrays that all vary over the same axes.
     """
 
     def inputs_of(query: Any, key: Any, value: Any, bias: Any, mask: Mask) -> AttentionInputs:
@@ -137,13 +135,8 @@ def with_gradients(
 
         d_sum, d_weighted_sum = cotangent.sum, cotangent.weighted_sum
         rows = {"reference": reference, "d_sum": d_sum, "d_weighted_sum": d_weighted_sum}
-        found = run(arrays, rows)
-        query, key, value, bias, _ = arrays
-        primals = (query, key, value, bias)
-        cast = (
-            None if x is None else g.astype(x.dtype) for g, x in zip(found, primals, strict=True)
-        )
-        return *cast, None
+        pairs = zip(run(arrays, rows), arrays[:-1], strict=True)
+        return *(None if x is None else g.astype(x.dtype) for g, x in pairs), None
 
     state.defvjp(forward, backward)
     return state(inputs.query, inputs.key, inputs.value, inputs.bias, inputs.mask)
@@ -215,7 +208,7 @@ def chosen_kernel(
 
 
 def _is_alone() -> bool:
-    """Whether no compiler may shard what is traced: within `shard_map` over all axes, or on one device."""
+    """Return whether no compiler can shard the trace: in `shard_map` over all axes, or on one device."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         return set(mesh.manual_axes) == set(mesh.axis_names)
@@ -230,7 +223,7 @@ _FORWARD_MODE = (
 
 @contextlib.contextmanager
 def forward_mode_refused() -> Generator[None]:
-    """Says what to do instead of forward mode, outside jit; inside, JAX finds it when we have returned."""
+    """Raise NotImplementedError for forward mode outside jit; inside, JAX raises after the call."""
     try:
         yield
     except TypeError as error:
@@ -240,7 +233,7 @@ def forward_mode_refused() -> Generator[None]:
 
 
 def refuse_second_derivative(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, which says what to do instead of being differentiated: it is a gradient already."""
+    """Return f, a gradient, with an error that says what to do instead of differentiating it."""
     guarded = jax.custom_jvp(f)
 
     @guarded.defjvp

@@ -1,12 +1,8 @@
-"""Checks of single arguments at the boundary: each gives the argument in its one form, or a ValueError.
+"""The boundary: checks of arguments, which become `AttentionInputs` and `LogitConfig`.
 
-An error names the argument, what it got, what it needs and what to do.
-
-The boundary: what a caller passes becomes `AttentionInputs` and `LogitConfig`, or an error that says what
-to do.
-
-Every check is made here (those of single arguments in `checks`), once, from static shapes and dtypes.
-ValueError is a wrong call; NotImplementedError is a right call that is not built.
+Every check is made here, once, from static shapes and dtypes. An error names the argument, what it got,
+what it needs and what to do. ValueError is an invalid call, NotImplementedError a valid call that is not
+supported.
 """
 
 import dataclasses
@@ -30,12 +26,17 @@ Window = int | tuple[int | None, int | None] | None
 def batched(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, quantised: bool, stacked: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """query, key and value with a batch; `quantised`: keys and values are numbers of any dtype.
+    """Return query, key and value with a batch.
 
-    `stacked`: key and value have a leading dimension of layers.
+    Args:
+      query: [B, T, N, H] or [T, N, H].
+      key: [B, S, K, H] or [S, K, H].
+      value: [B, S, K, V] or [S, K, V].
+      quantised: key and value may have any dtype.
+      stacked: key and value have a leading dimension of layers.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    if stacked:  # all layers are alike
+    if stacked:
         one_key, one_value = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (key, value))
         _check_shapes(query, one_key, one_value, quantised)
         return query, key, value
@@ -92,7 +93,7 @@ def _shapes(query: Any, key: Any, value: Any) -> str:
 
 
 def broadcastable(name: str, x: Any, full: tuple[int, ...], kind: Any) -> jax.Array | None:
-    """x with four dimensions, each 1 or that of `full`; `kind` is what its dtype must be."""
+    """Return x with four dimensions, each 1 or the size in `full`; its dtype must be a `kind`."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -113,7 +114,7 @@ def broadcastable(name: str, x: Any, full: tuple[int, ...], kind: Any) -> jax.Ar
 
 
 def integers(name: str, x: ArrayLike) -> jax.Array:
-    """int32 of any shape."""
+    """Return x as int32, of any shape."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {x.dtype}; it must be int32, use .astype(jnp.int32)")
@@ -121,7 +122,7 @@ def integers(name: str, x: ArrayLike) -> jax.Array:
 
 
 def index(name: str, x: ArrayLike | None, letter: str, batch: int, size: int) -> jax.Array | None:
-    """int32[B|1, T] or int32[B|1, S], by the letter."""
+    """Return int32[B|1, T] or int32[B|1, S], by the letter."""
     if x is None:
         return None
     x = integers(name, x)
@@ -135,20 +136,20 @@ def index(name: str, x: ArrayLike | None, letter: str, batch: int, size: int) ->
 
 
 def lengths(name: str, x: ArrayLike | None, batch: int) -> jax.Array | None:
-    """int32[B, 1] from int32[B]."""
+    """Return int32[B, 1] from int32[B]."""
     if x is None:
         return None
     x = integers(name, x)
     if x.shape != (batch,) and not (batch == 1 and x.shape == ()):
         raise ValueError(
-            f"{name} has shape {x.shape}; it must be int32[B] = [{batch}]: one length for each row of "
-            "the batch"
+            f"{name} has shape {x.shape}; it must be int32[B] = [{batch}]: one length for each "
+            "sequence"
         )
     return x.reshape(batch, 1)
 
 
 def window_sides(window: Window) -> tuple[int | None, int | None]:
-    """(left, right), None where unbounded."""
+    """Return (left, right); None is unbounded."""
     pair = window if isinstance(window, tuple | list) else (window, window)
     sides = [None if side is None or side == -1 else side for side in pair]
     if len(sides) != 2 or any(
@@ -163,7 +164,7 @@ def window_sides(window: Window) -> tuple[int | None, int | None]:
 
 
 def sink_logits(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
-    """[N], one logit a head."""
+    """Return float[N], one logit per head."""
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)
@@ -175,11 +176,6 @@ def sink_logits(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     return sinks
 
 
-def hashable(precision: Any) -> Any:
-    """A precision that can be a static argument."""
-    return tuple(precision) if isinstance(precision, list) else precision
-
-
 KERNEL_NAMES = ("pallas_tpu", "pallas_gpu", "cudnn")  # `KERNELS` in `distattn.local.dispatch`
 IMPLEMENTATIONS = ("xla", "dense", *KERNEL_NAMES)
 
@@ -187,10 +183,11 @@ IMPLEMENTATIONS = ("xla", "dense", *KERNEL_NAMES)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """What attention is computed from.
+    """Arrays of a call.
 
-    Key and value may be those of all the layers of a model, of which `layer` is meant, and they may be
-    quantised: the numbers are then the items times their scale. Both are undone block by block.
+    Key and value may hold all layers of a model, `layer` being the one to use. They may be quantised;
+    then their values are the items times the scale. Blocks select the layer and apply the scale as they
+    are read.
     """
 
     query: jax.Array  # [B, T, N, H]
@@ -200,7 +197,7 @@ class AttentionInputs:
     sinks: jax.Array | None  # [N]
     mask: Mask
     key_scale: jax.Array | None = None  # f32[B, S, K], with a layer [L, B, S, K]
-    value_scale: jax.Array | None = None  # the same
+    value_scale: jax.Array | None = None  # f32[B, S, K], with a layer [L, B, S, K]
     layer: jax.Array | None = None  # int32[]
 
 
@@ -229,7 +226,7 @@ class Sizes:
         return self.heads // self.kv_heads
 
 
-# The letters of every operand's dimensions, the last of them where it has fewer; '.' is a width.
+# Letters of each array's dimensions, the last ones if it has fewer; '.' is a width.
 DIMENSIONS = {
     "query": "BTN.",
     "key": "LBSK.",
@@ -249,12 +246,12 @@ DIMENSIONS = {
 
 
 def letters_of(name: str, x: Any) -> str:
-    """The letters of an operand's dimensions."""
+    """Return the letters of the dimensions of an array."""
     return DIMENSIONS[name][-x.ndim :] if x.ndim else ""
 
 
 def map_named(f: Callable[[str, jax.Array], Any], inputs: AttentionInputs) -> AttentionInputs:
-    """f(name, array) for each array of the inputs, in the same structure."""
+    """Return f(name, array) of each array of the inputs, in their structure."""
     return jax.tree_util.tree_map_with_path(lambda path, x: f(path[-1].name, x), inputs)
 
 
@@ -282,11 +279,11 @@ def make_inputs(
     value_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
 ) -> AttentionInputs:
-    """Check the arguments of a call and bring them into one form; arguments as in the public functions.
+    """Check the arguments of a call, and return them in one form; arguments as in the public functions.
 
-    `query_start` and `key_start` are the global indices of the first row and of the first key, where
-    the arrays are one device's part of them; `dense_rows` and `dense_keys` are how many of them bias and
-    mask are for. Unbatched arrays come out with B = 1. Scales and layer: see `AttentionInputs`.
+    For one device's shard, `query_start` and `key_start` are the global indices of its first query and
+    key, and `dense_rows` and `dense_keys` the sizes T and S of bias and mask. Unbatched arrays get B = 1.
+    For scales and layer see `AttentionInputs`.
     """
     query, key, value = batched(query, key, value, key_scale is not None, layer is not None)
     batch, queries, heads, _ = query.shape
@@ -349,7 +346,7 @@ def make_inputs(
 
 
 def plain(inputs: AttentionInputs) -> AttentionInputs:
-    """The same inputs with key and value as [B, S, K, .] of the state's dtype or their own: copies."""
+    """Return the inputs with key and value [B, S, K, .] of the layer and times the scale, copied."""
     key, value = inputs.key, inputs.value
     scales = inputs.key_scale, inputs.value_scale
     if inputs.layer is not None:
@@ -367,7 +364,7 @@ def plain(inputs: AttentionInputs) -> AttentionInputs:
 
 
 def with_repeated_heads(inputs: AttentionInputs, shards: int) -> AttentionInputs:
-    """Key/value heads repeated as often as it takes for so many shards of the heads to divide them."""
+    """Return the inputs with KV heads repeated until `shards` divides their number."""
     heads, kv_heads = inputs.query.shape[2], inputs.key.shape[-2]
     times = math.lcm(kv_heads, shards) // kv_heads
     if times == 1:
@@ -381,12 +378,12 @@ def with_repeated_heads(inputs: AttentionInputs, shards: int) -> AttentionInputs
 def padded(
     inputs: AttentionInputs, more: Mapping[str, int], *, dense: bool = True
 ) -> AttentionInputs:
-    """The inputs with empty rows and empty slots behind the others.
+    """Return the inputs with padding queries and empty slots at the end.
 
     Args:
-      inputs: any.
-      more: how many, rows by "T" and slots by "S".
-      dense: whether bias and dense mask are for these rows and slots; else they stay as they are.
+      inputs: inputs without padding.
+      more: number of padding queries, "T", and of empty slots, "S".
+      dense: pad bias and dense mask too.
     """
     if not any(more.values()):
         return inputs
@@ -418,7 +415,7 @@ def make_logit_config(
     logits_soft_cap: float | None,
     precision: jax.lax.PrecisionLike,
 ) -> LogitConfig:
-    """`LogitConfig` from the public arguments; the default scale is 1 / sqrt(H)."""
+    """Return the `LogitConfig` of public arguments; the default scale is 1 / sqrt(H)."""
     if scale is None:
         scale = 1.0 / math.sqrt(max(np.shape(query)[-1], 1))
     for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
@@ -434,16 +431,17 @@ def make_logit_config(
             f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap"
         )
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    return LogitConfig(float(scale), cap, hashable(precision))
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    return LogitConfig(float(scale), cap, precision)
 
 
 def check_implementation(implementation: str | None) -> str:
-    """The name of an implementation that exists; None stands for 'auto', chosen for each device's part."""
+    """Return a valid name; None becomes 'auto', which is chosen for each device."""
     if implementation is None:
         return "auto"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {implementation!r}; it must be None, which takes what serves best, or one "
+            f"implementation is {implementation!r}; it must be None, which selects the best one, or one "
             f"of {IMPLEMENTATIONS} ('xla': in blocks, by XLA's operations)"
         )
     return implementation

@@ -1,12 +1,8 @@
 """The mask as a value: which query may attend to which key, decided from positions.
 
-Nothing of shape [T, S] is ever built, unless the caller passes one in: a `Mask` holds vectors, a block
-of it is made where a block of logits is, and `visits` tells which blocks are not even looked at.
-
-Which blocks need work, known for a whole row of them before any is looked at: the others cost nothing.
-
-Decided by the ranges of positions and of segment ids in a block of queries and in a block of keys, in
-whatever order they are. So a block may be visited in vain, never left out wrongly.
+No array of shape [T, S] is ever built, unless the caller passes one: a `Mask` holds vectors, and a block
+of it is made with a block of logits. `BlockSparsity` tells from the ranges of positions and segment ids,
+in any order, which blocks are skipped. It may keep a block in vain, and never skips one wrongly.
 """
 
 import dataclasses
@@ -29,23 +25,23 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class IndexOrder:
-    """What is known of positions before any is looked at, where nobody has passed them.
+    """Static facts about positions that the caller has not passed.
 
-    Those of queries and those of keys are consecutive, in the order of the arrays; empty slots come last.
+    Query positions and key positions are consecutive, in the order of the arrays. Empty slots come last.
     """
 
-    aligned: bool = True  # the first query and the first key have the same position
-    full: bool = True  # no slot is empty
+    aligned: bool = True  # the first query and the first key have one position
+    full: bool = True  # every slot has a key
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Who may attend to whom: the AND of what is given; None stands for "no restriction".
+    """The AND of all restrictions on which query may attend to which key; None: no restriction.
 
-    A leading dimension of size 1 holds for every row of the batch. A key whose position is negative is
-    an empty slot. Key lengths are folded into `key_positions` (a key beyond the length is an empty
-    slot), query lengths into `query_valid`.
+    A leading dimension of size 1 applies to every sequence of the batch. A key with a negative position
+    is an empty slot. Key lengths are part of `key_positions` (a key past the length is an empty slot),
+    query lengths of `query_valid`.
     """
 
     query_positions: jax.Array | None = None  # int32[B|1, T]
@@ -59,7 +55,7 @@ class Mask:
     window: tuple[int | None, int | None] = dataclasses.field(
         default=(None, None), metadata={"static": True}
     )
-    # None: positions are what they are.
+    # None: positions are arbitrary.
     index_order: IndexOrder | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -68,7 +64,7 @@ class Mask:
         return self.is_causal or self.window != (None, None)
 
     def block(self, batch: Span, heads: Span, query: Span, key: Span) -> "Mask":
-        """The mask of some rows of the batch, query heads, queries and keys."""
+        """Return the mask of some sequences, query heads, queries and keys."""
         return dataclasses.replace(
             self,
             query_positions=take(self.query_positions, batch, query),
@@ -81,7 +77,7 @@ class Mask:
         )
 
     def with_empty_slots(self, keys: int) -> "Mask":
-        """The same for more keys than these, int32[B|1, keys + ...]: its key positions are to be padded."""
+        """Return the mask with key positions, which the caller pads for empty slots after these keys."""
         positions = self.key_positions
         if positions is None:
             positions = jnp.arange(keys, dtype=jnp.int32)[None]
@@ -89,12 +85,12 @@ class Mask:
         return dataclasses.replace(self, key_positions=positions, index_order=order)
 
     def apart(self) -> "Mask":
-        """The same, of one device's queries and keys, which do not begin at the same index."""
+        """Return the mask of one device, whose queries and keys do not start at one index."""
         order = self.index_order and dataclasses.replace(self.index_order, aligned=False)
         return dataclasses.replace(self, index_order=order)
 
     def allowed(self, num_kv_heads: int) -> jax.Array | None:
-        """bool[b, K|1, G|1, q|1, s|1]: True = attend; None where nothing is forbidden."""
+        """Return bool[b, K|1, G|1, q|1, s|1], True = attend; None if every query attends to every key."""
         terms = []
         if self.key_positions is not None:
             terms.append(_on_keys(self.key_positions >= 0))
@@ -118,7 +114,7 @@ class Mask:
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How far to the left and to the right of its position a query may attend; None: any distance."""
+        """Distances to the left and right of its position that a query attends to; None: any distance."""
         left, right = self.window
         if self.is_causal:
             right = 0 if right is None else min(right, 0)
@@ -126,7 +122,7 @@ class Mask:
 
 
 def take(x: Any, *spans: Span | None) -> Any:
-    """The part of x inside the spans; a dimension of size 1, or with span None, is kept whole."""
+    """Return x inside the spans; a dimension of size 1, or with span None, is kept whole."""
     if x is None:
         return None
     for axis, span in enumerate(spans):
@@ -136,7 +132,7 @@ def take(x: Any, *spans: Span | None) -> Any:
 
 
 def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """[b|1, N|1, q|1, s|1] to [b|1, K|1, G|1, q|1, s|1]."""
+    """Return [b|1, K|1, G|1, q|1, s|1] from [b|1, N|1, q|1, s|1]."""
     heads = x.shape[1]
     groups = (num_kv_heads, heads // num_kv_heads) if heads > 1 else (1, 1)
     return x.reshape(x.shape[0], *groups, *x.shape[2:])
@@ -151,7 +147,7 @@ def _on_queries(x: jax.Array) -> jax.Array:
 
 
 def saturating_add(x: jax.Array, offset: int) -> jax.Array:
-    """x + offset, as far as int32 goes: a window at its ends must not wrap round."""
+    """Return x + offset, clipped to int32: a window at its ends must not wrap around."""
     info = jnp.iinfo(jnp.int32)
     offset = max(min(offset, info.max), info.min)
     if offset > 0:
@@ -163,17 +159,17 @@ _HIGH, _LOW = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
 
 
 class Blocks(NamedTuple):
-    """What decides about each block along T, or along S; None: it decides nothing."""
+    """Ranges of the blocks along T, or along S; None: no restriction."""
 
-    there: jax.Array | None  # bool[B|1, blocks]: whether anything is in it
+    occupied: jax.Array | None  # bool[B|1, blocks], any entry is valid
     first: jax.Array | None  # int32[B|1, blocks], the lowest position
-    last: jax.Array | None  # and the highest
-    first_segment: jax.Array | None
-    last_segment: jax.Array | None
+    last: jax.Array | None  # int32[B|1, blocks], the highest position
+    first_segment: jax.Array | None  # int32[B|1, blocks]
+    last_segment: jax.Array | None  # int32[B|1, blocks]
 
 
 class BlockSparsity(NamedTuple):
-    """The blocks of a mask, and how far its positions reach."""
+    """Ranges of all blocks of a mask, and the reach of its positions."""
 
     queries: Blocks
     keys: Blocks
@@ -184,36 +180,36 @@ class BlockSparsity(NamedTuple):
     def of(
         cls, mask: Mask, query_block: int, key_block: int, counts: tuple[int, int]
     ) -> "BlockSparsity | None":
-        """`counts` blocks of so many queries and keys each; None where nothing is known about any."""
+        """Return the ranges for `counts` blocks along T and S; None if the mask restricts no block."""
         if mask.key_positions is None and mask.query_valid is None and mask.key_segment_ids is None:
             return None
-        there = None if mask.key_positions is None else mask.key_positions >= 0
+        valid = None if mask.key_positions is None else mask.key_positions >= 0
         queries = _blocks(
             mask.query_valid, mask.query_positions, mask.query_segment_ids, query_block
         )
         positions = mask.key_positions if mask.compares_positions else None
-        keys = _blocks(there, positions, mask.key_segment_ids, key_block)
+        keys = _blocks(valid, positions, mask.key_segment_ids, key_block)
         return cls(queries, keys, mask.reach, counts)
 
     def keys_for(self, batch: Span, row: Any) -> jax.Array:
-        """bool[key blocks]: which may be attended to by a block of queries, in any row of the batch."""
+        """Return bool[key blocks] that a block of queries may attend to, in any sequence."""
         return self.table(batch, Span(row, 1))[0]
 
     def queries_for(self, batch: Span, column: Any) -> jax.Array:
-        """bool[query blocks]: which may attend to a block of keys, in any row of the batch."""
+        """Return bool[query blocks] that may attend to a block of keys, in any sequence."""
         return self.table(batch, column=Span(column, 1))[:, 0]
 
     def table(self, batch: Span, row: Span | None = None, column: Span | None = None) -> jax.Array:
-        """bool[query blocks, key blocks], of all where no row or column is named."""
+        """Return bool[query blocks, key blocks] of one row or column, or of all."""
         query, key = (
             Blocks(*(take(x, batch, span) for x in blocks))
             for blocks, span in ((self.queries, row), (self.keys, column))
         )
         terms = []
-        if key.there is not None:
-            terms.append(key.there[:, None, :])
-        if query.there is not None:
-            terms.append(query.there[:, :, None])
+        if key.occupied is not None:
+            terms.append(key.occupied[:, None, :])
+        if query.occupied is not None:
+            terms.append(query.occupied[:, :, None])
         left, right = self.reach
         if right is not None:
             furthest = saturating_add(query.last, right)
@@ -233,11 +229,11 @@ class BlockSparsity(NamedTuple):
 
 
 def _blocks(
-    there: jax.Array | None, positions: jax.Array | None, segments: jax.Array | None, size: int
+    valid: jax.Array | None, positions: jax.Array | None, segments: jax.Array | None, size: int
 ) -> Blocks:
-    """The ranges of each block of so many; an entry that is not there is in none.
+    """Return the ranges of blocks of `size` entries; invalid entries do not count.
 
-    The last block ends with the data, and where that makes it overlap its neighbour it is computed whole.
+    The last block ends with the data, so it may overlap its neighbour.
     """
 
     def reduced(
@@ -245,8 +241,8 @@ def _blocks(
     ) -> jax.Array | None:
         if x is None:
             return None
-        if mask and there is not None:
-            x = jnp.where(there, x, fill)
+        if mask and valid is not None:
+            x = jnp.where(valid, x, fill)
         length = x.shape[1]
         even = length - length % size
         parts = [how(x[:, :even].reshape(x.shape[0], even // size, size), axis=-1)]
@@ -255,7 +251,7 @@ def _blocks(
         return jnp.concatenate(parts, axis=1)
 
     return Blocks(
-        there=reduced(there, jnp.any, False, mask=False),
+        occupied=reduced(valid, jnp.any, False, mask=False),
         first=reduced(positions, jnp.min, _HIGH, mask=True),
         last=reduced(positions, jnp.max, _LOW, mask=True),
         first_segment=reduced(segments, jnp.min, _HIGH, mask=True),

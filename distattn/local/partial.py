@@ -1,4 +1,4 @@
-"""The public call for one device's part: a state that is not divided yet."""
+"""`partial_attention`: the public call for attention over some of the keys."""
 
 from __future__ import annotations
 
@@ -33,14 +33,18 @@ def partial_attention(
     key_value_segment_ids: ArrayLike | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> SoftmaxState:
-    """Attention over some of the keys, not divided yet: one device's part of a sum that `merge` finishes.
+    """Return undivided attention over some of the keys, a state that `merge` takes.
 
         s = cap(scale * q . k + bias) where allowed, else -inf
         max = max(s), sum = sum(exp(s - max)), weighted_sum = sum(exp(s - max) * v)
 
     `finalize(partial_attention(...))` is attention. States over disjoint sets of keys, in any order,
     `merge` into the state of their union. Sinks are not an argument: they enter once, in `finalize`.
-    Memory is O(T + block) forward and backward. Reverse mode; `implementation='dense'` also forward mode.
+    Memory is O(T + block) forward and backward. Only `implementation='dense'` has forward mode.
+
+    An empty slot (a negative position, or past the length) can hold anything, also NaN. In implementations
+    other than kernels, so can a slot that the masks rule out for all queries of its sequence. A NaN that some
+    query attends to may reach other queries.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.
@@ -48,30 +52,30 @@ def partial_attention(
       value: [B, S, K, V] or [S, K, V].
       bias: float, broadcasts to [B, N, T, S]; added to the scaled logits. Differentiable.
       mask: bool, broadcasts to [B, N, T, S]; True = attend.
-      scale: of q . k; default 1 / sqrt(H).
-      is_causal: attend iff key position <= query position.
+      scale: factor of q . k; default 1 / sqrt(H).
+      is_causal: attend if key position <= query position.
       query_seq_lengths: int32[B]; query rows t >= length attend to nothing.
-      key_value_seq_lengths: int32[B]; attend iff key position < length.
+      key_value_seq_lengths: int32[B]; attend if key position < length.
       local_window_size: int or (left, right), inclusive, on positions; -1 or None = unbounded.
       implementation: None, 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn', or 'dense' for plain
         operations of size [T, S]; see `dot_product_attention`.
       logits_soft_cap: c in c * tanh(logit / c).
-      precision: of the matrix products, as in `jax.numpy.einsum`.
+      precision: of matmuls, as in `jax.numpy.einsum`.
       query_positions: int32[T] or int32[B, T]; default 0, 1, 2, ...
       key_positions: int32[S] or int32[B, S], in any order; negative = empty slot; default 0, 1, 2, ...
-      query_segment_ids: int32[T] or int32[B, T]; attend iff equal.
+      query_segment_ids: int32[T] or int32[B, T]; attend if equal.
       key_value_segment_ids: int32[S] or int32[B, S].
-      block_sizes: queries and keys of one block, rounded up to what a kernel can do; chosen if None.
+      block_sizes: queries and keys of one block, rounded up to sizes that a kernel supports; None: chosen.
 
     Returns:
-      SoftmaxState: f32[B, T, N], f32[B, T, N], f32[B, T, N, V] (float64 if an input is); B = 1 where the
-      arrays have none. A row that attends to no key is (-inf, 0, 0), with zero gradients.
+      SoftmaxState: f32[B, T, N], f32[B, T, N], f32[B, T, N, V] (float64 if an input is); B = 1 if the
+      arrays have no batch. A row that attends to no key is (-inf, 0, 0), with zero gradients.
 
     Raises:
-      ValueError: a wrong shape, dtype or combination; the message says what to pass.
-      NotImplementedError: an implementation that cannot do the call, and which argument it is.
+      ValueError: an invalid shape, dtype or combination; the message says what to pass.
+      NotImplementedError: an implementation that does not support the call; the message names the argument.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, distattn
       >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
       >>> order = jnp.array([5, 0, 3, 7, 1, 4, 2, 6])  # keys in any order, each with its position

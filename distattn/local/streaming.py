@@ -1,17 +1,13 @@
-"""Attention over a stream on one device: of pairs, or of keys and values one by one, in any order.
+"""Attention over a stream on one device: pairs, or keys and values that arrive separately, in any order.
 
-Pairs need the state and nothing else: O(1) memory, whatever their order. Keys and values that come
-apart wait for one another, and what waits is all that needs memory beside the state, up to the
-index: the set of positions that are done, kept as runs, two integers of log n bits for each gap in
-it.
+Pairs need the state and nothing else: O(1) memory. A key or a value that arrives alone waits for its
+partner.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,19 +35,19 @@ def fold(
     query_positions: ArrayLike | None = None,
     key_positions: ArrayLike | None = None,
 ) -> SoftmaxState:
-    """The state with more keys and values in it: one step of a stream, compiled once for a shape.
+    """Return the state with more keys and values: one step of a stream, compiled once per shape.
 
         state' = merge(state, partial_attention(query, key, value))
 
     Start from None, end with `finalize`.
 
     Args:
-      state: of what has been folded so far, or None.
+      state: the state over the keys so far, or None.
       query: [B, T, N, H].
       key: [B, S, K, H], keys that are not in the state yet; S = 1 for one pair.
       value: [B, S, K, V].
-      scale: of q . k; default 1 / sqrt(H).
-      is_causal: attend iff key position <= query position.
+      scale: factor of q . k; default 1 / sqrt(H).
+      is_causal: attend if key position <= query position.
       local_window_size: int or (left, right), inclusive, on positions.
       logits_soft_cap: c in c * tanh(logit / c).
       query_positions: int32[T] or int32[B, T].
@@ -63,7 +59,7 @@ def fold(
     Raises:
       ValueError: as `partial_attention`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from distattn import finalize
       >>> from distattn.local import streaming
@@ -92,24 +88,28 @@ def fold(
 
 
 class PairJoin:
-    """Attention over keys and values that come one at a time, each with its position, in any order.
+    """Attention over keys and values that arrive one at a time, each with its position, in any order.
 
-    A pair is folded into the state as soon as both halves are there, so only halves without a
-    partner are held: a value that comes at most n items after its key, or before it, makes that at
-    most n.
+    A pair is folded as soon as both halves have arrived, so only halves without a partner are held, and
+    one integer per pair. If each value arrives at most n items before or after its key, at most n items
+    are held.
 
     Args:
       query: [B, T, N, H].
-      scale: of q . k; default 1 / sqrt(H).
-      is_causal: attend iff position <= query position; needs query_positions.
+      scale: factor of q . k; default 1 / sqrt(H).
+      is_causal: attend if position <= query position; needs query_positions.
       local_window_size: int or (left, right), inclusive, on positions; needs query_positions.
       logits_soft_cap: c in c * tanh(logit / c).
       query_positions: int32[T] or int32[B, T].
 
+    Attributes:
+      pending: number of keys and values that wait for a partner now.
+      peak_pending: largest number of items that have waited at one time.
+
     Raises:
       ValueError: query is not [B, T, N, H].
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, distattn
       >>> join = distattn.PairJoin(jnp.ones((1, 1, 1, 4)))
       >>> for position in (1, 0):  # keys of equal weight
@@ -148,59 +148,53 @@ class PairJoin:
         )
         self._by_position = is_causal or local_window_size is not None
         self._state: SoftmaxState | None = None
-        self._keys: dict[int, jax.Array] = {}
-        self._values: dict[int, jax.Array] = {}
-        self._done = _Runs()
-        self._peak_pending = 0
+        self._waiting: dict[str, dict[int, jax.Array]] = {"key": {}, "value": {}}
+        self._done: set[int] = set()
+        self.peak_pending = 0
 
     @property
     def pending(self) -> int:
-        """How many keys and values wait for a partner now."""
-        return len(self._keys) + len(self._values)
-
-    @property
-    def peak_pending(self) -> int:
-        """The most that have waited at a time: what the order of this stream has cost, beside names."""
-        return self._peak_pending
+        """Number of keys and values that wait for a partner now."""
+        return sum(map(len, self._waiting.values()))
 
     def add_key(self, position: int, key: ArrayLike) -> None:
-        """Take a key, [B, K, H], and fold its pair if the value is there.
+        """Add a key, and fold its pair if the value has arrived.
 
         Args:
-          position: of the key, not negative; its value has the same.
+          position: position of the key and of its value, not negative.
           key: [B, K, H].
 
         Raises:
-          ValueError: a key was here with this position already, or shapes do not fit.
+          ValueError: a second key with this position, or shapes that do not fit.
         """
-        self._add("key", position, key, self._keys, self._values)
+        self._add("key", "value", position, key)
 
     def add_value(self, position: int, value: ArrayLike) -> None:
-        """Take a value, [B, K, V], and fold its pair if the key is there.
+        """Add a value, and fold its pair if the key has arrived.
 
         Args:
-          position: of the value, not negative; its key has the same.
+          position: position of the value and of its key, not negative.
           value: [B, K, V].
 
         Raises:
-          ValueError: a value was here with this position already, or shapes do not fit.
+          ValueError: a second value with this position, or shapes that do not fit.
         """
-        self._add("value", position, value, self._values, self._keys)
+        self._add("value", "key", position, value)
 
     def result(self) -> tuple[jax.Array, jax.Array]:
-        """The attention over all pairs.
+        """Return the attention over all pairs.
 
         Returns:
           out f32[B, T, N, V] and lse f32[B, T, N], natural log.
 
         Raises:
-          ValueError: keys or values still wait for their partners, or nothing has come.
+          ValueError: keys or values still wait for their partners, or nothing has arrived.
         """
-        waiting = (("keys", self._keys, "add_value"), ("values", self._values, "add_key"))
         faults = [
-            f"{name} at positions {_examples(sorted(items))} have no partner: {remedy} what is "
-            "missing"
-            for name, items, remedy in waiting
+            f"{name}s at positions {_examples(sorted(items))} have no partner: {remedy} what is missing"
+            for (name, items), remedy in zip(
+                self._waiting.items(), ("add_value", "add_key"), strict=True
+            )
             if items
         ]
         if faults:
@@ -211,16 +205,14 @@ class PairJoin:
             raise ValueError("no key and no value has come, so V is not known: add a pair first")
         return finalize(self._state)
 
-    def _add(
-        self, name: str, position: int, item: ArrayLike, own: dict[int, Any], other: dict[int, Any]
-    ) -> None:
+    def _add(self, name: str, partner: str, position: int, item: ArrayLike) -> None:
         position = operator.index(position)
         if position < 0:
             raise ValueError(
                 f"position is {position}; a {name} in a stream has one of 0, 1, 2, ...: leave out "
                 "the items of empty slots"
             )
-        if position in own or position in self._done:
+        if position in self._waiting[name] or position in self._done:
             raise ValueError(
                 f"a second {name} has position {position}: give each position one {name}, and make "
                 "one join for each sequence"
@@ -232,47 +224,16 @@ class PairJoin:
                 f"[B, K, {'H' if name == 'key' else 'V'}] with B={batch} as in query"
             )
         item = jnp.asarray(item)
-        if position not in other:
-            own[position] = item
-            self._peak_pending = max(self._peak_pending, self.pending)
+        if position not in self._waiting[partner]:
+            self._waiting[name][position] = item
+            self.peak_pending = max(self.peak_pending, self.pending)
             return
-        partner = other[position]
-        self._fold_pair(position, *((item, partner) if name == "key" else (partner, item)))
-        del other[position]
-
-    def _fold_pair(self, position: int, key: jax.Array, value: jax.Array) -> None:
-        # Positions count only where a mask compares them, and beyond int32 they may be any number.
+        pair = {name: item[:, None], partner: self._waiting[partner][position][:, None]}
+        # Positions matter only to a mask that compares them; otherwise they may exceed int32.
         positions = np.array([position], np.int32) if self._by_position else None
-        key, value = key[:, None], value[:, None]
-        self._state = self._fold(self._state, self._query, key, value, key_positions=positions)
+        self._state = self._fold(self._state, self._query, **pair, key_positions=positions)
+        del self._waiting[partner][position]
         self._done.add(position)
-
-
-class _Runs:
-    """A set of integers, as runs of neighbours: it is small where few gaps are open."""
-
-    def __init__(self):
-        self._starts: list[int] = []
-        self._ends: list[int] = []  # exclusive
-
-    def __contains__(self, number: int) -> bool:
-        at = bisect.bisect_right(self._starts, number)
-        return at > 0 and number < self._ends[at - 1]
-
-    def add(self, number: int) -> None:
-        at = bisect.bisect_right(self._starts, number)
-        joins_left = at > 0 and self._ends[at - 1] == number
-        joins_right = at < len(self._starts) and self._starts[at] == number + 1
-        if joins_left and joins_right:
-            self._ends[at - 1] = self._ends.pop(at)
-            del self._starts[at]
-        elif joins_left:
-            self._ends[at - 1] = number + 1
-        elif joins_right:
-            self._starts[at] = number
-        else:
-            self._starts.insert(at, number)
-            self._ends.insert(at, number + 1)
 
 
 def _examples(positions: list[int]) -> str:

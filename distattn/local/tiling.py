@@ -84,7 +84,7 @@ def choose_tiling(inputs: AttentionInputs, machine: Machine, *, backward: bool =
 
 
 def _divisor_near(length: int, target: int) -> int:
-    """Return the largest size from half the target to the target that divides the length, else the target."""
+    """Return the largest divisor of the length in (target / 2, target], or the target."""
     target = max(min(length, target), 1)
     divisors = (size for size in range(target, target // 2, -1) if length % size == 0)
     return next(divisors, target)
