@@ -26,14 +26,12 @@ from distattn.local.inputs import AttentionInputs, plain
 from distattn.local.mask import split_heads
 from distattn.local.tiling import (
     Machine,
+    Place,
     Tiles,
     add,
     choose_tiling,
-    loop,
     put,
     rows_first,
-    unravel,
-    visit,
 )
 
 
@@ -42,25 +40,17 @@ def fold(inputs: AttentionInputs, logit_config: LogitConfig, machine: Machine) -
     tiling = choose_tiling(inputs, machine)
     tiles = Tiles(inputs, tiling)
     sizes = tiles.sizes
-    whole = tiles.empty_state(sizes.batch, sizes.queries, sizes.heads)
-    if tiles.is_empty:
-        return whole
 
-    def query_block(index: jax.Array, whole: SoftmaxState) -> SoftmaxState:
-        batch, heads, row = unravel(index, tiles.batches, tiles.head_blocks, tiles.query_blocks)
-        place = tiles.place(batch, heads, row, 0)
-        query = tiles.query(place, logit_config.scale)
+    def step(state: SoftmaxState, place: Place, query: jax.Array) -> SoftmaxState:
+        return merge(state, block_state(tiles.block(place, query), logit_config))
 
-        def key_block(column: jax.Array, state: SoftmaxState) -> SoftmaxState:
-            block = tiles.block(tiles.place(batch, heads, row, column), query)
-            return merge(state, block_state(block, logit_config))
-
-        empty = tiles.empty_state(tiling.batch, tiling.heads, sizes.groups, tiling.query)
-        state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, empty)
+    def write(whole: SoftmaxState, place: Place, state: SoftmaxState) -> SoftmaxState:
         spans = (place.batch, place.query, place.query_heads)
         return jax.tree.map(lambda x, part: put(x, rows_first(part), *spans), whole, state)
 
-    return loop(tiles.batches * tiles.head_blocks * tiles.query_blocks, query_block, whole)
+    empty = tiles.empty_state(tiling.batch, tiling.heads, sizes.groups, tiling.query)
+    whole = tiles.empty_state(sizes.batch, sizes.queries, sizes.heads)
+    return tiles.fold(logit_config.scale, empty, step, write, whole)
 
 
 def fold_gradients(
@@ -86,54 +76,31 @@ def fold_gradients(
     tiling = choose_tiling(inputs, machine, backward=True)
     tiles = Tiles(inputs, tiling)
     key, value, bias = inputs.key, inputs.value, inputs.bias
-    grads = (
-        tiles.zeros(inputs.query.shape),
-        None if bias is None else tiles.zeros(bias.shape),
-        tiles.zeros(key.shape, key_dtype or key.dtype),
-        tiles.zeros(value.shape, key_dtype or value.dtype),
-    )
+    by_query = (tiles.zeros(inputs.query.shape), None if bias is None else tiles.zeros(bias.shape))
+    by_key = tuple(tiles.zeros(x.shape, key_dtype or x.dtype) for x in (key, value))
+    block_shape = tiling.batch, tiling.key, tiling.heads
+    zero_keys = tuple(tiles.zeros((*block_shape, x.shape[-1])) for x in (key, value))
 
-    def key_block(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
+    def step(carry: tuple[Any, Any], place: Place, query: jax.Array) -> tuple[Any, Any]:
+        (d_query, d_bias), (d_key, d_value) = carry
+        block = tiles.block(place, query, sums_queries=True)
+        rows = Cotangents(*(tiles.rows(x, place) for x in cotangents))
+        dq, dk, dv, d_logits = block_gradients(block, logit_config, rows)
+        dq = rows_first(dq * logit_config.scale)
+        d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
+        if d_bias is not None:
+            d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
+            d_bias = add(d_bias, d_logits, place.batch, place.query_heads, place.query, place.key)
+        return (d_query, d_bias), (d_key + dk, d_value + dv)
 
-        def query_block(row: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            d_query, d_bias, d_key_block, d_value_block = carry
-            place = tiles.place(batch, heads, row, column)
-            query = tiles.query(place, logit_config.scale)
-            block = tiles.block(place, query, sums_queries=True)
-            rows = Cotangents(*(tiles.rows(x, place) for x in cotangents))
-            dq, dk, dv, d_logits = block_gradients(block, logit_config, rows)
-            dq = rows_first(dq * logit_config.scale)
-            d_query = add(d_query, dq, place.batch, place.query, place.query_heads)
-            if d_bias is not None:
-                d_logits = d_logits.reshape(tiling.batch, -1, *d_logits.shape[3:])
-                spans = place.batch, place.query_heads, place.query, place.key
-                d_bias = add(d_bias, d_logits, *spans)
-            return d_query, d_bias, d_key_block + dk, d_value_block + dv
-
-        d_query, d_bias, d_key, d_value = carry
-        place = tiles.place(batch, heads, 0, column)
-        zeros = [
-            tiles.zeros((tiling.batch, tiling.key, tiling.heads, x.shape[-1])) for x in (key, value)
-        ]
-        d_query, d_bias, *blocks = visit(
-            tiles.queries_for(place, column),
-            tiles.query_blocks,
-            query_block,
-            (d_query, d_bias, *zeros),
-        )
+    def write(by_key: tuple[jax.Array, ...], place: Place, block: Any) -> tuple[jax.Array, ...]:
         # In an overlap with the block before, this block has 0, and the array has the gradient.
-        write = put if place.new_keys is None else add
-        d_key, d_value = (
-            write(x, block.astype(x.dtype), place.batch, place.key, place.heads)
-            for x, block in zip((d_key, d_value), blocks, strict=True)
-        )
-        return d_query, d_bias, d_key, d_value
+        how, spans = put if place.new_keys is None else add, (place.batch, place.key, place.heads)
+        return tuple(how(x, y.astype(x.dtype), *spans) for x, y in zip(by_key, block, strict=True))
 
-    if not tiles.is_empty:
-        grads = loop(tiles.batches * tiles.head_blocks * tiles.key_blocks, key_block, grads)
-    d_query, d_bias, d_key, d_value = grads
-    return d_query, d_key, d_value, d_bias
+    scale = logit_config.scale
+    by_query, by_key = tiles.fold_gradients(scale, zero_keys, step, write, (by_query, by_key))
+    return by_query[0], *by_key, by_query[1]
 
 
 def dense_state(inputs: AttentionInputs, logit_config: LogitConfig) -> SoftmaxState:

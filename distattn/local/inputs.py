@@ -431,8 +431,8 @@ def make_logit_config(
             f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap"
         )
     cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    precision = tuple(precision) if isinstance(precision, list) else precision
-    return LogitConfig(float(scale), cap, precision)
+    static: Any = tuple(precision) if isinstance(precision, list) else precision
+    return LogitConfig(float(scale), cap, static)
 
 
 def check_implementation(implementation: str | None) -> str:

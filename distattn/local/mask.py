@@ -191,16 +191,8 @@ class BlockSparsity(NamedTuple):
         keys = _blocks(valid, positions, mask.key_segment_ids, key_block)
         return cls(queries, keys, mask.reach, counts)
 
-    def keys_for(self, batch: Span, row: Any) -> jax.Array:
-        """Return bool[key blocks] that a block of queries may attend to, in any sequence."""
-        return self.table(batch, Span(row, 1))[0]
-
-    def queries_for(self, batch: Span, column: Any) -> jax.Array:
-        """Return bool[query blocks] that may attend to a block of keys, in any sequence."""
-        return self.table(batch, column=Span(column, 1))[:, 0]
-
     def table(self, batch: Span, row: Span | None = None, column: Span | None = None) -> jax.Array:
-        """Return bool[query blocks, key blocks] of one row or column, or of all."""
+        """Return bool[query blocks, key blocks] that are needed in any sequence; of a row or column, or of all."""
         query, key = (
             Blocks(*(take(x, batch, span) for x in blocks))
             for blocks, span in ((self.queries, row), (self.keys, column))

@@ -37,6 +37,7 @@ from distattn.algebra.fixed_point import (
     shift_limbs,
     to_limbs,
 )
+from distattn.algebra.mergeable import Sum
 from distattn.algebra.softmax_state import state_dtype
 from distattn.local.block import (
     Block,
@@ -52,10 +53,7 @@ from distattn.local.tiling import (
     Tiles,
     Tiling,
     add_at,
-    loop,
     put_at,
-    unravel,
-    visit,
 )
 
 BLOCK = 64  # keys, or rows of a head, whose sums are floating-point: part of the contract
@@ -310,31 +308,23 @@ def fold(
         form, widths = reproducible_blocks.by_keys, (1, sizes.value_width)
         return FixedPointState(*(fixed_point.zero((x, *rows), form, tiles.axes) for x in widths))
 
-    whole = empty_state(sizes.batch, sizes.heads, sizes.queries)
-    if tiles.is_empty:
-        return whole
     columns = Columns(sizes.groups, tiling.query, reproducible_blocks.columns)
 
-    def query_block(index: jax.Array, whole: FixedPointState) -> FixedPointState:
-        batch, heads, row = unravel(index, tiles.batches, tiles.head_blocks, tiles.query_blocks)
-        place = tiles.place(batch, heads, row, 0)
-        query = tiles.query(place, logit_config.scale)
+    def step(state: FixedPointState, place: Place, query: jax.Array) -> FixedPointState:
+        inputs = load_step(tiles, columns, logit_config, place, query, sums_queries=False)
+        if by_key:
+            return _add_keys(state, inputs)
+        return _add_blocks(state, inputs, reproducible_blocks)
 
-        def key_block(column: jax.Array, state: FixedPointState) -> FixedPointState:
-            place = tiles.place(batch, heads, row, column)
-            step = load_step(tiles, columns, logit_config, place, query, sums_queries=False)
-            return (
-                _add_keys(state, step) if by_key else _add_blocks(state, step, reproducible_blocks)
-            )
-
-        first = empty_state(tiling.batch, tiling.heads, columns.count)
-        first = _with_width(first, 0, -1) if by_key else first
-        state = visit(tiles.keys_for(place, row), tiles.key_blocks, key_block, first)
+    def write(whole: FixedPointState, place: Place, state: FixedPointState) -> FixedPointState:
         state = _with_width(state, -1, 0) if by_key else state
         spans = (place.batch, place.query_heads, place.query)
         return map_sums(lambda x, part: put_at(x, _by_heads(part, columns), *spans), whole, state)
 
-    return loop(tiles.batches * tiles.head_blocks * tiles.query_blocks, query_block, whole)
+    empty = empty_state(tiling.batch, tiling.heads, columns.count)
+    empty = _with_width(empty, 0, -1) if by_key else empty
+    whole = empty_state(sizes.batch, sizes.heads, sizes.queries)
+    return tiles.fold(logit_config.scale, empty, step, write, whole)
 
 
 def fold_gradients(
@@ -368,45 +358,35 @@ def fold_gradients(
         widths = sizes.width, sizes.value_width
         return [zero(reproducible_blocks.by_rows, width, *rows) for width in widths]
 
-    grads = (
-        zero(reproducible_blocks.by_keys, sizes.width, sizes.batch, sizes.heads, sizes.queries),
-        None if bias is None else zero(reproducible_blocks.by_bias, 1, *bias.shape),
-        *zero_keys(sizes.batch, sizes.kv_heads, sizes.keys),
-    )
+    def step(carry: tuple[Any, Any], place: Place, query: jax.Array) -> tuple[Any, Any]:
+        (d_query, d_bias), d_keys = carry
+        inputs = load_step(tiles, columns, logit_config, place, query, sums_queries=True)
+        rows = Cotangents(*(columns.join(tiles.rows(x, place), 2) for x in cotangents))
+        dq, d_keys, d_logits = _step_gradients(inputs, reproducible_blocks, d_keys, rows)
+        dq = _by_heads(dq, columns)
+        d_query = add_at(d_query, dq, place.batch, place.query_heads, place.query)
+        if d_bias is not None:
+            more = _bias_gradient(columns.split(d_logits, 3), bias.shape, reproducible_blocks)
+            spans = (place.batch, place.query_heads, place.query, place.key)
+            d_bias = add_at(d_bias, more, *spans)
+        return (d_query, d_bias), d_keys
 
-    def key_block(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        batch, heads, column = unravel(index, tiles.batches, tiles.head_blocks, tiles.key_blocks)
-        place = tiles.place(batch, heads, 0, column)
-
-        def query_block(row: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            d_query, d_bias, *d_keys = carry
-            place = tiles.place(batch, heads, row, column)
-            query = tiles.query(place, logit_config.scale)
-            step = load_step(tiles, columns, logit_config, place, query, sums_queries=True)
-            rows = Cotangents(*(columns.join(tiles.rows(x, place), 2) for x in cotangents))
-            dq, d_keys, d_logits = _step_gradients(step, reproducible_blocks, d_keys, rows)
-            dq = _by_heads(dq, columns)
-            d_query = add_at(d_query, dq, place.batch, place.query_heads, place.query)
-            if d_bias is not None:
-                more = _bias_gradient(columns.split(d_logits, 3), bias.shape, reproducible_blocks)
-                spans = (place.batch, place.query_heads, place.query, place.key)
-                d_bias = add_at(d_bias, more, *spans)
-            return d_query, d_bias, *d_keys
-
-        d_query, d_bias, *d_keys = carry
-        d_query, d_bias, *blocks = visit(
-            tiles.queries_for(place, column),
-            tiles.query_blocks,
-            query_block,
-            (d_query, d_bias, *zero_keys(tiling.batch, tiling.heads, tiling.key)),
-        )
+    def write(d_keys: list[Sum], place: Place, block: list[Sum]) -> list[Sum]:
         spans = (place.batch, place.heads, place.key)
-        d_keys = (add_at(x, block, *spans) for x, block in zip(d_keys, blocks, strict=True))
-        return d_query, d_bias, *d_keys
+        return [add_at(x, y, *spans) for x, y in zip(d_keys, block, strict=True)]
 
-    if not tiles.is_empty:
-        grads = loop(tiles.batches * tiles.head_blocks * tiles.key_blocks, key_block, grads)
-    d_query, d_bias, d_key, d_value = grads
+    query_shape = sizes.width, sizes.batch, sizes.heads, sizes.queries
+    by_query = (
+        zero(reproducible_blocks.by_keys, *query_shape),
+        None if bias is None else zero(reproducible_blocks.by_bias, 1, *bias.shape),
+    )
+    (d_query, d_bias), (d_key, d_value) = tiles.fold_gradients(
+        logit_config.scale,
+        zero_keys(tiling.batch, tiling.heads, tiling.key),
+        step,
+        write,
+        (by_query, zero_keys(sizes.batch, sizes.kv_heads, sizes.keys)),
+    )
     return d_query, d_key, d_value, d_bias
 
 

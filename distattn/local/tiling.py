@@ -136,6 +136,75 @@ class Tiles:
             counts = self.query_blocks, self.key_blocks
             self.block_sparsity = BlockSparsity.of(inputs.mask, tiling.query, tiling.key, counts)
 
+    def fold(
+        self,
+        scale: float,
+        empty: Any,
+        step: Callable[[Any, Place, jax.Array], Any],
+        write: Callable[[Any, Place, Any], Any],
+        whole: Any,
+    ) -> Any:
+        """Return `whole` with the state of each block of queries over all keys that it needs.
+
+        Args:
+          scale: factor of the query.
+          empty: the state over no keys of one block of queries.
+          step: returns the state with one block of keys, from state, place and query [b, K, G, q, H].
+          write: returns `whole` with the state of one block of queries, from whole, place and state.
+          whole: the state over no keys of all queries.
+        """
+
+        def query_block(index: jax.Array, whole: Any) -> Any:
+            batch, heads, row = unravel(index, self.batches, self.head_blocks, self.query_blocks)
+            place = self.place(batch, heads, row, 0)
+            query = self.query(place, scale)
+
+            def key_block(column: jax.Array, state: Any) -> Any:
+                return step(state, self.place(batch, heads, row, column), query)
+
+            needed = self._needed(place.batch, row=row)
+            return write(whole, place, visit(needed, self.key_blocks, key_block, empty))
+
+        if self.is_empty:
+            return whole
+        return loop(self.batches * self.head_blocks * self.query_blocks, query_block, whole)
+
+    def fold_gradients(
+        self,
+        scale: float,
+        zero_keys: Any,
+        step: Callable[[tuple[Any, Any], Place, jax.Array], tuple[Any, Any]],
+        write: Callable[[Any, Place, Any], Any],
+        gradients: tuple[Any, Any],
+    ) -> tuple[Any, Any]:
+        """Return gradients of query and bias, and of key and value, over all blocks.
+
+        Args:
+          scale: factor of the query.
+          zero_keys: zero gradients of one block of keys and values.
+          step: returns gradients of query and bias, and of one block of keys, with one more block of queries,
+            from these gradients, place and query.
+          write: returns gradients of all keys with those of one block, from gradients, place and block.
+          gradients: zero gradients of query and bias, and of key and value.
+        """
+
+        def key_block(index: jax.Array, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
+            batch, heads, column = unravel(index, self.batches, self.head_blocks, self.key_blocks)
+            place = self.place(batch, heads, 0, column)
+            by_query, by_key = gradients
+
+            def query_block(row: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+                place = self.place(batch, heads, row, column)
+                return step(carry, place, self.query(place, scale))
+
+            needed = self._needed(place.batch, column=column)
+            by_query, block = visit(needed, self.query_blocks, query_block, (by_query, zero_keys))
+            return by_query, write(by_key, place, block)
+
+        if self.is_empty:
+            return gradients
+        return loop(self.batches * self.head_blocks * self.key_blocks, key_block, gradients)
+
     def place(self, batch: Any, heads: Any, row: Any, column: Any) -> Place:
         """Return the place of a block from its indices along batch, KV heads, queries and keys."""
         tiling, groups = self.tiling, self.sizes.groups
@@ -160,15 +229,12 @@ class Tiles:
             query = jnp.where(valid[..., None, None], query, 0)
         return self.heads_first(query * scale)
 
-    def keys_for(self, place: Place, row: Any) -> jax.Array | None:
-        """Return bool[key blocks] that a block of queries needs; None: all."""
-        sparsity = self.block_sparsity
-        return None if sparsity is None else sparsity.keys_for(place.batch, row)
-
-    def queries_for(self, place: Place, column: Any) -> jax.Array | None:
-        """Return bool[query blocks] that need a block of keys; None: all."""
-        sparsity = self.block_sparsity
-        return None if sparsity is None else sparsity.queries_for(place.batch, column)
+    def _needed(self, batch: Span, row: Any = None, column: Any = None) -> jax.Array | None:
+        """Return bool[key blocks] that a row of blocks needs, or bool[query blocks] of a column; None: all."""
+        if self.block_sparsity is None:
+            return None
+        spans = (None if x is None else Span(x, 1) for x in (row, column))
+        return self.block_sparsity.table(batch, *spans).reshape(-1)
 
     def block(self, place: Place, query: jax.Array, *, sums_queries: bool = False) -> Block:
         """Return the inputs of the block; overlaps with the block before are not allowed.
