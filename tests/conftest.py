@@ -75,8 +75,8 @@ DEFAULT_VERSION_ALONE = {
     "test_streaming.py",
     "test_training.py",
 }
-# The tests among these that show that a job of several processes starts, computes and survives on a version,
-# that results are bitwise equal, and that kernels are right.
+# The tests among these that show that a job of several processes starts, computes and survives on a
+# version, that results are bitwise equal, and that kernels are right.
 ON_ALL_VERSIONS = {
     "test_a_healthy_job",
     "test_a_host_is_lost_and_no_key",

@@ -38,7 +38,7 @@ def main(directory: str, *command: str) -> int:
 
 
 if __name__ == "__main__":
-    code = main(*sys.argv[1:])
+    code: int = main(*sys.argv[1:])
     sys.stderr.flush()
     if code < 0:  # end in the same way
         if code not in (-signal.SIGKILL, -signal.SIGSTOP):

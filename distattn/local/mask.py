@@ -192,7 +192,7 @@ class BlockSparsity(NamedTuple):
         return cls(queries, keys, mask.reach, counts)
 
     def table(self, batch: Span, row: Span | None = None, column: Span | None = None) -> jax.Array:
-        """Return bool[query blocks, key blocks] that are needed in any sequence; of a row or column, or of all."""
+        """Return bool[query blocks, key blocks], True if needed in any sequence; all, a row or a column."""
         query, key = (
             Blocks(*(take(x, batch, span) for x in blocks))
             for blocks, span in ((self.queries, row), (self.keys, column))

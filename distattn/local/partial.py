@@ -43,8 +43,8 @@ def partial_attention(
     Memory is O(T + block) forward and backward. Only `implementation='dense'` has forward mode.
 
     An empty slot (a negative position, or past the length) can hold anything, also NaN. In implementations
-    other than kernels, so can a slot that the masks rule out for all queries of its sequence. A NaN that some
-    query attends to may reach other queries.
+    other than kernels, so can a slot that the masks rule out for all queries of its sequence. A NaN that
+    some query attends to may reach other queries.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; bfloat16, float16, float32 or float64.

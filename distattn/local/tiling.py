@@ -182,8 +182,8 @@ class Tiles:
         Args:
           scale: factor of the query.
           zero_keys: zero gradients of one block of keys and values.
-          step: returns gradients of query and bias, and of one block of keys, with one more block of queries,
-            from these gradients, place and query.
+          step: returns gradients of query and bias, and of one block of keys, with one more block of
+            queries, from these gradients, place and query.
           write: returns gradients of all keys with those of one block, from gradients, place and block.
           gradients: zero gradients of query and bias, and of key and value.
         """
@@ -230,7 +230,7 @@ class Tiles:
         return self.heads_first(query * scale)
 
     def _needed(self, batch: Span, row: Any = None, column: Any = None) -> jax.Array | None:
-        """Return bool[key blocks] that a row of blocks needs, or bool[query blocks] of a column; None: all."""
+        """Return bool[key blocks] that a row needs, or bool[query blocks] that a column needs; None: all."""
         if self.block_sparsity is None:
             return None
         spans = (None if x is None else Span(x, 1) for x in (row, column))

@@ -127,7 +127,8 @@ class Program:
         """Parse the text of HLO, optimised or not."""
         self.entry: str = ""
         body: dict[str, _Instruction] = {}
-        self.computations = {"": body}  # the name of a fragment of a text is ""
+        # The name of a fragment of a text is "".
+        self.computations: dict[str, dict[str, _Instruction]] = {"": body}
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
                 body = self.computations.setdefault(start["name"], {})

@@ -39,7 +39,8 @@ def add(subparsers: Subparsers) -> None:
         "and the time of each strategy. Run it in one process on its devices, or in every process of a "
         "job: distattn launch -n 2 --devices-per-process 4 -- distattn check; srun and mpirun likewise. "
         "Rank 0 prints. The exit code is 1 in every process if something is wrong. On one device nothing "
-        "is exchanged: the code is 0 if the results are right, and the verdict says that no more was checked.",
+        "is exchanged: the code is 0 if the results are right, and the verdict says that nothing else "
+        "was checked.",
     )
     whole, argument = at_least(1), parser.add_argument
     text = "only print versions, devices, mesh and flags, as a block for an issue"
