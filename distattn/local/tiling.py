@@ -230,7 +230,7 @@ class Tiles:
         return self.heads_first(query * scale)
 
     def _needed(self, batch: Span, row: Any = None, column: Any = None) -> jax.Array | None:
-        """Return bool[key blocks] of a row, or bool[query blocks] of a column, True if needed; None: all."""
+        """Return bool[key blocks] of a row or bool[query blocks] of a column, True if needed; None: all."""
         if self.block_sparsity is None:
             return None
         spans = (None if x is None else Span(x, 1) for x in (row, column))
