@@ -30,7 +30,13 @@ from distattn.attention.ring import ring_fold, ring_gradients
 from distattn.attention.strategy import Call, Strategy
 from distattn.collectives.all_reduce import all_reduce, all_sum, chosen_schedule, sum_schedule
 from distattn.collectives.all_to_all import heads_to_rows, rows_to_heads, together
-from distattn.collectives.mesh import axes_size, gathered, mesh_order, own_part, typed_as_varying
+from distattn.collectives.mesh import (
+    axes_size,
+    gather_shards,
+    local_shard,
+    mesh_order,
+    typed_as_varying,
+)
 from distattn.collectives.reduce_scatter import reduce_scatter
 from distattn.experimental.fused import hooks
 from distattn.local.dispatch import local_fold, local_gradients
@@ -160,14 +166,14 @@ def to_inner(
         inputs = with_repeated_heads(inputs, axes_size(strategy.heads))
         arrays = [query, inputs.key, inputs.value, *rows]
         query, key, value, *moved = rows_to_heads(arrays, strategy.heads)
-        sinks = None if sinks is None else own_part(sinks, strategy.heads, 0)
+        sinks = None if sinks is None else local_shard(sinks, strategy.heads, 0)
     gather_rows, gather_keys = strategy.gathers
     if gather_rows:  # if the result is not scattered, all devices have its rows
         scattered = moved if strategy.scatter else []
-        query, *scattered = together(lambda x: gathered(x, gather_rows), [query, *scattered])
+        query, *scattered = together(lambda x: gather_shards(x, gather_rows), [query, *scattered])
         moved = scattered or moved
     # Keys and values apart: packed, they would be copied twice.
-    key, value = (gathered(x, gather_keys) for x in (key, value))
+    key, value = (gather_shards(x, gather_keys) for x in (key, value))
     return dataclasses.replace(inputs, query=query, key=key, value=value, sinks=sinks), moved
 
 
@@ -192,7 +198,7 @@ def merge_and_normalize(
         if strategy.scatter:
             time = monoid_of(state).time
             state = reduce_scatter(state, strategy.scatter, scatter_dimension=time)
-            valid = None if valid is None else own_part(valid, strategy.scatter, 1)
+            valid = None if valid is None else local_shard(valid, strategy.scatter, 1)
         out, lse = _normalize(state, sinks, valid, dtype)
     if strategy.heads:
         out, lse = heads_to_rows([out, lse], strategy.heads)
@@ -230,7 +236,7 @@ def _all_reduce_and_normalize(
         if size >= LARGE_BYTES and chosen_schedule(schedule, state, axes) == "psum":
             time = FIXED_POINT.time
             state = reduce_scatter(state, axes, scatter_dimension=time, schedule="psum")
-            valid = None if valid is None else own_part(valid, axes, 1)
+            valid = None if valid is None else local_shard(valid, axes, 1)
             out, lse = _normalize(state, sinks, valid, jnp.dtype(jnp.float32))
             packed = jnp.concatenate([out, lse[..., None]], axis=-1)
             whole = lax.all_gather(packed, axes, axis=1, tiled=True)

@@ -30,9 +30,9 @@ from distattn.collectives.all_reduce import BY_NAME, typed_as_replicated
 from distattn.collectives.mesh import (
     AxisName,
     axes_size,
-    gathered,
+    gather_shards,
+    local_shard,
     mesh_order,
-    own_part,
     topology_of,
     typed_as_varying,
 )
@@ -427,7 +427,7 @@ def _masks_to_inner(inputs: AttentionInputs, strategy: Strategy) -> AttentionInp
         if letters == "BNTS":
             return _dense_to_heads(x, heads, local_rows) if heads else x
         over = strategy.gather_rows if "T" in letters else strategy.gather_keys
-        return gathered(gathered(x, heads), over)
+        return gather_shards(gather_shards(x, heads), over)
 
     return map_named(bring, inputs)
 
@@ -436,7 +436,7 @@ def _dense_to_heads(x: jax.Array, axes: Axes, local_rows: int) -> jax.Array:
     """Bring [B|1, N|1, T|1, S|1] of this device's queries to all queries of its shard of the heads."""
     has_rows = x.shape[2] > 1 or local_rows == 1  # otherwise it is equal for all
     if x.shape[1] == 1:
-        return gathered(x, axes, 2) if has_rows else x
+        return gather_shards(x, axes, 2) if has_rows else x
     if has_rows:
         return lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
-    return own_part(x, axes, 1)
+    return local_shard(x, axes, 1)

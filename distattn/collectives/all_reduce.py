@@ -18,8 +18,8 @@ from distattn.algebra.mergeable import State, monoid_of, rows_of
 from distattn.collectives.mesh import (
     AxisName,
     axes_size,
+    local_shard,
     mesh_order,
-    own_part,
     sizes_of,
     topology_of,
     typed_as_varying,
@@ -158,7 +158,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def typed_as_replicated(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Return x, which is equal on all devices, typed as such: by one all-gather of x / D from each."""
     flat = jnp.pad(x.reshape(-1), (0, -x.size % axes_size(axes)))
-    return gather(own_part(flat, axes, 0), axes).reshape(-1)[: x.size].reshape(x.shape)
+    return gather(local_shard(flat, axes, 0), axes).reshape(-1)[: x.size].reshape(x.shape)
 
 
 def _run(

@@ -73,14 +73,14 @@ def topology_on(mesh: Any, sizes: tuple[int, ...]) -> Topology:
     return Topology(platform_of(mesh), sizes, processes_of(mesh), chip=chip)
 
 
-def own_part(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+def local_shard(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     """Return this device's shard of a replicated array along the dimension."""
     size = x.shape[dimension] // axes_size(axes)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dimension)
 
 
-def gathered(x: jax.Array, axes: tuple[str, ...], dimension: int = 1) -> jax.Array:
-    """Concatenate the shards of all devices in the order of the axes: undo `own_part`."""
+def gather_shards(x: jax.Array, axes: tuple[str, ...], dimension: int = 1) -> jax.Array:
+    """Concatenate the shards of all devices in the order of the axes: undo `local_shard`."""
     return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes_size(axes) > 1 else x
 
 

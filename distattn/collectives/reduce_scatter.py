@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distattn.algebra.mergeable import State, monoid_of, rows_of
-from distattn.collectives.mesh import AxisName, axes_size, mesh_order, own_part, sizes_of
+from distattn.collectives.mesh import AxisName, axes_size, local_shard, mesh_order, sizes_of
 from distattn.planning.schedule import ScatterSchedule, halving
 
 
@@ -79,7 +79,7 @@ def reduce_scatter(
         packed = monoid.pack_sums(monoid.rescale(state, reference))
         dimension = monoid.first_row + scatter_dimension
         packed = lax.psum_scatter(packed, names, scatter_dimension=dimension, tiled=True)
-        return monoid.unpack_sums(packed, own_part(reference, names, dimension), state)
+        return monoid.unpack_sums(packed, local_shard(reference, names, dimension), state)
     return _run_scatter(schedule, state, axes, names, monoid.first_row + scatter_dimension)
 
 
