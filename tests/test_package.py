@@ -58,7 +58,8 @@ def test_contents(wheel):
         license_text = archive.read(f"{info}/licenses/LICENSE").decode()
 
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "distattn").rglob("*.py")}
-    assert {*modules, "distattn/py.typed"} == {file for file in files if not file.startswith(info)}
+    data = {"distattn/py.typed", "distattn/local/kernels/block_sizes.json"}
+    assert modules | data == {file for file in files if not file.startswith(info)}
     assert metadata["Version"] == distattn.__version__
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
