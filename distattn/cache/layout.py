@@ -39,7 +39,7 @@ LETTERS = {**TOKEN_LETTERS, "counts": "Bd", **dict.fromkeys(COUNTERS, "B")}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """tuple[str, ...] of the mesh that shard slots, sequences and heads; without a mesh, one device."""
+    """Axes of the mesh that shard slots, sequences and heads; without a mesh, one device."""
 
     mesh: Mesh | AbstractMesh | None = None
     slots: tuple[str, ...] = ()  # in the order of the mesh, as the others
