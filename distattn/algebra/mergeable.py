@@ -38,7 +38,7 @@ class Monoid:
     pack_sums: Callable[[State], jax.Array]  # without the reference
     unpack_sums: Callable[[jax.Array, jax.Array, State], State]  # with the reference
     finalize: Callable[..., tuple[jax.Array, jax.Array]]  # out [B, T, N, V] and lse [B, T, N]
-    time: int  # dimension of T in the rows
+    t_dimension: int  # dimension of T in the rows
     first_row: int  # dimension of a packed array at which the rows begin
     exact: bool  # merging rounds nothing
 
@@ -135,7 +135,7 @@ SOFTMAX = Monoid(
     pack_sums=lambda x: softmax_state.pack(x)[..., :-1],
     unpack_sums=lambda packed, high, _: SoftmaxState(high, packed[..., -1], packed[..., :-1]),
     finalize=softmax_state.finalize,
-    time=1,
+    t_dimension=1,
     first_row=0,
     exact=False,
 )
@@ -196,7 +196,7 @@ FIXED_POINT = Monoid(
     pack_sums=_pack_limbs,
     unpack_sums=_unpack_limbs,
     finalize=fixed_point.finalize,
-    time=2,
+    t_dimension=2,
     first_row=1,
     exact=True,
 )

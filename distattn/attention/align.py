@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
 from distattn.attention.sharding import Placement, Sharding, read_placement
-from distattn.collectives.mesh import axes_of, manual, mesh_order, place
+from distattn.collectives.mesh import axes_of, mesh_order, on_shards, place
 from distattn.collectives.pair_exchange import exchange, pair
 from distattn.planning.plan import Axes
 
@@ -171,7 +171,7 @@ class _Run:
         self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *arrays: jax.Array
     ) -> Any:
         """f(*arrays, axes) on every device's shards."""
-        return manual(
+        return on_shards(
             functools.partial(f, axes=self.axes),
             mesh=self.placement.mesh,
             in_specs=in_specs,

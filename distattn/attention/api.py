@@ -75,29 +75,30 @@ def dot_product_attention(
       local_window_size: int or (left, right), inclusive, in positions; -1 or None = unbounded.
       implementation: 'xla', 'dense', 'pallas_tpu', 'pallas_gpu', 'cudnn', or None for the best one that
         supports the call (page "Kernels"). Only 'dense' supports forward mode and second derivatives.
-      return_residual: also return the log-sum-exp of the logits.
+      return_residual: also return the log-sum-exp of the logits, natural log.
       logits_soft_cap: c in c * tanh(logit / c).
       sinks: float[N], one more logit per head with value 0; differentiable.
       precision: of matmuls, as in `jax.numpy.einsum`.
 
-      query_positions: int32[T] or int32[B, T]; None: 0, 1, 2, ...
+      query_positions: int32[T] or int32[B, T]; None: 0, 1, 2, ..., also if T < S.
       key_positions: int32[S] or int32[B, S], in any order; negative = empty slot; None: 0, 1, 2, ...
+        Pass it if keys are reordered: otherwise masks are silently wrong. bias and mask go by slot.
       query_segment_ids: int32[T] or int32[B, T]; attend if equal.
       key_value_segment_ids: int32[S] or int32[B, S].
 
-      query_sharding: `jax.NamedSharding` or `jax.P` of query as passed. None: read from query, or chosen by
-        cost inside jit under Auto axes. Heads may use more axes than key's.
-      key_value_sharding: of key and value. None: read from them; inside jit under Auto axes that fails
-        with a warning. Arrays are moved to a sharding that you pass. Lengths are padded to the devices.
+      query_sharding: `jax.NamedSharding`, or `jax.P` on the mesh of `jax.set_mesh` or of the arrays; heads
+        may use more axes than key's. None: read from query, or chosen by cost if it can't be read.
+      key_value_sharding: of key and value, which are moved if they are stored otherwise. None: read from
+        them. Inside jit under Auto axes they can't be read, and the compiler decides, with a warning.
 
       strategy: how devices exchange (page "Attention"). For a replicated query 'butterfly', 'psum',
         'all_gather', 'fused' or a `Schedule`; for a query sharded along T over the axes of S 'ring',
         'gather_kv', 'reduce_scatter', 'ulysses', 'ulysses_ring', 'ulysses_gather_kv'; 'auto': the cheapest.
       reproducible: give bitwise equal results and gradients on any number of devices and for any order
-        of blocks of 64 keys, on one backend and JAX version. Costs 1.3 to 2 times the time.
+        of blocks of 64 keys, on one backend and JAX version. Takes 1.3 to 2 times as long.
 
     Returns:
-      out [B, T, N, V] or [T, N, V] in query's dtype; with `return_residual` also
+      out [B, T, N, V] or [T, N, V] in query's dtype, sharded as query; with `return_residual` also
       lse f32[B, T, N] or f32[T, N].
 
     Raises:

@@ -29,7 +29,7 @@ from distattn.algebra.softmax_state import softmax_weights
 from distattn.attention.ring import ring_fold, ring_gradients
 from distattn.attention.strategy import Call, Strategy
 from distattn.collectives.all_reduce import all_reduce, all_sum, chosen_schedule, sum_schedule
-from distattn.collectives.all_to_all import heads_to_rows, rows_to_heads, together
+from distattn.collectives.all_to_all import heads_to_rows, in_one_message, rows_to_heads
 from distattn.collectives.mesh import (
     axes_size,
     gather_shards,
@@ -170,7 +170,9 @@ def to_inner(
     gather_rows, gather_keys = strategy.gathers
     if gather_rows:  # if the result is not scattered, all devices have its rows
         scattered = moved if strategy.scatter else []
-        query, *scattered = together(lambda x: gather_shards(x, gather_rows), [query, *scattered])
+        query, *scattered = in_one_message(
+            lambda x: gather_shards(x, gather_rows), [query, *scattered]
+        )
         moved = scattered or moved
     # Keys and values apart: packed, they would be copied twice.
     key, value = (gather_shards(x, gather_keys) for x in (key, value))
@@ -196,7 +198,7 @@ def merge_and_normalize(
         if strategy.all_reduce:
             state = all_reduce(state, strategy.all_reduce, schedule=strategy.schedule)
         if strategy.scatter:
-            time = monoid_of(state).time
+            time = monoid_of(state).t_dimension
             state = reduce_scatter(state, strategy.scatter, scatter_dimension=time)
             valid = None if valid is None else local_shard(valid, strategy.scatter, 1)
         out, lse = _normalize(state, sinks, valid, dtype)
@@ -234,7 +236,7 @@ def _all_reduce_and_normalize(
     if monoid_of(state).exact and divides:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         if size >= LARGE_BYTES and chosen_schedule(schedule, state, axes) == "psum":
-            time = FIXED_POINT.time
+            time = FIXED_POINT.t_dimension
             state = reduce_scatter(state, axes, scatter_dimension=time, schedule="psum")
             valid = None if valid is None else local_shard(valid, axes, 1)
             out, lse = _normalize(state, sinks, valid, jnp.dtype(jnp.float32))
@@ -248,7 +250,7 @@ def sum_over(x: Sum, axes: Axes, scatter: Axes = ()) -> Sum:
     """Sum x over the axes, and keep this device's shard along T or S for those in `scatter`."""
     fixed = is_exact(x)
     if axes_size(scatter) > 1 and fixed:
-        time = FIXED_POINT.time
+        time = FIXED_POINT.t_dimension
         x = reduce_scatter(x, scatter, scatter_dimension=time, schedule="psum")
     elif axes_size(scatter) > 1:
         x = lax.psum_scatter(x, scatter, scatter_dimension=1, tiled=True)

@@ -22,14 +22,14 @@ from distattn._compat import vary, varying_axes
 from distattn.algebra.mergeable import to_array
 from distattn.attention import device_step
 from distattn.attention.strategy import Call
-from distattn.collectives.mesh import axes_of, manual, on_devices_of, place
+from distattn.collectives.mesh import axes_of, on_devices_of, on_shards, place
 from distattn.local.dispatch import refuse_second_derivative
 from distattn.local.inputs import (
     AttentionInputs,
+    dequantised,
     letters_of,
     map_named,
     padded,
-    plain,
     with_repeated_heads,
 )
 from distattn.planning.plan import Axes
@@ -85,7 +85,7 @@ def on_devices(
 ) -> Any:
     """Return body(*arrays), run by every device on its shards."""
     placement = call.placement
-    mapped = manual(
+    mapped = on_shards(
         body,
         mesh=placement.mesh,
         in_specs=in_specs,
@@ -129,12 +129,12 @@ def attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     axes = varying_axes(*jax.tree.leaves(inputs))  # if the call is inside a shard_map
     inputs = jax.tree.map(lambda x: vary(x, axes), inputs)
     if call.strategy.heads:
-        inputs = plain(inputs)  # one layer moves, as numbers
+        inputs = dequantised(inputs)  # one layer moves, as numbers
     if inputs.key.shape[-2] > 1:  # one head may be stored on all devices
         inputs = _for_head_shards(call, inputs)
     call, inputs = _in_whole_blocks(call, inputs)
     if call.placement.size(call.row_axes + call.key_axes) > 1:
-        inputs = dataclasses.replace(inputs, mask=inputs.mask.apart())
+        inputs = dataclasses.replace(inputs, mask=inputs.mask.with_unaligned_starts())
     inputs = place_outer(call, inputs, map_named(functools.partial(outer_spec, call), inputs))
     if call.implementation == "dense":
         out, lse = _forward(call, inputs)
@@ -215,7 +215,7 @@ def _attend_backward(
     fields, out, lse = residuals
     inputs = AttentionInputs(*fields)
     backward = refuse_second_derivative(functools.partial(_backward, call))
-    found = backward((plain(inputs), out, lse), cotangents)
+    found = backward((dequantised(inputs), out, lse), cotangents)
     if inputs.key_scale is not None:
         found |= {"key": None, "value": None}  # integers, or stored as if they were
     elif inputs.layer is not None:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jax.sharding import Sharding as AnySharding
 
 from distattn.attention.sharding import Placement, Sharding, given_axes, read_placement
-from distattn.collectives.mesh import axes_of, free_axes, manual, partition_spec
+from distattn.collectives.mesh import axes_of, free_axes, on_shards, partition_spec
 
 Arrays = dict[str, jax.Array]
 FREE = -1  # the tag of a slot without a token
@@ -168,7 +168,7 @@ def _run(
     out_letters: tuple[str, ...],
     *arguments: Any,
 ) -> tuple[Any, ...]:
-    mapped = manual(
+    mapped = on_shards(
         functools.partial(body, layout, *static),
         mesh=layout.mesh,
         in_specs=tuple(None if x is None else layout.spec(x) for x in letters),

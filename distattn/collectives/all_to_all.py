@@ -18,12 +18,12 @@ def rows_to_heads(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[ja
 
     Rows and heads are in the order of the axes. Arrays of equal dtype, rows and heads share a message.
     """
-    return together(_all_to_all(axes, split=2, concat=1), arrays)
+    return in_one_message(_all_to_all(axes, split=2, concat=1), arrays)
 
 
 def heads_to_rows(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
     """Bring each array from [B, T, N / D, ...] to [B, T / D, N, ...]: undo `rows_to_heads`."""
-    return together(_all_to_all(axes, split=1, concat=2), arrays)
+    return in_one_message(_all_to_all(axes, split=1, concat=2), arrays)
 
 
 def _all_to_all(
@@ -34,7 +34,7 @@ def _all_to_all(
     )
 
 
-def together(
+def in_one_message(
     move: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Call `move` on [B, T, N, .] or [B, T, N], once for all of equal dtype, rows and heads."""

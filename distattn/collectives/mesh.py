@@ -1,6 +1,6 @@
 """Axes of a mesh: their order and sizes, PartitionSpecs over them, and a body run on shards.
 
-`manual` is the only place that splits a computation into the work of each device. The functions
+`on_shards` is the only place that splits a computation into the work of each device. The functions
 that take `axes` alone are for its body.
 """
 
@@ -105,7 +105,7 @@ def slice_axes(axes: tuple[str, ...]) -> tuple[str, ...] | None:
     return tuple(axis for axis in axes if axis in (known or ()))
 
 
-def manual(
+def on_shards(
     f: Callable[..., Any],
     *,
     mesh: Mesh | AbstractMesh | None,
@@ -136,7 +136,7 @@ def manual(
     # check_vma=False: a state merged by messages is equal on all devices, but JAX can only type it
     # as varying, and would refuse an out_spec without the axis. The price: gradients of a
     # custom_vjp with collectives inside `f` would be divided by the number of devices. So put the
-    # custom_vjp outside, and call `manual` in both of its directions.
+    # custom_vjp outside, and call `on_shards` in both of its directions.
     mapped = jax.shard_map(
         f, mesh=around, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
     )

@@ -22,7 +22,7 @@ from distattn.local.block import (
     block_state,
     zero_unattended,
 )
-from distattn.local.inputs import AttentionInputs, plain
+from distattn.local.inputs import AttentionInputs, dequantised
 from distattn.local.mask import split_heads
 from distattn.local.tiling import (
     Machine,
@@ -105,7 +105,7 @@ def fold_gradients(
 
 def dense_state(inputs: AttentionInputs, logit_config: LogitConfig) -> SoftmaxState:
     """Return the state by operations on [B, K, G, T, S]: for forward mode, hessians, and as a check."""
-    inputs = plain(inputs)
+    inputs = dequantised(inputs)
     kv_heads = inputs.key.shape[2]
     dtype = state_dtype(inputs.query, inputs.key, inputs.value)
     query, key, value = (x.astype(dtype) for x in (inputs.query, inputs.key, inputs.value))

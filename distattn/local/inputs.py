@@ -345,7 +345,7 @@ def make_inputs(
     )
 
 
-def plain(inputs: AttentionInputs) -> AttentionInputs:
+def dequantised(inputs: AttentionInputs) -> AttentionInputs:
     """Return the inputs with key and value [B, S, K, .] of the layer and times the scale, copied."""
     key, value = inputs.key, inputs.value
     scales = inputs.key_scale, inputs.value_scale

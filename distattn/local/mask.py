@@ -84,7 +84,7 @@ class Mask:
         order = self.index_order and dataclasses.replace(self.index_order, full=False)
         return dataclasses.replace(self, key_positions=positions, index_order=order)
 
-    def apart(self) -> "Mask":
+    def with_unaligned_starts(self) -> "Mask":
         """Return the mask of one device, whose queries and keys do not start at one index."""
         order = self.index_order and dataclasses.replace(self.index_order, aligned=False)
         return dataclasses.replace(self, index_order=order)

@@ -24,7 +24,7 @@ from distattn._compat import platform_of
 from distattn.attention.api import dot_product_attention
 from distattn.attention.strategy import STRATEGIES
 from distattn.collectives.all_reduce import BY_NAME
-from distattn.collectives.mesh import manual, on_devices_of, slice_axes
+from distattn.collectives.mesh import on_devices_of, on_shards, slice_axes
 from distattn.distributed.agreement import assert_same, meet
 from distattn.distributed.start import versions
 from distattn.planning import cost
@@ -432,7 +432,7 @@ def hops(mesh: Mesh, axis: str) -> Callable[[jax.Array], jax.Array]:
         return lax.fori_loop(0, HOPS, lambda _, y: lax.ppermute(y, axis, pairs), x)
 
     spec = PartitionSpec(mesh.axis_names)
-    return manual(body, mesh=mesh, in_specs=(spec,), out_specs=spec, axis_names=mesh.axis_names)
+    return on_shards(body, mesh=mesh, in_specs=(spec,), out_specs=spec, axis_names=mesh.axis_names)
 
 
 # --- times of strategies ---
