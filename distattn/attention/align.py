@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distattn._compat import vary, varying_axes
-from distattn.attention.sharding import Placement, Sharding, read_placement
+from distattn.attention.sharding import Placement, Sharding, bring, read_placement
 from distattn.collectives.mesh import axes_of, mesh_order, on_shards, place
 from distattn.collectives.pair_exchange import exchange, pair
 from distattn.planning.plan import Axes
@@ -73,6 +73,9 @@ def align(
     value = jnp.asarray(value)
     rows, one_row = _rows(value_positions, key_positions)
     run = _Run.read(value, rows, sharding)
+    if sharding is not None:
+        value = bring(run.placement, "BSKV", value)
+        rows = [bring(run.placement, "BS", x) for x in rows]
     there, back, kept, unmatched = _pair_under_jit(run, *run.place("BS", *rows))
     if not isinstance(unmatched, Tracer) and jnp.any(unmatched):
         raise ValueError(_explain(rows, one_row))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -18,7 +16,14 @@ from distattn.attention.strategy import (
     choose_strategy,
 )
 from distattn.local.dispatch import forward_mode_refused
-from distattn.local.inputs import Window, check_implementation, make_inputs, make_logit_config
+from distattn.local.inputs import (
+    Window,
+    check_implementation,
+    letters_of,
+    make_inputs,
+    make_logit_config,
+    map_named,
+)
 from distattn.local.reproducible import reproducible_blocks_of
 
 
@@ -130,12 +135,7 @@ def dot_product_attention(
         query, key, value, query_sharding, key_value_sharding, leave_none=reproducible
     )
     if query_sharding is not None or key_value_sharding is not None:
-        inputs = dataclasses.replace(
-            inputs,
-            query=bring(placement, "BTN.", inputs.query),
-            key=bring(placement, "BSK.", inputs.key),
-            value=bring(placement, "BSK.", inputs.value),
-        )
+        inputs = map_named(lambda name, x: bring(placement, letters_of(name, x), x), inputs)
     check_exchange(placement, strategy)
     if key_value_sharding is None:
         warn_of_one_device(query, key, value)

@@ -305,6 +305,8 @@ def _attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
         bias = inputs.bias
         if bias is not None and typed_as_varying(axes) and not varying_axes(bias) & {*axes}:
             replicated = ("bias",)
+        if call.placement.query:
+            _check_dense_lengths(inputs, more, moves=bool(moves))
         inputs = padded(inputs, more, dense=not moves)  # if keys move, they are for all of them
     if strategy.schedule == "fused" and axes_size(axes) > 1:
         inputs = hooks.varied(inputs, mesh_order(axes))
@@ -313,6 +315,23 @@ def _attend(call: Call, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     x = inputs
     out, lse = _attention(call, replicated, x.query, x.key, x.value, x.bias, x.sinks, x.mask)
     return out[:, :rows], lse[:, :rows]
+
+
+def _check_dense_lengths(inputs: AttentionInputs, more: dict[str, int], *, moves: bool) -> None:
+    """Raise NotImplementedError if a bias or mask would have to be padded shard by shard."""
+    for name, x in (("bias", inputs.bias), ("mask", inputs.mask.dense)):
+        if x is None:
+            continue
+        grows = [("T", inputs.query.shape[1])] if more["T"] and x.shape[2] > 1 else []
+        if moves and more["S"] and x.shape[3] > 1:
+            grows.append(("S", inputs.key.shape[1]))
+        for letter, size in grows:
+            block = size + more[letter]
+            raise NotImplementedError(
+                f"reproducible=True with query_sharded=True and {name} of shape {x.shape} is not built for "
+                f"{letter}={size} on each device: pad query, key, value and {name} to {letter}={block}, "
+                "with negative key_positions, or use distattn.dot_product_attention outside the shard_map"
+            )
 
 
 def _primal(call: Call, replicated: tuple[str, ...], *fields: Any) -> tuple[jax.Array, jax.Array]:

@@ -119,7 +119,7 @@ def read_placement(
     }
     if mesh is None:
         for argument, sharding in arguments.items():
-            _check_needs_no_mesh(argument, sharding)
+            _check_needs_no_mesh(argument, sharding, query.ndim)
         return Placement(query_given=query_sharding is not None)
     free = free_axes(mesh)
     rows = given_axes(names[0], query_sharding, letters["query"], mesh, free)
@@ -173,10 +173,9 @@ def bring(placement: Placement, letters: str, x: Any) -> Any:
     array = concrete(x)
     if not isinstance(placement.mesh, Mesh) or not isinstance(array, jax.Array):
         return x
-    if array.sharding.device_set == set(placement.mesh.devices.flat):
-        mesh = getattr(array.sharding, "mesh", placement.mesh)
-        if identity_of(mesh) == identity_of(placement.mesh):
-            return x
+    mesh = getattr(array.sharding, "mesh", None)
+    if mesh is not None and (mesh.empty or mesh == placement.mesh):
+        return x
     spec = placement.spec(letters[-x.ndim :], x.shape)
     divides = all(
         size % placement.size(axes_of(spec, dimension)) == 0
@@ -238,6 +237,11 @@ def _find_mesh(
                 "arrays to it"
             )
     if not context.empty and (found is None or context.manual_axes):
+        if found is not None and found.shape != context.shape:
+            raise ValueError(
+                f"{owner} is on the mesh {described(found)}, but the call is inside a shard_map over "
+                f"{described(context)}; use the mesh of the shard_map"
+            )
         found = context  # inside a shard_map its mesh, of which some axes are manual
     return None if found is None or found.empty else found
 
@@ -348,18 +352,27 @@ def given_axes(
 
 
 def _spec_of(argument: str, sharding: Any) -> PartitionSpec:
-    if isinstance(sharding, NamedSharding):
-        return sharding.spec
-    if isinstance(sharding, PartitionSpec):
-        return sharding
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    if isinstance(spec, PartitionSpec):
+        if PartitionSpec.UNCONSTRAINED in tuple(spec) or spec.unreduced or spec.reduced:
+            raise ValueError(
+                f"{argument} is {spec}; its entries must be names of axes, tuples of them, or None, "
+                "since the call needs the whole sharding; replace what is unconstrained or unreduced"
+            )
+        return spec
     raise ValueError(
         f"{argument} is {sharding!r}; it must be a jax.NamedSharding, a jax.P, or None: pass, for "
         'example, jax.NamedSharding(mesh, jax.P(None, "kv")) for an array sharded along its sequence'
     )
 
 
-def _check_needs_no_mesh(argument: str, sharding: Sharding) -> None:
+def _check_needs_no_mesh(argument: str, sharding: Sharding, dimensions: int) -> None:
     spec = () if sharding is None else _spec_of(argument, sharding)
+    if len(spec) > dimensions:
+        raise ValueError(
+            f"{argument} is {spec}, {len(spec)} dimensions, but the array has {dimensions}; give one entry "
+            "a dimension, or fewer"
+        )
     if any(axes_of(spec, dimension) for dimension in range(len(spec))):
         raise ValueError(
             f"{argument} is {spec}, but there is no mesh; pass a jax.NamedSharding, or enter "

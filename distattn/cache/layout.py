@@ -261,14 +261,17 @@ def query_placement(
     """Return the placement of an attention call on a cache; key and value may have layers."""
     if layout.mesh is None:
         spec = getattr(query_sharding, "spec", query_sharding)
+        if spec is not None and not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"query_sharding is {query_sharding!r}; it must be a jax.NamedSharding, a jax.P, or None: "
+                "the cache is on one device, leave it None"
+            )
         if spec is not None and any(spec):
             raise ValueError(
                 f"query_sharding is {spec}, and the cache is on one device; leave query_sharding None, or "
                 "create the cache with sharding="
             )
         return Placement()
-    if isinstance(query_sharding, PartitionSpec):
-        query_sharding = NamedSharding(layout.mesh, query_sharding)
     keys, values = (jax.ShapeDtypeStruct(x.shape[-4:], x.dtype) for x in (key, value))
     placement = read_placement(
         query,

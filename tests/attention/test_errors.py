@@ -164,7 +164,7 @@ MESH_ERRORS = {
     ),
     "too_many_dimensions": (
         {"key_value_sharding": P(None, None, None, None, "kv")},
-        ["5 dimensions", "[B, S, K, H]", "(2, 8, 2, 6)"],
+        ["5 dimensions", "[B, S, K, H]", "or fewer"],
     ),
     "width_sharded": (
         {"key_value_sharding": P(None, None, None, "kv")},
@@ -173,6 +173,10 @@ MESH_ERRORS = {
     "width_of_the_query_sharded": (
         {"query_sharding": P(None, None, None, "kv")},
         ["query_sharding", "shards H", "('kv',)"],
+    ),
+    "an_entry_that_leaves_it_open": (
+        {"key_value_sharding": P(P.UNCONSTRAINED, "kv")},
+        ["UNCONSTRAINED", "names of axes", "whole sharding"],
     ),
     "schedule_size": (KV | {"strategy": butterfly(8)}, ["8 devices", "4", "build it"]),
     "ring_with_replicated_query": (

@@ -416,3 +416,32 @@ def test_errors():
         NotImplementedError, match="K=2 key/value heads over the 4 devices.*shard fewer heads"
     ):
         attention(query, key, key, **shardings(mesh, query="auto", heads="h"))
+
+
+@pytest.mark.parametrize("strategy", ["reduce_scatter", "ring", "gather_kv", "ulysses"])
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_a_dense_array_that_would_be_padded_shard_by_shard_is_refused(name, strategy):
+    """Inside a shard_map: 2 queries a device, which are no whole block."""
+    mesh = mesh_of(2, "auto")
+    query, key = jnp.ones((1, 4, 2, 4)), jnp.ones((1, 2 * BLOCK, 2, 4))
+    dense = jnp.ones((1, 1, 4, 2 * BLOCK), jnp.bool_ if name == "mask" else jnp.float32)
+    spec = P(None, None, None, "kv") if strategy == "reduce_scatter" else P(None, None, "kv")
+    rows = P(None, "kv")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, rows, spec), out_specs=rows, check_vma=False
+    )
+    def run(query, key, dense):
+        return distattn.sharded_attention(
+            query,
+            key,
+            key,
+            **{name: dense},
+            axis_name="kv",
+            query_sharded=True,
+            strategy=strategy,
+            reproducible=True,
+        )
+
+    with pytest.raises(NotImplementedError, match=f"{name} of shape.*T=2 on each device.*pad"):
+        run(query, key, dense)

@@ -78,6 +78,19 @@ def test_a_sharding_inside_a_shard_map_over_another_axis(kind):
         agrees(jax.jit(jax.shard_map(run, mesh=mesh, **data))(*x))
 
 
+def test_arrays_on_other_devices_are_moved():
+    """On the same devices in another order, on one device, on fewer: query, keys, bias and positions."""
+    mesh = mesh_of(4, "auto")
+    other = jax.sharding.Mesh(jax.devices()[3::-1], ("kv",))
+    given = {"key_value_sharding": NamedSharding(mesh, P(None, "kv"))}
+    agrees(attention(*on(other), **given))
+    query, key, value = on(mesh)
+    agrees(attention(jax.device_put(query, NamedSharding(other, P())), key, value, **given))
+    bias = jax.device_put(jnp.zeros((1, 4, 1, KEYS)), jax.devices()[0])
+    positions = jax.device_put(jnp.arange(KEYS), jax.devices()[6])
+    agrees(attention(query, key, value, bias, key_positions=positions, **given))
+
+
 def test_a_batch_that_is_sharded_needs_no_exchange():
     mesh = mesh_of(2, "auto")
     run = functools.partial(attention, key_value_sharding=NamedSharding(mesh, P("kv")))
