@@ -150,7 +150,7 @@ class PairJoin:
         self._state: SoftmaxState | None = None
         self._waiting: dict[str, dict[int, jax.Array]] = {"key": {}, "value": {}}
         self._done: set[int] = set()
-        self.peak_pending = 0
+        self.peak_pending: int = 0
 
     @property
     def pending(self) -> int:
@@ -226,7 +226,7 @@ class PairJoin:
         item = jnp.asarray(item)
         if position not in self._waiting[partner]:
             self._waiting[name][position] = item
-            self.peak_pending: int = max(self.peak_pending, self.pending)
+            self.peak_pending = max(self.peak_pending, self.pending)
             return
         pair = {name: item[:, None], partner: self._waiting[partner][position][:, None]}
         # Positions matter only to a mask that compares them; otherwise they may exceed int32.
