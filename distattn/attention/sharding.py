@@ -6,12 +6,13 @@ import warnings
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from distattn._compat import concrete, platform_of, varying_axes
 from distattn.collectives.mesh import (
     axes_of,
     described,
+    explicit_axes,
     free_axes,
     identity_of,
     partition_spec,
@@ -303,8 +304,7 @@ def _layout(x: Any, letters: str, mesh: Any, free: Axes) -> tuple[dict[str, Axes
     }
     if concrete(x) is not None:
         return axes, set(free)
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return axes, {name for name, kind in kinds if kind == AxisType.Explicit}
+    return axes, {*explicit_axes(mesh)}
 
 
 def _sharding(x: Any) -> Any:

@@ -186,7 +186,7 @@ def test_keys_that_a_sharding_says_are_replicated_are_gathered():
 
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1, 2)])
 def test_a_gradient_outside_jit_reads_the_arrays(argnums):
-    """Of some of the arrays too: the others are read as ever, and they lie in the same way."""
+    """The gradient of some arrays reads the others too, and all are sharded alike."""
     mesh = mesh_of(4, "auto")
 
     def loss(f, *x):
